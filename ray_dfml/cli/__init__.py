@@ -1,0 +1,79 @@
+"""The command line. Results go to stdout, progress and errors to stderr; a failure is one line and the contract's exit code."""
+
+import importlib
+import importlib.metadata
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import click
+
+from ray_dfml.errors import DfmlError
+
+COMMANDS = {
+    "quickstart": ("ray_dfml.cli.quickstart", "quickstart"),
+    "data": ("ray_dfml.cli.data", "data"),
+    "pool": ("ray_dfml.cli.pool", "pool"),
+    "train": ("ray_dfml.cli.train", "train"),
+    "evaluate": ("ray_dfml.cli.evaluate", "evaluate"),
+    "adapt": ("ray_dfml.cli.adapt", "adapt"),
+}
+"""Command -> (module, function). Loaded on use, so that `--help` is quick."""
+
+
+class _Commands(click.Group):
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        module, name = COMMANDS[cmd_name]
+        return getattr(importlib.import_module(module), name)
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(importlib.metadata.version("ray-dfml"), prog_name="ray-dfml")
+@click.option("--debug", is_flag=True, help="Show a traceback when something fails.")
+@click.pass_context
+def cli(ctx: click.Context, debug: bool) -> None:
+    """From a pool of classifiers whose training data nobody has, to one few-shot learner.
+
+    Start with: ray-dfml quickstart
+    """
+    ctx.obj = {"debug": debug}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point of the console script. Exits with 0, 1 failed, 2 usage, 3 rejected, 4 budget, 5 resources, 130 interrupted."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in words
+    words = [word for word in words if word != "--debug"]
+    try:
+        result: Any = cli.main(words, prog_name="ray-dfml", standalone_mode=False)
+        code = result if isinstance(result, int) else 0
+    except click.ClickException as error:
+        error.show()
+        code = 2
+    except (click.Abort, KeyboardInterrupt):
+        print("ray-dfml: interrupted", file=sys.stderr)
+        code = 130
+    except DfmlError as error:
+        if debug:
+            raise
+        print(f"ray-dfml: {error}", file=sys.stderr)
+        code = error.exit_code
+    except BrokenPipeError:
+        sys.stderr.close()
+        code = 1
+    except OSError as error:
+        if debug:
+            raise
+        print(f"ray-dfml: {error.filename or 'file system'}: {error.strerror or error}", file=sys.stderr)
+        code = 1
+    except Exception as error:
+        if debug:
+            raise
+        print(f"ray-dfml: {type(error).__name__}: {error} (--debug shows where)".replace("\n", " "), file=sys.stderr)
+        code = 1
+    sys.exit(code)

@@ -1,0 +1,34 @@
+"""`ray-dfml adapt`."""
+
+from pathlib import Path
+
+import click
+
+from ray_dfml.cli import options
+
+
+@click.command(epilog="\b\nExample:\n  ray-dfml adapt runs/free --support my_classes/ --query unsorted/ --json")
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option("--support", required=True, type=click.Path(path_type=Path), help="Folder of class folders, 1-5 images each.")
+@click.option("--query", required=True, type=click.Path(path_type=Path), help="Folder of images to name.")
+@options.as_json
+def adapt(run: Path, support: Path, query: Path, json_out: bool) -> None:
+    """Adapt the learner of RUN to your own classes and name the query images."""
+    from ray_dfml.learner import Learner, read_folder
+    from ray_dfml.runtime.shard import pin
+
+    pin(1)
+    learner = Learner.load(run)
+    images, labels, _ = read_folder(support, learner.image)
+    unknown, _, names = read_folder(query, learner.image)
+    adapted = learner.adapt(images, labels)
+    probabilities = adapted.predict_proba(unknown)
+    rows = [
+        {"file": name, "class": adapted.classes[int(p.argmax())], "probability": round(float(p.max()), 4)}
+        for name, p in zip(names, probabilities, strict=True)
+    ]
+    if json_out:
+        options.print_json(rows)
+    else:
+        for row in rows:
+            click.echo(f"{row['file']:<40} {row['class']:<24} {row['probability']:.2f}")

@@ -1,0 +1,115 @@
+"""`ray-dfml pool build`, `pool add` and `pool check`."""
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ray_dfml.cli import options
+from ray_dfml.errors import UsageError
+
+
+@click.group()
+def pool() -> None:
+    """Pools of teachers: a folder with pool.yaml and weights/*.safetensors."""
+
+
+@pool.command(
+    epilog="\b\nExample:\n  ray-dfml pool build --data cifar-fs:$RAY_DFML_DATA/cifar100.parquet --models 100 --arch conv4"
+    " --way 5 --out pools/cifar-fs"
+)
+@click.option("--data", "spec", required=True, metavar="SPEC", help="Data whose meta-train classes the teachers learn.")
+@click.option("--models", type=click.IntRange(min=1), required=True, help="Number of teachers.")
+@click.option("--arch", "archs", default="conv4", show_default=True, help="Architecture, or several with commas, in turn.")
+@click.option("--way", type=click.IntRange(min=2), default=5, show_default=True, help="Classes of a teacher.")
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="Pool folder.")
+@click.option("--resume", is_flag=True, help="Add the teachers that an interrupted build left out.")
+@options.sets
+@options.workers
+@options.as_json
+def build(
+    spec: str, models: int, archs: str, way: int, seed: int, out: Path, resume: bool, sets: Any, workers: int, json_out: bool
+) -> None:
+    """Train teachers on random class subsets of real data, then keep only their weights."""
+    from ray_dfml.config import pretrain_config
+    from ray_dfml.core.backbones import BACKBONES
+    from ray_dfml.data.pool import Pool
+    from ray_dfml.runtime import build_pool
+
+    names = [name.strip() for name in archs.split(",")]
+    for name in names:
+        if name not in BACKBONES:
+            raise UsageError(f"--arch {name}: unknown; known: {', '.join(BACKBONES)}")
+    cfg = pretrain_config(sets)
+    image, planned = build_pool.plan(spec, models=models, archs=names, way=way, seed=seed)
+    target = Pool.open(out) if resume and out.exists() else Pool.create(out)
+    if workers > 1:
+        options.need_ray()
+    accuracies = build_pool.build(
+        target, spec, image, planned, cfg, workers=min(workers, models), seed=seed,
+        on_teacher=lambda id, accuracy: options.say(f"{id}  held-out accuracy {accuracy:.1f} %"),
+    )  # fmt: skip
+    summary = {"pool": str(out), "teachers": len(accuracies), "accuracy_mean": sum(accuracies) / len(accuracies)}
+    if json_out:
+        options.print_json(summary)
+    else:
+        click.echo(f"{out}: {summary['teachers']} teachers, mean held-out accuracy {summary['accuracy_mean']:.1f} %")
+
+
+@pool.command(
+    epilog="\b\nExample:\n  ray-dfml pool add pools/mine --weights birds.safetensors --arch resnet10 --input 3x32x32"
+    " --mean 0.5,0.5,0.5 --std 0.25,0.25,0.25 --classes wren,robin,owl,jay,tit"
+)
+@click.argument("path", metavar="POOL", type=click.Path(path_type=Path))
+@click.option("--weights", required=True, type=click.Path(path_type=Path), help=".safetensors, or .pt of plain tensors.")
+@click.option("--arch", required=True, help="Architecture, from the allow-list.")
+@click.option("--input", "size", required=True, help="Channels x height x width, such as 3x32x32.")
+@click.option("--classes", required=True, help="Class names in the order of the outputs, with commas.")
+@click.option("--mean", help="Per channel, for pixels in [0, 1]; default 0.")
+@click.option("--std", help="Per channel; default 1.")
+@click.option("--id", "id", help="Name in the pool; default: the file's name.")
+@click.option("--accuracy", type=click.FloatRange(0, 100), help="Accuracy the owner reports, percent.")
+@click.option("--source", default="", help="Where the weights come from.")
+@click.option("--authorization", default="", help="Who permits their use.")
+@options.as_json
+def add(path: Path, weights: Path, size: str, classes: str, mean: str | None, std: str | None, json_out: bool, **rest: Any) -> None:
+    """Bring your own weights into POOL (made if it does not exist)."""
+    from ray_dfml.data.pool import Pool, add_file
+
+    channels = size.split("x")[0]
+    count = int(channels) if channels.isdigit() else 1
+    target = Pool.open(path) if (path / "pool.yaml").exists() else Pool.create(path)
+    id = add_file(
+        target, weights, input=size, classes=[name.strip() for name in classes.split(",")],
+        mean=_numbers("--mean", mean, [0.0] * count), std=_numbers("--std", std, [1.0] * count), **rest,
+    )  # fmt: skip
+    if json_out:
+        options.print_json({"pool": str(path), "id": id})
+    else:
+        click.echo(f"{path}: added {id}")
+
+
+def _numbers(option: str, text: str | None, default: list[float]) -> list[float]:
+    if text is None:
+        return default
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise UsageError(f"{option} {text}: expected numbers with commas, such as 0.5,0.5,0.5") from None
+
+
+@pool.command(epilog="\b\nExample:\n  ray-dfml pool check pools/mine")
+@click.argument("path", metavar="POOL", type=click.Path(path_type=Path))
+@options.as_json
+def check(path: Path, json_out: bool) -> int:
+    """Load and run each teacher once. One line per teacher; exit code 3 if any is rejected."""
+    from ray_dfml.data.pool import Pool
+
+    rows = Pool.open(path).check()
+    if json_out:
+        options.print_json(rows)
+    else:
+        for row in rows:
+            click.echo(f"{row['id']:<32} {'ok' if row['ok'] else 'REJECTED'}  {row['reason']}".rstrip())
+    return 0 if all(row["ok"] for row in rows) else 3

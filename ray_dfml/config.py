@@ -1,0 +1,137 @@
+"""The configuration of a run: typed, strict, and resolved once. A profile or a preset is a set of values, nothing more.
+
+Order: defaults (profile `fixed`), then the profile, the preset, and each `--set key=value`. Unknown keys are errors.
+"""
+
+import difflib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError
+
+from ray_dfml.data.pretrain import PretrainConfig
+from ray_dfml.errors import UsageError
+from ray_dfml.evaluate import EvalConfig
+from ray_dfml.methods import METHODS
+from ray_dfml.methods.base import MethodConfig
+from ray_dfml.presets import PRESETS, PROFILES
+
+
+class LearnerConfig(BaseModel):
+    """The few-shot learner. Its input is the pool's."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    arch: str = Field("conv4", description="Architecture of the learner.")
+
+
+class RunConfig(BaseModel):
+    """Everything that decides a run's numbers, and nothing else (workers and devices do not)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str = Field(description="Method.")
+    profile: str = Field("fixed", description="fixed, paper or code.")
+    preset: str | None = Field(None, description="Named set of values, if one was used.")
+    seed: int = Field(0, ge=0, description="Run seed: every random draw derives from it.")
+    pool: tuple[str, ...] = Field((), description="Pool folders.")
+    data: tuple[str, ...] = Field((), description="Data specs for validation and test; empty is truly data-free.")
+    learner: LearnerConfig = LearnerConfig()
+    method: SerializeAsAny[MethodConfig]
+    eval: EvalConfig = EvalConfig()
+    pretrain: PretrainConfig = Field(PretrainConfig(), description="Recipe of the teachers, where the command builds them.")
+
+
+def parse_set(text: str) -> tuple[list[str], Any]:
+    """`a.b=c` as (["a", "b"], value); the value is read as YAML. Raises UsageError without an `=`."""
+    key, equals, value = text.partition("=")
+    if not equals or not key.strip():
+        raise UsageError(f"--set {text}: expected key=value, for example --set method.rounds=100")
+    try:
+        return key.strip().split("."), yaml.safe_load(value)
+    except yaml.YAMLError:
+        return key.strip().split("."), value
+
+
+def resolve(
+    name: str, *, profile: str = "fixed", preset: str | None = None, sets: Sequence[str] = (), **values: Any
+) -> RunConfig:
+    """The full configuration of method `name`. Raises UsageError, one line, for anything unknown or out of range."""
+    if name not in METHODS:
+        raise UsageError(f"unknown method {name!r}{_nearest(name, METHODS)}; known: {', '.join(METHODS)}")
+    tree: dict[str, Any] = {"name": name, "profile": profile, "preset": preset, **values}
+    if profile not in ("fixed", "paper", "code"):
+        raise UsageError(f"unknown profile {profile!r}; known: fixed, paper, code")
+    _merge(tree, {"method": PROFILES.get(name, {}).get(profile, {})})
+    if preset is not None:
+        if preset not in PRESETS:
+            raise UsageError(f"unknown preset {preset!r}{_nearest(preset, PRESETS)}; known: {', '.join(PRESETS)}")
+        if PRESETS[preset].method != name:
+            raise UsageError(f"preset {preset!r} is for {PRESETS[preset].method}, not for {name}")
+        _merge(tree, PRESETS[preset].values)
+    for text in sets:
+        path, value = parse_set(text)
+        for key in reversed(path):
+            value = {key: value}
+        _merge(tree, value)
+    return build(tree)
+
+
+def build(tree: Mapping[str, Any]) -> RunConfig:
+    """A RunConfig from a nested mapping, as `config.yaml` holds it. Raises UsageError, one line."""
+    tree = dict(tree)
+    name = str(tree.get("name"))
+    if name not in METHODS:
+        raise UsageError(f"config: unknown method {name!r}; known: {', '.join(METHODS)}")
+    try:
+        tree["method"] = METHODS[name].Config.model_validate(tree.get("method") or {})
+    except ValidationError as error:
+        raise UsageError(_one_line(error, METHODS[name].Config, "method")) from None
+    try:
+        return RunConfig.model_validate(tree)
+    except ValidationError as error:
+        raise UsageError(_one_line(error, RunConfig, "")) from None
+
+
+def pretrain_config(sets: Sequence[str]) -> PretrainConfig:
+    """The recipe of `pool build` from its `--set pretrain.x=y`. Raises UsageError for other keys."""
+    tree: dict[str, Any] = {}
+    for text in sets:
+        path, value = parse_set(text)
+        if path[0] != "pretrain" or len(path) != 2:
+            raise UsageError(f"--set {text}: pool build takes pretrain.* only")
+        tree[path[1]] = value
+    try:
+        return PretrainConfig.model_validate(tree)
+    except ValidationError as error:
+        raise UsageError(_one_line(error, PretrainConfig, "pretrain")) from None
+
+
+def _merge(into: dict[str, Any], values: Mapping[str, Any]) -> None:
+    for key, value in values.items():
+        if isinstance(value, Mapping) and isinstance(into.get(key), dict):
+            _merge(into[key], value)
+        elif isinstance(value, Mapping):
+            into[key] = {}
+            _merge(into[key], value)
+        else:
+            into[key] = value
+
+
+def _nearest(name: str, known: Mapping[str, object]) -> str:
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def _one_line(error: ValidationError, model: type[BaseModel], prefix: str) -> str:
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in ([prefix] if prefix else []) + list(first["loc"]))
+    if first["type"] == "extra_forbidden":
+        fields: dict[str, Any] = dict(model.model_fields)
+        for part in first["loc"][:-1]:
+            inner = fields[str(part)].annotation
+            fields = dict(getattr(inner, "model_fields", {}))
+        hint = _nearest(str(first["loc"][-1]), fields)
+        return f"config: unknown key {where}{hint}; known there: {', '.join(fields)}"
+    return f"config: {where}: {first['msg'].lower()}, got {first.get('input')!r}"

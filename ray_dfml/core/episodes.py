@@ -1,0 +1,39 @@
+"""Evaluation episodes: index lists that depend on (seed, index) only, so that every method and worker sees the same ones."""
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from ray_dfml.core import seeds
+
+
+class Episode(NamedTuple):
+    """Positions into a labelled image set: support [way*shot] and query [way*query], interleaved (labels 0..way-1 repeated)."""
+
+    support: np.ndarray
+    query: np.ndarray
+    classes: tuple[int, ...]
+
+
+def draw(labels: np.ndarray, *, way: int, shot: int, query: int, seed: int, index: int) -> Episode:
+    """Episode number `index`: `way` random classes of `labels` [n], `shot` support and `query` query images of each.
+
+    The stream depends on (seed, way, shot, query, index) alone. Raises ValueError if a class is too small, or classes are too few.
+    """
+    classes, counts = np.unique(labels, return_counts=True)
+    if len(classes) < way:
+        raise ValueError(f"{way}-way episodes need {way} classes, the split has {len(classes)}")
+    if counts.min() < shot + query:
+        raise ValueError(
+            f"{shot} support and {query} query images per class need {shot + query}, "
+            f"class {classes[counts.argmin()]} has {counts.min()}"
+        )
+    rng = seeds.generator("episode", seed, way, shot, query, index)
+    chosen = [int(classes[int(i)]) for i in torch.randperm(len(classes), generator=rng)[:way]]
+    picks = []
+    for label in chosen:
+        members = np.flatnonzero(labels == label)
+        picks.append(members[torch.randperm(len(members), generator=rng)[: shot + query].numpy()])
+    both = np.stack(picks, axis=1).reshape(-1)
+    return Episode(both[: shot * way], both[shot * way :], tuple(chosen))

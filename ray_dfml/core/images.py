@@ -1,0 +1,40 @@
+"""Images between storage (bytes), pixel space ([0, 1]) and classifier input (normalised), and random views of them."""
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def to_bytes(x: Tensor) -> np.ndarray:
+    """Pixels [n c h w] in [0, 1] to uint8, rounded to nearest; a bank image differs from its source by at most 1/510."""
+    return (x.detach().clamp(0, 1) * 255).round().to(torch.uint8).cpu().numpy()
+
+
+def to_pixels(images: np.ndarray, device: torch.device | str = "cpu") -> Tensor:
+    """uint8 images to float pixels in [0, 1]. Copies, since arrays from a shared store are read-only."""
+    return torch.tensor(images, dtype=torch.uint8).to(device).float() / 255
+
+
+def normalise(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """(x - mean) / std for pixels [... c h w]; mean and std are [c], or [n c] for images of several domains."""
+    return (x - mean[..., :, None, None]) / std[..., :, None, None]
+
+
+def draw_view(generator: torch.Generator, *, pad: int, flip: bool) -> tuple[int, int, bool]:
+    """Offsets of a random crop after padding by `pad` pixels, each in 0..2 pad, and whether to mirror (if `flip` allows)."""
+    dy, dx, mirror = (int(v) for v in torch.randint(0, 2**31 - 1, (3,), generator=generator))
+    return dy % (2 * pad + 1), dx % (2 * pad + 1), flip and bool(mirror & 1)
+
+
+def view(x: Tensor, offsets: tuple[int, int, bool], *, pad: int, fill: str) -> Tensor:
+    """One random view of a whole batch [n c h w]: pad, crop back to h x w at the offsets, mirror. Differentiable.
+
+    `fill`: `zero` pads with black, `edge` repeats the border (a white page stays white).
+    """
+    dy, dx, mirror = offsets
+    height, width = x.shape[-2:]
+    if pad:
+        x = F.pad(x, (pad, pad, pad, pad), mode="constant" if fill == "zero" else "replicate")
+        x = x[..., dy : dy + height, dx : dx + width]
+    return x.flip(-1) if mirror else x

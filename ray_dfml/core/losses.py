@@ -1,0 +1,65 @@
+"""Losses on logits [n q], in nats, averaged over images.
+
+[Wei2024] FREE, arXiv 2405.00984, Eq. 1 and 3. [Hinton2015] Distilling the Knowledge, arXiv 1503.02531.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def kl(teacher: Tensor, student: Tensor) -> Tensor:
+    """Per-image KL(p_teacher || p_student) [n] of logits [n q]; >= 0, in nats ([Hinton2015] with temperature 1)."""
+    log_t, log_s = teacher.log_softmax(-1), student.log_softmax(-1)
+    return (log_t.exp() * (log_t - log_s)).sum(-1)
+
+
+def distillation(teacher: Tensor, student: Tensor, *, form: str = "kl") -> Tensor:
+    """Distillation loss (scalar) of student logits [n q] against teacher logits [n q], which get no gradient.
+
+    `kl`: mean KL ([Wei2024] Eq. 3). `probdot`: the released code's `kl_div` on probabilities, mean over all n*q entries,
+    t (log t - s): its gradient is minus the inner product <t, s> / (n q), bounded, and it vanishes where s is surely wrong.
+    """
+    teacher = teacher.detach()
+    if form == "kl":
+        return kl(teacher, student).mean()
+    if form == "probdot":
+        log_t = teacher.log_softmax(-1)
+        return (log_t.exp() * (log_t - student.softmax(-1))).mean()
+    raise ValueError(f"unknown distillation form {form!r}; known: kl, probdot")
+
+
+def disagreement(teacher: Tensor, student: Tensor, *, form: str = "kl", clamp: float = 10.0) -> Tensor:
+    """The adversarial term of [Wei2024] Eq. 1 (scalar, to be minimised), over images on which both predict the same class.
+
+    `kl`: -mean_j 1[argmax t_j = argmax s_j] min(KL(t_j || s_j), clamp). The mask is a constant.
+    `probdot`: the released code's form, mean of sum_c s (log s - t) on the same images: with s constant this is -<s, t>
+    plus a constant, to be maximised, so +<s, t> is minimised.
+    """
+    agree = (teacher.argmax(-1) == student.argmax(-1)).to(teacher.dtype).detach()
+    if form == "kl":
+        return -(agree * kl(teacher, student).clamp(max=clamp)).mean()
+    if form == "probdot":
+        log_s = student.log_softmax(-1)
+        return -(agree * (log_s.exp() * (log_s - teacher.softmax(-1))).sum(-1)).mean()
+    raise ValueError(f"unknown adversarial form {form!r}; known: kl, probdot")
+
+
+def inversion(
+    teacher: Tensor, labels: Tensor, student: Tensor | None, *, adversarial: float, form: str = "kl", clamp: float = 10.0
+) -> Tensor:
+    """[Wei2024] Eq. 1 (scalar): CE of the teacher on the wished labels [n], plus `adversarial` x `disagreement`."""
+    loss = F.cross_entropy(teacher, labels)
+    if student is None or adversarial == 0.0:
+        return loss
+    return loss + adversarial * disagreement(teacher, student, form=form, clamp=clamp)
+
+
+def total_variation(x: Tensor) -> Tensor:
+    """Mean absolute difference of neighbours of images [n c h w], vertical plus horizontal (scalar)."""
+    return (x[:, :, 1:] - x[:, :, :-1]).abs().mean() + (x[:, :, :, 1:] - x[:, :, :, :-1]).abs().mean()
+
+
+def batch_norm_distance(found: Tensor, stored: Tensor) -> Tensor:
+    """Squared distance per entry (scalar) between batch-norm statistics [k] of images and those a teacher stores."""
+    return torch.mean((found - stored) ** 2)

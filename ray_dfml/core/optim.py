@@ -1,0 +1,47 @@
+"""Optimiser steps as functions of values: state in, state out.
+
+[Kingma2015] Adam, arXiv 1412.6980, Algorithm 1.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Adam(NamedTuple):
+    """First and second moments [p] and the number of steps taken."""
+
+    m: Tensor
+    v: Tensor
+    step: int
+
+    @classmethod
+    def zeros(cls, like: Tensor) -> "Adam":
+        """State before the first step."""
+        return cls(torch.zeros_like(like), torch.zeros_like(like), 0)
+
+
+def adam_step(
+    x: Tensor, grad: Tensor, state: Adam, *, lr: float, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8
+) -> tuple[Tensor, Adam]:
+    """One step of [Kingma2015]: new parameters [p] and state. Nothing is changed in place."""
+    step = state.step + 1
+    m = betas[0] * state.m + (1 - betas[0]) * grad
+    v = betas[1] * state.v + (1 - betas[1]) * grad * grad
+    m_hat = m / (1 - betas[0] ** step)
+    v_hat = v / (1 - betas[1] ** step)
+    return x - lr * m_hat / (v_hat.sqrt() + eps), Adam(m, v, step)
+
+
+def sgd_step(
+    x: Tensor, grad: Tensor, velocity: Tensor, *, lr: float, momentum: float, weight_decay: float
+) -> tuple[Tensor, Tensor]:
+    """One step of SGD with momentum (dampening 0): new parameters [p] and velocity [p]."""
+    velocity = momentum * velocity + grad + weight_decay * x
+    return x - lr * velocity, velocity
+
+
+def clip_norm(grad: Tensor, bound: float) -> Tensor:
+    """The gradient [p], scaled down where its L2 norm exceeds `bound`."""
+    return grad * torch.clamp(bound / (grad.norm() + 1e-6), max=1.0)

@@ -1,0 +1,16 @@
+"""Seeds derived from names, so that a result never depends on who computed it, or when."""
+
+import hashlib
+
+import torch
+
+
+def derive(*parts: int | str) -> int:
+    """A 63-bit seed from a tuple such as `(run seed, round, op, job)`; equal parts give equal seeds on any machine."""
+    digest = hashlib.blake2b("\x1f".join(str(part) for part in parts).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
+def generator(*parts: int | str) -> torch.Generator:
+    """A CPU generator seeded by `derive(*parts)`; draws are made on the CPU and then moved, so devices agree."""
+    return torch.Generator().manual_seed(derive(*parts))

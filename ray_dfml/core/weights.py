@@ -1,0 +1,29 @@
+"""Weights as one flat vector: cheap to ship, one kernel per optimiser step, one gradient to add up."""
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor
+
+
+class Layout:
+    """Names and shapes of the parts of a flat vector, in a fixed order."""
+
+    def __init__(self, parts: Iterable[tuple[str, torch.Size]]) -> None:
+        self.shapes = dict(parts)
+        self.sizes = [shape.numel() for shape in self.shapes.values()]
+        self.numel = sum(self.sizes)
+
+    def flatten(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """Copy named tensors into one vector `[p]`. Raises KeyError or ValueError where a part is missing or misshapen."""
+        for name, shape in self.shapes.items():
+            if tensors[name].shape != shape:
+                raise ValueError(f"{name}: expected shape {tuple(shape)}, got {tuple(tensors[name].shape)}")
+        if not self.shapes:
+            return torch.zeros(0)
+        return torch.cat([tensors[name].reshape(-1) for name in self.shapes])
+
+    def unflatten(self, flat: Tensor) -> dict[str, Tensor]:
+        """Views into a vector `[p]`, differentiable with respect to it."""
+        pieces = torch.split(flat, self.sizes)
+        return {name: piece.view(shape) for (name, shape), piece in zip(self.shapes.items(), pieces, strict=True)}

@@ -1,0 +1,61 @@
+"""Decoded images as .npy files under `~/.cache/ray-dfml` (`RAY_DFML_CACHE` overrides), opened by memory map.
+
+A file is written beside its place and renamed into it, so a reader meets a whole file or none. A file that does not
+hold the array its key promises is made again. A cache that cannot be written costs time, never a run.
+"""
+
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+
+def folder() -> Path:
+    """Where the cache lives; it need not exist yet."""
+    given = os.environ.get("RAY_DFML_CACHE")
+    return Path(given).expanduser() if given else Path.home() / ".cache" / "ray-dfml"
+
+
+def array(key: str, shape: tuple[int, ...], build: Callable[[], np.ndarray]) -> np.ndarray:
+    """The uint8 array of `shape` stored under `key`, or `build()`, which is then stored.
+
+    Copy-on-write: writing into the result changes this process's memory only, never the file. Raises what `build`
+    raises.
+    """
+    path = folder() / f"{key}.npy"
+    found = _open(path, shape)
+    if found is not None:
+        return found
+    made = build()
+    try:
+        _write(path, made)
+    except OSError:
+        return made  # read-only home or full disk: go on from memory
+    stored = _open(path, shape)
+    return made if stored is None else stored
+
+
+def _open(path: Path, shape: tuple[int, ...]) -> np.ndarray | None:
+    """The stored array, or None where the file is absent, damaged or of another shape."""
+    try:
+        # copy-on-write rather than read-only: torch.from_numpy warns about arrays it could not write to
+        found = np.lib.format.open_memmap(path, mode="c")
+    except (OSError, ValueError, EOFError):
+        return None
+    return np.asarray(found) if found.dtype == np.uint8 and found.shape == shape else None
+
+
+def _write(path: Path, content: np.ndarray) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".part")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            np.save(file, content, allow_pickle=False)
+            file.flush()
+            os.fsync(file.fileno())  # a crash after the rename must not leave a whole-looking file of zeros
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise

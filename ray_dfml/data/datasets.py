@@ -1,0 +1,377 @@
+"""Image sets by name: `load("glyphs")`, `load("omniglot:PATH")`. One `ImageSet` whatever the source."""
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ray_dfml.data import folders, formats, glyphs, splits
+from ray_dfml.errors import RejectedError, UsageError
+
+_IMAGENET_MEAN = (0.485, 0.456, 0.406)
+_IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """What is known about a set before any file is opened."""
+
+    description: str
+    channels: int | None = None
+    """1 or 3; None: as found"""
+    size: tuple[int, int] | None = None
+    """height, width; folders are resized to it; None: as found"""
+    mean: tuple[float, ...] | None = None
+    """per channel, for pixels in [0, 1]; None: no normalisation (mean 0, std 1)"""
+    std: tuple[float, ...] | None = None
+    rule: str = "as found"
+    """"class": disjoint classes by `splits`; "image": every class in every split; "as found": the source decides"""
+    classes: int | None = None
+    torchvision: str | None = None
+    """class in torchvision.datasets that can read the set"""
+
+
+DATASETS: Mapping[str, Entry] = {
+    "glyphs": Entry(
+        description="characters drawn from the fonts that matplotlib ships; embedded, no PATH",
+        channels=1,
+        size=(28, 28),
+        mean=glyphs.MEAN,
+        std=glyphs.STD,
+        rule="class",
+    ),
+    "omniglot": Entry(
+        description="handwritten characters of 50 alphabets, 20 images each",
+        channels=1,
+        size=(28, 28),
+        rule="class",
+        classes=1623,
+        torchvision="Omniglot",
+    ),
+    "cifar-fs": Entry(
+        description="CIFAR-100 with both parts pooled, split by class (64/16/20)",
+        channels=3,
+        size=(32, 32),
+        mean=(0.5071, 0.4867, 0.4408),
+        std=(0.2675, 0.2565, 0.2761),
+        rule="class",
+        classes=100,
+        torchvision="CIFAR100",
+    ),
+    "cifar10": Entry(
+        description="photographs of 10 kinds of things",
+        channels=3,
+        size=(32, 32),
+        rule="image",
+        classes=10,
+        torchvision="CIFAR10",
+    ),
+    "cifar100": Entry(
+        description="photographs of 100 kinds of things",
+        channels=3,
+        size=(32, 32),
+        rule="image",
+        classes=100,
+        torchvision="CIFAR100",
+    ),
+    "mnist": Entry(
+        description="handwritten digits",
+        channels=1,
+        size=(28, 28),
+        rule="image",
+        classes=10,
+        torchvision="MNIST",
+    ),
+    "fashion-mnist": Entry(
+        description="articles of clothing",
+        channels=1,
+        size=(28, 28),
+        rule="image",
+        classes=10,
+        torchvision="FashionMNIST",
+    ),
+    "svhn": Entry(
+        description="digits of house numbers in photographs",
+        channels=3,
+        size=(32, 32),
+        rule="image",
+        classes=10,
+        torchvision="SVHN",
+    ),
+    "mini-imagenet": Entry(
+        description="100 ImageNet classes, folders named by WordNet id, split by class (64/16/20)",
+        channels=3,
+        size=(84, 84),
+        mean=_IMAGENET_MEAN,
+        std=_IMAGENET_STD,
+        rule="class",
+        classes=100,
+    ),
+    "cub": Entry(
+        description="200 bird species (CUB-200-2011), split by class (100/50/50)",
+        channels=3,
+        size=(84, 84),
+        mean=_IMAGENET_MEAN,
+        std=_IMAGENET_STD,
+        rule="class",
+        classes=200,
+    ),
+    "tiny-imagenet": Entry(
+        description="200 ImageNet classes at 64x64",
+        channels=3,
+        size=(64, 64),
+        rule="image",
+        classes=200,
+    ),
+    "parquet": Entry(description="any .parquet of this package's format; its own splits, else 64/16/20 by class"),
+    "folder": Entry(description="any class folders, one image size; its own splits, else 64/16/20 by class"),
+}
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ImageSet:
+    """Labelled images of one size, with their splits by class or by image. Compared and hashed by identity.
+
+    The arrays are shared by everyone who loads the same spec: index them (which copies) before writing.
+    """
+
+    name: str
+    """the NAME of the spec, such as omniglot"""
+    images: np.ndarray
+    """uint8 [n, c, h, w], 0..255"""
+    labels: np.ndarray
+    """int64 [n], index into class_names"""
+    class_names: tuple[str, ...]
+    """sorted, unique"""
+    class_splits: Mapping[str, tuple[str, ...]] | None
+    """"train", "val", "test" -> sorted class names, disjoint; None where every split has all classes"""
+    image_splits: np.ndarray | None
+    """int8 [n], 0 = train, 1 = val, 2 = test, for sets split by image; else None"""
+    mean: tuple[float, ...]
+    """per channel, for pixels in [0, 1]; 0 where the set is not normalised"""
+    std: tuple[float, ...]
+    """per channel, for pixels in [0, 1]; 1 where the set is not normalised"""
+    source: Mapping[str, str]
+    """path, format, md5 (of a file) or pixels_md5, licence, ..."""
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Channels, height, width of every image."""
+        channels, height, width = self.images.shape[1:]
+        return channels, height, width
+
+    def subset(self, split: str) -> "ImageSet":
+        """The images of "train", "val" or "test" in their order, with only their classes; "all": self.
+
+        Labels are re-indexed. A part knows only its own split: asking the train part for "test" is the error of an
+        empty split. Raises UsageError for another word, RejectedError for an empty split.
+        """
+        if split == "all":
+            return self
+        rows = self._rows(split)
+        if not len(rows):
+            raise RejectedError(
+                f"{self.name}: split {split} is empty ({self.source.get('path', 'embedded')}); "
+                f"use one of {', '.join(s for s in splits.SPLITS if len(self._rows(s))) or 'all'}, or add images to it"
+            )
+        present = np.unique(self.labels[rows])
+        names = tuple(self.class_names[i] for i in present)
+        return replace(
+            self,
+            images=self.images[rows],
+            labels=np.searchsorted(present, self.labels[rows]).astype(np.int64),
+            class_names=names,
+            class_splits=None if self.class_splits is None else {s: names if s == split else () for s in splits.SPLITS},
+            image_splits=None if self.image_splits is None else self.image_splits[rows],
+        )
+
+    def _rows(self, split: str) -> np.ndarray:
+        """Row numbers of a split, ascending."""
+        if split not in splits.SPLITS:
+            raise UsageError(f"{self.name}: unknown split {split!r}; use train, val, test or all")
+        if self.image_splits is not None:
+            return np.flatnonzero(self.image_splits == splits.SPLITS.index(split))
+        wanted = set((self.class_splits or {}).get(split, ()))
+        return np.flatnonzero(np.array([name in wanted for name in self.class_names], dtype=bool)[self.labels])
+
+
+@lru_cache(maxsize=8)
+def load(spec: str) -> ImageSet:
+    """The image set of a spec: "glyphs" or "NAME:PATH" with NAME of `DATASETS`.
+
+    PATH is a .parquet file, a torchvision root or a folder of class folders. The result is shared by all callers of
+    this process; a file that changes later is not read again. Raises UsageError for a spec that cannot be meant,
+    RejectedError for data that were read and found wanting.
+    """
+    name, path = _parse(spec)
+    entry = DATASETS[name]
+    if path is None:
+        return glyphs_set()
+    raw = _read(name, entry, path)
+    class_names, labels = np.unique(raw.names, return_inverse=True)
+    names = tuple(class_names.tolist())
+    if entry.classes is not None and entry.rule == "image" and len(names) != entry.classes:
+        raise RejectedError(
+            f"{path}: {len(names)} classes, {name} has {entry.classes}; "
+            "give the whole set, or load it as folder:PATH or parquet:PATH"
+        )
+    labels = labels.astype(np.int64)
+    class_splits, image_splits = _splits(name, entry, path, names, labels, raw.splits)
+    channels = raw.images.shape[1]
+    return ImageSet(
+        name=name,
+        images=raw.images,
+        labels=labels,
+        class_names=names,
+        class_splits=class_splits,
+        image_splits=image_splits,
+        mean=entry.mean or (0.0,) * channels,
+        std=entry.std or (1.0,) * channels,
+        source=raw.source,
+    )
+
+
+def glyphs_set() -> ImageSet:
+    """The embedded set of characters, uint8 [n, 1, 28, 28], dark ink (0) on white (255)."""
+    images, labels, names = glyphs.load_arrays()
+    return ImageSet(
+        name="glyphs",
+        images=images,
+        labels=labels,
+        class_names=names,
+        class_splits=glyphs.class_splits(names),
+        image_splits=None,
+        mean=glyphs.MEAN,
+        std=glyphs.STD,
+        source=glyphs.source(images, names),
+    )
+
+
+def describe(spec: str) -> dict[str, Any]:
+    """What a spec resolves to, as JSON-ready values: class and image counts per split, size, md5, licence, source.
+
+    `size` is [channels, height, width]; `md5` is that of the file, or of the decoded pixels where there are many
+    files. Raises what `load` raises.
+    """
+    found = load(spec)
+    parts = {}
+    for split in splits.SPLITS:
+        rows = found._rows(split)
+        parts[split] = {"classes": len(np.unique(found.labels[rows])), "images": len(rows)}
+    return {
+        "spec": spec,
+        "name": found.name,
+        "description": DATASETS[found.name].description,
+        "classes": len(found.class_names),
+        "images": len(found.images),
+        "size": list(found.shape),
+        "split_by": "image" if found.image_splits is not None else "class",
+        "splits": parts,
+        "mean": list(found.mean),
+        "std": list(found.std),
+        "md5": found.source.get("md5") or found.source.get("pixels_md5"),
+        "licence": found.source.get("licence", "not stated"),
+        "source": dict(found.source),
+    }
+
+
+def _parse(spec: str) -> tuple[str, Path | None]:
+    """NAME and PATH of a spec; PATH is None for the embedded set."""
+    name, colon, path = spec.partition(":")
+    if name not in DATASETS:
+        near = difflib.get_close_matches(name.lower(), DATASETS, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        if "/" in name or name.endswith(".parquet"):
+            hint = "write NAME:PATH; "
+        raise UsageError(f"unknown data set {name!r} in {spec!r}: {hint}known: {', '.join(DATASETS)}")
+    if name == "glyphs":
+        if colon:
+            raise UsageError(f"{spec!r}: glyphs is embedded and takes no path; write 'glyphs'")
+        return name, None
+    if not path:
+        raise UsageError(f"{spec!r} names no place; write {name}:PATH (a .parquet file or a folder)")
+    return name, Path(path).expanduser()
+
+
+def _read(name: str, entry: Entry, path: Path) -> formats.Raw:
+    """The images behind a path, with the reader that fits it, checked against the size the set must have."""
+    try:
+        exists, is_folder = path.exists(), path.is_dir()
+        if is_folder and name != "parquet":
+            return folders.read(name, path, channels=entry.channels, size=entry.size, torchvision=entry.torchvision)
+    except OSError as error:
+        raise RejectedError(f"{path}: cannot be read ({formats.one_line(error)}); check its permissions") from None
+    if not exists:
+        raise RejectedError(f"{path}: no such file or folder; give the path of the {name} data")
+    if is_folder:
+        raise UsageError(f"parquet:{path} is a folder; write folder:{path}, or name a .parquet file")
+    if name == "folder":
+        raise UsageError(f"folder:{path} is a file; write parquet:{path}, or name a folder")
+    if path.suffix.lower() != ".parquet":
+        raise UsageError(f"{name}:{path} is not a .parquet file; give a .parquet file or a folder")
+    raw = formats.read_parquet(path)
+    channels, height, width = raw.images.shape[1:]
+    if entry.size is not None and ((height, width) != entry.size or channels != entry.channels):
+        raise RejectedError(
+            f"{path}: images are {height}x{width}x{channels}, "
+            f"{name} has {entry.size[0]}x{entry.size[1]}x{entry.channels}; resize them, or load it as parquet:PATH"
+        )
+    return raw
+
+
+def _splits(
+    name: str, entry: Entry, path: Path, names: tuple[str, ...], labels: np.ndarray, found: np.ndarray | None
+) -> tuple[splits.ClassSplits | None, np.ndarray | None]:
+    """class_splits and image_splits of an ImageSet; one of the two is None."""
+    if entry.rule == "class":
+        known = _known_class_splits(name, path, names)
+        _agree(name, path, names, labels, found, known)
+        return known, None
+    if entry.rule == "as found":
+        if found is None or len(np.unique(found)) == 1:
+            return splits.by_share(names), None
+        parts = {s: tuple(names[i] for i in np.unique(labels[found == s])) for s in splits.SPLITS}
+        if sum(map(len, parts.values())) == len(names):
+            return splits.with_val(parts), None
+    numbers = np.zeros(len(labels), dtype=np.int8)
+    if found is not None:
+        for number, split in enumerate(splits.SPLITS):
+            numbers[found == split] = number
+    return None, numbers if (numbers == 1).any() else splits.last_tenth_per_class(labels, numbers)
+
+
+def _known_class_splits(name: str, path: Path, names: tuple[str, ...]) -> splits.ClassSplits:
+    if name == "omniglot":
+        return splits.omniglot(str(path), names)
+    if name == "cub":
+        return splits.cub(str(path), names)
+    literal = {"cifar-fs": splits.CIFAR_FS, "mini-imagenet": splits.MINI_IMAGENET}[name]
+    return splits.checked(name, str(path), names, literal)
+
+
+def _agree(
+    name: str,
+    path: Path,
+    names: tuple[str, ...],
+    labels: np.ndarray,
+    found: np.ndarray | None,
+    known: splits.ClassSplits,
+) -> None:
+    """Reject a source whose own split by class contradicts the published one; a source split by image is pooled."""
+    if found is None or len(np.unique(found)) == 1:
+        return
+    parts = {s: {names[i] for i in np.unique(labels[found == s])} for s in splits.SPLITS}
+    if sum(map(len, parts.values())) != len(names):
+        return
+    for split in ("train", "test"):
+        # a source may give val as part of train, never train or val as part of test
+        stray = sorted(parts[split] & set(known["test" if split == "train" else "train"]))
+        if stray:
+            raise RejectedError(
+                f"{path}: class {stray[0]} is under {split}, but not so in the published {name} split; "
+                "correct it, or load it as folder:PATH or parquet:PATH to keep its own split"
+            )

@@ -1,0 +1,257 @@
+"""Readers: a parquet file, a folder of class folders, or a torchvision root becomes one `Raw` table of images.
+
+Every reader checks what it reads and raises RejectedError: one line with what is wrong, where, and what to do.
+"""
+
+import hashlib
+import io
+import struct
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image
+
+from ray_dfml.data import cache
+from ray_dfml.errors import RejectedError
+
+ENCODINGS = ("raw_uint8_hwc", "png", "jpeg")
+SPLIT_NAMES: Mapping[str, str] = {
+    "train": "train",
+    "val": "val",
+    "valid": "val",
+    "validation": "val",
+    "test": "test",
+    "background": "train",
+    "evaluation": "test",
+    "images_background": "train",
+    "images_evaluation": "test",
+}
+
+# what pillow raises for a damaged image, by format and by kind of damage
+DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
+_DECODE_THREADS = 4
+_SMALL = 64 * 64  # pixels; below it decoding is mostly Python, and more than one thread is slower than one
+
+
+@dataclass(frozen=True, kw_only=True)
+class Raw:
+    """What a reader found, before any split rule: one row per image."""
+
+    images: np.ndarray
+    """uint8 [n, c, h, w]"""
+    names: np.ndarray
+    """class name of each image, str [n]"""
+    splits: np.ndarray | None
+    """"train", "val" or "test" of each image, str [n]; None where the source has no splits"""
+    source: Mapping[str, str]
+    """path, format, md5 or pixels_md5, licence, citation, ..."""
+
+
+def file_md5(path: Path) -> str:
+    """Hex md5 of a file's bytes."""
+    digest = hashlib.md5(usedforsecurity=False)
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def pixels_md5(images: np.ndarray, names: np.ndarray) -> str:
+    """Hex md5 of decoded pixels and class names, in order: identifies a source of many files on any machine."""
+    digest = hashlib.md5("\n".join(names.tolist()).encode(), usedforsecurity=False)
+    for start in range(0, len(images), 4096):
+        digest.update(np.ascontiguousarray(images[start : start + 4096]).data)
+    return digest.hexdigest()
+
+
+# --------------------------------------------------------------------------------------------------------------- images
+
+
+def to_chw(image: Image.Image, channels: int, size: tuple[int, int] | None) -> np.ndarray:
+    """uint8 [channels, h, w] of a grey (1) or RGB (3) image, converted from what it is; `size` is (h, w) to resize to.
+
+    Raises one of pillow's errors for damaged data, ValueError for pixels of more than 8 bits.
+    """
+    if image.mode.startswith(("I", "F")):
+        raise ValueError("more than 8 bits per channel; convert it to 8 bits")
+    converted = image.convert("L" if channels == 1 else "RGB")
+    if size is not None and (converted.height, converted.width) != size:
+        converted = converted.resize((size[1], size[0]), Image.Resampling.LANCZOS)
+    pixels = np.asarray(converted)
+    return pixels[None] if channels == 1 else pixels.transpose(2, 0, 1)
+
+
+def decode_all(count: int, shape: tuple[int, int, int], decode: Callable[[int], np.ndarray]) -> np.ndarray:
+    """uint8 [count, *shape] of `decode(0..count-1)`, on a few threads; the error raised is that of the lowest index."""
+    out = np.empty((count, *shape), dtype=np.uint8)
+
+    def fill(rows: range) -> None:
+        for row in rows:
+            out[row] = decode(row)
+
+    with ThreadPoolExecutor(1 if shape[1] * shape[2] < _SMALL else _DECODE_THREADS) as pool:
+        pending = [pool.submit(fill, range(i, min(i + 256, count))) for i in range(0, count, 256)]
+        try:
+            for done in pending:
+                done.result()
+        finally:
+            pool.shutdown(cancel_futures=True)  # after a damaged image, do not decode the rest first
+    return out
+
+
+# -------------------------------------------------------------------------------------------------------------- parquet
+
+
+def read_parquet(path: Path) -> Raw:
+    """A parquet file with columns `image label label_name` and, if it has splits, `split`.
+
+    Its schema metadata give `height width channels encoding`; `encoding` is raw_uint8_hwc, png or jpeg. Decoded png
+    and jpeg images are cached by the file's md5. Raises RejectedError.
+    """
+    table, meta = _open_parquet(path)
+    height, width, channels = (_positive(path, meta, key) for key in ("height", "width", "channels"))
+    encoding = meta.get("encoding", "")
+    if encoding not in ENCODINGS:
+        raise RejectedError(f"{path}: unknown encoding {encoding!r} in the schema metadata; use {', '.join(ENCODINGS)}")
+    if channels not in (1, 3):
+        raise RejectedError(f"{path}: {channels} channels; images must be grey (1) or RGB (3)")
+    names = _names(path, table)
+    splits = None
+    if "split" in table.column_names:
+        splits = _split_names(path, table["split"].to_pylist())
+    shape = (channels, height, width)
+    md5 = file_md5(path)
+    if encoding == "raw_uint8_hwc":
+        images = _raw_images(path, table["image"], shape)
+    else:
+        key = f"{md5}-{channels}x{height}x{width}"
+        images = cache.array(key, (len(names), *shape), lambda: _decoded_column(path, table["image"], shape))
+    kept = ("licence", "citation", "source_repository", "source_commit", "processing", "polarity")
+    source = {"path": str(path), "format": "parquet", "md5": md5, **{k: meta[k] for k in kept if k in meta}}
+    return Raw(images=images, names=names, splits=splits, source=source)
+
+
+def _open_parquet(path: Path) -> tuple[pa.Table, dict[str, str]]:
+    """The table and its schema metadata, checked for columns, their types, nulls and rows."""
+    try:
+        with pq.ParquetFile(path) as file:
+            table = file.read()
+        meta = {k.decode(): v.decode() for k, v in (table.schema.metadata or {}).items()}
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise RejectedError(
+            f"{path}: not a readable parquet file, perhaps cut short ({one_line(error)}); copy it again"
+        ) from None
+    wanted: dict[str, tuple[str, Callable[[pa.DataType], bool]]] = {
+        "image": ("binary", lambda t: pa.types.is_binary(t) or pa.types.is_large_binary(t)),
+        "label": ("integer", pa.types.is_integer),
+        "label_name": ("string", lambda t: pa.types.is_string(t) or pa.types.is_large_string(t)),
+        "split": ("string", lambda t: pa.types.is_string(t) or pa.types.is_large_string(t)),
+    }
+    missing = [c for c in wanted if c not in table.column_names and c != "split"]
+    if missing:
+        raise RejectedError(
+            f"{path}: no column {', '.join(missing)} (found {', '.join(table.column_names) or 'none'}); "
+            "write image, label, label_name and split"
+        )
+    for column, (kind, accepts) in wanted.items():
+        if table.column_names.count(column) > 1:
+            raise RejectedError(f"{path}: column {column} is there twice; keep one")
+        if column not in table.column_names:
+            continue
+        if not accepts(table.schema.field(column).type):
+            raise RejectedError(
+                f"{path}: column {column} is {table.schema.field(column).type}; write it again as {kind}"
+            )
+        if table[column].null_count:
+            row = table[column].is_null().to_pylist().index(True)
+            raise RejectedError(f"{path}: column {column} is empty in row {row}; fill it or drop the row")
+    if not table.num_rows:
+        raise RejectedError(f"{path}: no rows; write at least one image")
+    return table, meta
+
+
+def _positive(path: Path, meta: Mapping[str, str], key: str) -> int:
+    if key not in meta:
+        raise RejectedError(f"{path}: schema metadata lack {key}; write height, width, channels and encoding")
+    if not meta[key].isdecimal() or int(meta[key]) < 1:
+        raise RejectedError(f"{path}: schema metadata {key} is {meta[key]!r}; write a whole number above 0")
+    return int(meta[key])
+
+
+def _names(path: Path, table: pa.Table) -> np.ndarray:
+    """label_name of every row, after checking that labels and names match one to one."""
+    pairs = table.select(["label", "label_name"]).group_by(["label", "label_name"]).aggregate([]).to_pylist()
+    name_of: dict[int, str] = {}
+    label_of: dict[str, int] = {}
+    for pair in sorted(pairs, key=lambda p: (p["label"], p["label_name"])):
+        label, name = pair["label"], pair["label_name"]
+        if name_of.setdefault(label, name) != name:
+            raise RejectedError(
+                f"{path}: label {label} is both {name_of[label]!r} and {name!r}; give each label one name"
+            )
+        if label_of.setdefault(name, label) != label:
+            raise RejectedError(f"{path}: {name!r} is label {label_of[name]} and {label}; give each name one label")
+    return np.array(table["label_name"].to_pylist(), dtype=np.str_)
+
+
+def _split_names(path: Path, found: Sequence[str]) -> np.ndarray:
+    unknown = sorted({s for s in found if s not in SPLIT_NAMES})
+    if unknown:
+        raise RejectedError(f"{path}: unknown split {unknown[0]!r}; use train, val and test")
+    return np.array([SPLIT_NAMES[s] for s in found], dtype=np.str_)
+
+
+def _raw_images(path: Path, column: pa.ChunkedArray, shape: tuple[int, int, int]) -> np.ndarray:
+    """uint8 [n, c, h, w] of a column of h*w*c bytes each, row-major with channels last."""
+    channels, height, width = shape
+    wanted = height * width * channels
+    out = np.empty((len(column), *shape), dtype=np.uint8)
+    start = 0
+    for chunk in column.chunks:
+        values = chunk.cast(pa.large_binary())
+        offsets = np.frombuffer(values.buffers()[1], dtype=np.int64)[values.offset : values.offset + len(values) + 1]
+        lengths = np.diff(offsets)
+        if (lengths != wanted).any():
+            row = int(np.flatnonzero(lengths != wanted)[0])
+            raise RejectedError(
+                f"{path}: image in row {start + row} has {lengths[row]} bytes, "
+                f"{height}x{width}x{channels} needs {wanted}; write whole images, or correct the schema metadata"
+            )
+        if len(values):
+            flat = np.frombuffer(values.buffers()[2], dtype=np.uint8)[offsets[0] : offsets[-1]]
+            out[start : start + len(values)] = flat.reshape(-1, height, width, channels).transpose(0, 3, 1, 2)
+        start += len(values)
+    return out
+
+
+def _decoded_column(path: Path, column: pa.ChunkedArray, shape: tuple[int, int, int]) -> np.ndarray:
+    blobs = column.to_pylist()
+
+    def decode(row: int) -> np.ndarray:
+        try:
+            with Image.open(io.BytesIO(blobs[row])) as image:
+                pixels = to_chw(image, shape[0], None)
+        except DECODE_ERRORS as error:
+            raise RejectedError(
+                f"{path}: image in row {row} cannot be decoded ({one_line(error)}); replace it or drop the row"
+            ) from None
+        if pixels.shape != shape:
+            found, said = (f"{s[1]}x{s[2]}" for s in (pixels.shape, shape))
+            raise RejectedError(
+                f"{path}: image in row {row} is {found}, the schema metadata say {said}; make them agree"
+            )
+        return pixels
+
+    return decode_all(len(blobs), shape, decode)
+
+
+def one_line(error: BaseException) -> str:
+    """First line of an error of a library, short enough for a one-line message, without addresses of objects."""
+    text = " ".join(str(error).split()).split(" <_io.")[0]
+    return text[:117] + "..." if len(text) > 120 else text or type(error).__name__

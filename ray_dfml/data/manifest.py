@@ -1,0 +1,246 @@
+"""`pool.yaml` as a schema: what an entry may say, how it is read, how a fault in it is named."""
+
+import difflib
+import math
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Literal
+
+import yaml
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+
+from ray_dfml.core.backbones import BACKBONES
+from ray_dfml.data import weights_file
+from ray_dfml.errors import RejectedError, UsageError
+from ray_dfml.types import ImageSpec, TeacherCard
+
+MANIFEST = "pool.yaml"
+MANIFEST_BYTES = 64 << 20
+"""Largest manifest that is parsed."""
+
+_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+_DUMPER = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
+
+
+def _printable(text: str) -> str:
+    if not text.isprintable():
+        raise ValueError("expected one line of printable text")
+    return text
+
+
+def _safe_id(text: str) -> str:
+    if not _ID.fullmatch(text):
+        raise ValueError(
+            f"{text!r}: an id has letters, digits, '.', '_' and '-' only, and begins with a letter or a digit"
+        )
+    return text
+
+
+def _known_arch(name: str) -> str:
+    if name not in BACKBONES:
+        close = difflib.get_close_matches(name, BACKBONES, n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        raise ValueError(f"unknown architecture {name!r}; known: {', '.join(BACKBONES)}{hint}")
+    return name
+
+
+def _inside(path: str) -> str:
+    parts = PurePosixPath(path).parts
+    if not parts or path.startswith("/") or ".." in parts or "\\" in path or ":" in path:
+        raise ValueError(f"{path!r} leaves the pool folder; expected a relative path such as weights/ID.safetensors")
+    if not path.endswith(".safetensors"):
+        raise ValueError(
+            f"{path!r} is not a .safetensors file; add others with `ray-dfml pool add`, which converts them"
+        )
+    return path
+
+
+Text = Annotated[str, AfterValidator(_printable)]
+Percent = Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class Input(_Strict):
+    """Size of the images that a teacher takes, in pixels."""
+
+    channels: int = Field(ge=1, le=64)
+    height: int = Field(ge=1, le=4096)
+    width: int = Field(ge=1, le=4096)
+
+
+class Accuracy(_Strict):
+    """Accuracies in percent as the owner states them; null where unknown."""
+
+    reported: Percent | None = None
+    best: Percent | None = None
+    """of the best epoch"""
+    last: Percent | None = None
+    """of the weights that are saved"""
+
+
+class Entry(_Strict):
+    """One teacher of `pool.yaml`."""
+
+    id: Annotated[str, AfterValidator(_safe_id)]
+    access: Literal["weights", "logits", "probs", "label"] = "weights"
+    weights: Annotated[Text, AfterValidator(_inside)] | None = Field(default=None, validate_default=True)
+    """file inside the pool folder; may be null where access is not `weights`"""
+    sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")] | None = Field(default=None, validate_default=True)
+    """of that file"""
+    arch: Annotated[str, AfterValidator(_known_arch)]
+    input: Input
+    mean: list[float]
+    std: list[float]
+    classes: list[Text] = Field(min_length=2, max_length=100_000)
+    accuracy: Accuracy = Accuracy()
+    source: Text = ""
+    authorization: Text = ""
+
+    @field_validator("weights", "sha256")
+    @classmethod
+    def _with_weights(cls, value: str | None, info: ValidationInfo) -> str | None:
+        if value is None and info.data.get("access") == "weights":
+            raise ValueError("required where access is 'weights'")
+        return value
+
+    @field_validator("mean", "std")
+    @classmethod
+    def _one_per_channel(cls, value: list[float], info: ValidationInfo) -> list[float]:
+        size = info.data.get("input")
+        if size is not None and len(value) != size.channels:
+            raise ValueError(
+                f"expected {size.channels} values, got {len(value)} - the model takes {size.channels} channels"
+            )
+        if not all(math.isfinite(number) for number in value):
+            raise ValueError(f"expected finite numbers, got {value}")
+        if info.field_name == "std" and not all(number > 0 for number in value):
+            raise ValueError(f"expected positive numbers, got {value}")
+        return value
+
+    @field_validator("classes")
+    @classmethod
+    def _distinct(cls, value: list[str]) -> list[str]:
+        seen: set[str] = set()
+        for name in value:
+            if not name or name in seen:
+                raise ValueError(f"class {name!r} appears twice" if name else "a class name is empty")
+            seen.add(name)
+        return value
+
+    @property
+    def image(self) -> ImageSpec:
+        """Size and normalisation of the images."""
+        return ImageSpec(**self.input.model_dump(), mean=tuple(self.mean), std=tuple(self.std))
+
+    @property
+    def card(self) -> TeacherCard:
+        """What the rest of the program knows of this teacher."""
+        return TeacherCard(
+            id=self.id,
+            arch=self.arch,
+            image=self.image,
+            classes=tuple(self.classes),
+            access=self.access,
+            sha256=self.sha256 or "",
+            accuracy=self.accuracy.reported,
+        )
+
+
+class _Manifest(_Strict):
+    version: Literal[1]
+    teachers: list[Entry] = []
+
+
+def make_entry(
+    id: str,
+    arch: str,
+    image: ImageSpec,
+    classes: Sequence[str],
+    access: str,
+    accuracy: Mapping[str, float | None] | None,
+    source: str,
+    authorization: str,
+) -> Entry:
+    """The entry of a teacher whose file has yet to be written (`sha256` is all zeros). Raises UsageError."""
+    fields = {
+        "id": id,
+        "access": access,
+        "weights": "weights/unwritten.safetensors",
+        "sha256": "0" * 64,
+        "arch": arch,
+        "input": {"channels": image.channels, "height": image.height, "width": image.width},
+        "mean": [float(number) for number in image.mean],
+        "std": [float(number) for number in image.std],
+        "classes": list(classes),
+        "accuracy": {key: None if value is None else float(value) for key, value in (accuracy or {}).items()},
+        "source": source,
+        "authorization": authorization,
+    }
+    try:
+        entry = Entry.model_validate(fields)
+    except ValidationError as error:
+        raise UsageError(_first_fault(error)) from None
+    return entry.model_copy(update={"weights": f"weights/{id}.safetensors"})
+
+
+def read_manifest(folder: Path) -> list[Entry]:
+    """The entries of a pool folder in file order. Raises UsageError where there is none, RejectedError at a fault."""
+    file = folder / MANIFEST
+    if not file.exists():
+        raise UsageError(f"{folder}: no pool here (no {MANIFEST})")
+    try:
+        data = weights_file.read_bytes(file, limits=weights_file.Limits(file_bytes=MANIFEST_BYTES))
+        content = yaml.load(data, Loader=_LOADER)
+    except RejectedError as error:
+        raise RejectedError(f"{MANIFEST}: {error}") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"line {mark.line + 1}: " if mark else ""
+        problem = getattr(error, "problem", None) or str(error) or "nested too deep"
+        raise RejectedError(f"{MANIFEST}: {where}not YAML: {problem.splitlines()[0]}") from None
+    try:
+        entries = _Manifest.model_validate(content).teachers
+    except ValidationError as error:
+        raise RejectedError(f"{MANIFEST}: {_first_fault(error)}") from None
+    places: dict[str, int] = {}
+    for place, entry in enumerate(entries):
+        if places.setdefault(entry.id, place) != place:
+            raise RejectedError(
+                f"{MANIFEST}: teachers[{place}].id: {entry.id!r} is taken by teachers[{places[entry.id]}]"
+            )
+    return entries
+
+
+def write_manifest(folder: Path, entries: Sequence[Entry]) -> None:
+    """Replace the manifest of a folder in one step."""
+    content = {"version": 1, "teachers": [entry.model_dump(mode="json") for entry in entries]}
+    text = yaml.dump(content, Dumper=_DUMPER, sort_keys=False, allow_unicode=True, width=120, default_flow_style=None)
+    weights_file.write_bytes(folder / MANIFEST, text.encode())
+
+
+def _first_fault(error: ValidationError) -> str:
+    """`teachers[3].mean: expected 3 values, got 1` of pydantic's first complaint."""
+    faults = error.errors(include_url=False)
+    fault = faults[0]
+    parts = (part if isinstance(part, int) or part.isprintable() else ascii(part) for part in fault["loc"])
+    place = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in parts).lstrip(".")
+    got = ascii(fault["input"])
+    got = got if len(got) <= 60 else f"{got[:60]}.."
+    match fault["type"]:
+        case "value_error":
+            text = fault["msg"].removeprefix("Value error, ")
+        case "missing":
+            text = "required"
+        case "extra_forbidden":
+            text = "unknown key"
+        case "string_type":
+            text = f"expected text, got {got} - put it in quotes"
+        case _:
+            text = f"{fault['msg'][0].lower()}{fault['msg'][1:]}, got {got}"
+    rest = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
+    return f"{place}: {text}{rest}" if place else f"{text}{rest}"

@@ -1,0 +1,262 @@
+"""The pool on disk: `pool.yaml` with one entry per teacher beside `weights/ID.safetensors`.
+
+Everything in it may come from a stranger: the manifest is checked against a schema when the pool is opened, a teacher's
+file when it is loaded. Architectures come from the allow-list BACKBONES; a path never leaves the folder.
+"""
+
+import contextlib
+import difflib
+import hashlib
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import filelock
+import numpy as np
+import torch
+from torch import Tensor
+
+from ray_dfml.core.net import net
+from ray_dfml.data import weights_file
+from ray_dfml.data.manifest import MANIFEST, Entry, make_entry, read_manifest, write_manifest
+from ray_dfml.errors import RejectedError, ResourceError, UsageError
+from ray_dfml.types import ImageSpec, TeacherCard
+
+__all__ = ["Entry", "Pool", "add_file"]
+
+LOCK_SECONDS = 300
+"""How long a writer waits for another one."""
+PROBE_MACS = 2e10
+"""Work that `check` spends on one teacher's random images, in multiply-accumulates (4 to 256 images)."""
+
+
+class Pool:
+    """Teachers in a folder. `open` or `create` one; `cards` lists them in file order, whatever their access."""
+
+    path: Path
+    cards: tuple[TeacherCard, ...]
+
+    def __init__(self, path: Path, entries: Sequence[Entry]) -> None:
+        self.path = path
+        self._set(entries)
+
+    def _set(self, entries: Sequence[Entry]) -> None:
+        self._entries = {entry.id: entry for entry in entries}
+        self.cards = tuple(entry.card for entry in entries)
+
+    @classmethod
+    def open(cls, path: str | Path) -> "Pool":
+        """Read and check the manifest; no weights are read.
+
+        Raises UsageError where there is no pool, RejectedError with the place of the first fault otherwise.
+        """
+        path = Path(path)
+        return cls(path, read_manifest(path))
+
+    @classmethod
+    def create(cls, path: str | Path) -> "Pool":
+        """A new empty pool: a folder with a manifest that names no teacher.
+
+        Raises UsageError if `path` is anything but absent or an empty folder (hidden files aside).
+        """
+        path = Path(path)
+        if path.exists() and not path.is_dir():
+            raise UsageError(f"{path}: is a file; choose a new folder")
+        with _locked(path):
+            if (path / MANIFEST).exists():
+                raise UsageError(f"{path}: already holds a pool; choose another folder")
+            if not all(child.name.startswith(".") for child in path.iterdir()):
+                raise UsageError(f"{path}: is not an empty folder; choose a new one")
+            write_manifest(path, [])
+            (path / "weights").mkdir()
+        return cls(path, [])
+
+    def entry(self, id: str) -> Entry:
+        """Everything the manifest says of a teacher. Raises UsageError for an unknown id."""
+        if id not in self._entries:
+            close = difflib.get_close_matches(id, self._entries, n=1)
+            raise UsageError(f"no teacher {id!r} in {self.path}" + (f"; did you mean {close[0]!r}?" if close else ""))
+        return self._entries[id]
+
+    def load(self, id: str) -> tuple[np.ndarray, np.ndarray]:
+        """Weights `[p]` and running batch-norm statistics `[k]`, float32, laid out as `net(...)` of the teacher's card.
+
+        Checked first: access, sha256, sizes, dtypes, names and shapes, NaN and infinity, negative variances. Raises
+        RejectedError that begins with the id.
+        """
+        entry = self.entry(id)
+        try:
+            theta, stats = _flat(entry, self._tensors(entry))
+        except RejectedError as error:
+            raise RejectedError(f"{id}: {error}") from None
+        return theta.numpy(), stats.numpy()
+
+    def _tensors(self, entry: Entry) -> dict[str, Tensor]:
+        if entry.access != "weights" or entry.weights is None:
+            raise RejectedError(f"access {entry.access!r} is not supported by this version")
+        file = self.path / entry.weights
+        if not file.resolve().is_relative_to(self.path.resolve()):
+            raise RejectedError(f"{entry.weights} leaves the pool folder")
+        data = weights_file.read_bytes(file)
+        found = hashlib.sha256(data).hexdigest()
+        if found != entry.sha256:
+            raise RejectedError(
+                f"{entry.weights} has sha256 {found[:12]}.., pool.yaml says {(entry.sha256 or '')[:12]}.."
+            )
+        tensors = weights_file.fit(weights_file.from_safetensors(data), entry.arch, entry.image, len(entry.classes))
+        weights_file.check_values(tensors)
+        return tensors
+
+    def add(
+        self,
+        id: str,
+        tensors: Mapping[str, Tensor],
+        *,
+        arch: str,
+        image: ImageSpec,
+        classes: Sequence[str],
+        access: str = "weights",
+        accuracy: Mapping[str, float | None] | None,
+        source: str,
+        authorization: str = "",
+    ) -> None:
+        """Write `weights/ID.safetensors`, then the manifest; afterwards `cards` shows what is on disk.
+
+        Any number of processes may add at once; an interrupted one leaves the manifest as it was. Comments in
+        a hand-written manifest are lost. `tensors` are the parameters and buffers of the module, stored as float32;
+        `accuracy` has any of `reported`, `best`, `last` in percent. Raises UsageError for a value that the manifest
+        cannot hold or an id that is taken, RejectedError for tensors that `load` would refuse.
+        """
+        entry = make_entry(id, arch, image, classes, access, accuracy, source, authorization)
+        self._add(entry, tensors)
+
+    def _add(self, entry: Entry, tensors: Mapping[str, Tensor], *, run: bool = False) -> None:
+        id = entry.id
+        try:
+            fitted = weights_file.fit(tensors, entry.arch, entry.image, len(entry.classes))
+            fitted = {name: tensor.detach().float() for name, tensor in fitted.items()}
+            weights_file.check_values(fitted)
+            if run:
+                _probe(entry, fitted)
+        except RejectedError as error:
+            raise RejectedError(f"{id}: {error}") from None
+        data = weights_file.to_safetensors(fitted)
+        entry = entry.model_copy(update={"sha256": hashlib.sha256(data).hexdigest()})
+        with _locked(self.path):
+            entries = read_manifest(self.path)
+            if any(id == other.id or entry.weights == other.weights for other in entries):
+                raise UsageError(f"id {id!r} is taken in {self.path}; choose another one")
+            (self.path / "weights").mkdir(exist_ok=True)
+            weights_file.write_bytes(self.path / f"weights/{id}.safetensors", data)
+            entries.append(entry)
+            write_manifest(self.path, entries)
+        self._set(entries)
+
+    def sha256(self) -> str:
+        """Of the whole pool, in hex: of its ids and files, in the order of ids."""
+        lines = (f"{id} {self._entries[id].sha256 or '-'}\n" for id in sorted(self._entries))
+        return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+    def check(self) -> list[dict[str, Any]]:
+        """Load each teacher and run it on noise of random brightness: one `{"id", "ok", "reason"}` each, in file order.
+
+        `reason` says why a teacher cannot be used, or, where `ok` is true, what is odd about it; else it is empty.
+        Never raises for a bad teacher.
+        """
+        first: dict[str, str] = {}
+        results = []
+        for entry in self._entries.values():
+            try:
+                notes = _probe(entry, self._tensors(entry))
+                twin = first.setdefault(entry.sha256 or "", entry.id)
+                if twin != entry.id:
+                    notes.append(f"same weights as {twin}")
+                results.append({"id": entry.id, "ok": True, "reason": "; ".join(notes)})
+            except Exception as error:  # whatever a stranger's weights provoke is that teacher's fault alone
+                results.append({"id": entry.id, "ok": False, "reason": weights_file.first_line(error)})
+        return results
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """The folder, made if absent, for one writer at a time. Failures of the disk become ResourceError."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with filelock.FileLock(folder / ".lock", timeout=LOCK_SECONDS):
+            yield
+    except filelock.Timeout:
+        raise ResourceError(f"{folder}: another process has been writing for {LOCK_SECONDS} s") from None
+    except OSError as error:
+        raise ResourceError(f"{folder}: cannot be written: {error.strerror or error}") from None
+
+
+def _flat(entry: Entry, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    parameters, statistics = weights_file.parts(entry.arch, entry.image, len(entry.classes))
+    return parameters.flatten(tensors), statistics.flatten(tensors)
+
+
+def _probe(entry: Entry, tensors: Mapping[str, Tensor]) -> list[str]:
+    """What is odd about a teacher that can be used. Raises RejectedError (without the id) for one that cannot."""
+    theta, stats = _flat(entry, tensors)
+    spec, ways = entry.image, len(entry.classes)
+    model = net(entry.arch, spec.shape, ways)
+    generator = torch.Generator().manual_seed(0)
+    mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (spec.mean, spec.std))
+    try:
+        count = int(min(256, max(4, PROBE_MACS / max(1, model.macs))))
+        images = torch.rand(count, *spec.shape, generator=generator) * torch.rand(count, 1, 1, 1, generator=generator)
+        with torch.no_grad():
+            logits = model(theta, (images - mean) / std, stats)
+    except RuntimeError as error:
+        raise RejectedError(f"cannot run on images of {spec.shape}: {weights_file.first_line(error)}") from None
+    if logits.shape != (count, ways):
+        raise RejectedError(f"gives logits of shape {list(logits.shape)}, expected {[count, ways]}")
+    if not torch.isfinite(logits).all():
+        raise RejectedError("gives NaN or infinite logits on random images")
+    if (logits == logits[0]).all():
+        raise RejectedError("gives the same logits for different images")
+    dead = [entry.classes[i] for i in range(ways) if (logits[:, i] == logits[0, i]).all()]
+    return [f"constant output for {', '.join(dead[:5])}{' ..' if len(dead) > 5 else ''}"] if dead else []
+
+
+def add_file(
+    pool: Pool,
+    weights: Path,
+    *,
+    id: str | None = None,
+    arch: str,
+    input: str,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    classes: Sequence[str],
+    accuracy: float | None = None,
+    source: str = "",
+    authorization: str = "",
+) -> str:
+    """Add a file of weights (`.safetensors`, or a plain state dict in `.pt`) after running it once; returns the id.
+
+    `id` is the file's stem by default; `input` is `CHANNELSxHEIGHTxWIDTH`; `mean` and `std` are per channel for pixels
+    in [0, 1], by default 0 and 1; `accuracy` in percent. Raises UsageError for arguments that do not fit the file or
+    each other, RejectedError for a bad file.
+    """
+    id = weights.stem if id is None else id
+    size = re.fullmatch(r"(\d{1,4})x(\d{1,4})x(\d{1,4})", input)
+    if not size:
+        raise UsageError(f"input {input!r}: expected CHANNELSxHEIGHTxWIDTH, such as 3x32x32")
+    channels, height, width = (int(number) for number in size.groups())
+    image = ImageSpec(
+        channels=channels,
+        height=height,
+        width=width,
+        mean=tuple(mean) if mean is not None else (0.0,) * channels,
+        std=tuple(std) if std is not None else (1.0,) * channels,
+    )
+    tensors = weights_file.read(weights)
+    head = tensors.get("head.weight")
+    if head is not None and head.dim() == 2 and head.shape[0] != len(classes):
+        raise UsageError(f"weights have {head.shape[0]} outputs, --classes names {len(classes)}")
+    reported = {} if accuracy is None else {"reported": float(accuracy)}
+    entry = make_entry(id, arch, image, classes, "weights", reported, source, authorization)
+    pool._add(entry, tensors, run=True)
+    return id

@@ -1,0 +1,89 @@
+"""Training of one teacher on one task, the pool's recipe ([Wei2024] section 5.1; METHODS 1.3). The `pretrain` op.
+
+[Wei2024] FREE, arXiv 2405.00984. Unlike the released code, which saves the last epoch under the best epoch's accuracy, the
+best weights are copied, and both accuracies are kept.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from pydantic import BaseModel, ConfigDict, Field
+
+from ray_dfml.core import optim
+from ray_dfml.core.images import normalise, to_pixels
+from ray_dfml.core.net import net
+from ray_dfml.types import Arrays, Job
+
+STATS_MOMENTUM = 0.1
+
+
+class PretrainConfig(BaseModel):
+    """Recipe of a pool's teachers."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    epochs: int = Field(60, ge=1, description="Passes over a teacher's training images.")
+    batch: int = Field(128, ge=2, description="Images per step.")
+    lr: float = Field(0.01, gt=0, description="Step size of Adam (Conv4), or of SGD (ResNets).")
+    clip: float = Field(50.0, gt=0, description="Bound on the gradient's L2 norm.")
+    momentum: float = Field(0.9, ge=0, lt=1, description="SGD momentum (ResNets).")
+    weight_decay: float = Field(5e-4, ge=0, description="SGD weight decay (ResNets).")
+    milestones: tuple[int, ...] = Field((30, 50, 80), description="Epochs at which SGD's step size falls (ResNets).")
+    decay: float = Field(0.2, gt=0, le=1, description="Factor of each fall.")
+
+
+def pretrain(worker: object, jobs: Sequence[Job], shared: Arrays) -> list[Arrays]:
+    """The `pretrain` op: one teacher per job from uint8 images [n c h w] and local labels [n], split by `held_out` [n].
+
+    Returns the weights of the best epoch on the held-out images, its accuracy, and the last epoch's, in percent.
+    """
+    cfg = PretrainConfig.model_validate(shared["cfg"])
+    return [_one(cfg, job, getattr(worker, "device")) for job in jobs]  # noqa: B009
+
+
+def _one(cfg: PretrainConfig, job: Job, device: torch.device) -> Arrays:
+    values = job.values
+    network = net(values["arch"], tuple(values["shape"]), values["way"])
+    rng = torch.Generator().manual_seed(job.seed)
+    mean, std = (torch.tensor(values[k], device=device) for k in ("mean", "std"))
+    x = normalise(to_pixels(values["images"], device), mean, std)
+    y = torch.tensor(values["labels"], device=device)
+    held = torch.tensor(values["held_out"], device=device)
+    train_x, train_y, test_x, test_y = x[~held], y[~held], x[held], y[held]
+
+    theta, stats = network.init(rng).to(device), network.initial_stats().to(device)
+    adam, velocity = optim.Adam.zeros(theta), torch.zeros_like(theta)
+    with_adam = values["arch"].startswith("conv4")
+    best = (-1.0, theta, stats)
+    accuracy = 0.0
+    for epoch in range(cfg.epochs):
+        lr = cfg.lr * (1.0 if with_adam else cfg.decay ** sum(epoch >= m for m in cfg.milestones))
+        order = torch.randperm(len(train_x), generator=rng).to(device)
+        for chunk in order.split(cfg.batch):
+            if len(chunk) < 2:
+                continue
+            leaf = theta.detach().requires_grad_()
+            logits, found = network.with_stats(leaf, train_x[chunk])
+            grad = torch.autograd.grad(F.cross_entropy(logits, train_y[chunk]), leaf)[0]
+            grad = optim.clip_norm(grad, cfg.clip)
+            if with_adam:
+                theta, adam = optim.adam_step(theta, grad, adam, lr=lr)
+            else:
+                theta, velocity = optim.sgd_step(
+                    theta, grad, velocity, lr=lr, momentum=cfg.momentum, weight_decay=cfg.weight_decay
+                )
+            stats = (1 - STATS_MOMENTUM) * stats + STATS_MOMENTUM * found.detach()
+        with torch.no_grad():
+            logits = torch.cat([network(theta, part, stats) for part in test_x.split(256)])
+        accuracy = 100.0 * float((logits.argmax(-1) == test_y).float().mean())
+        if accuracy > best[0]:
+            best = (accuracy, theta.clone(), stats.clone())
+    if not torch.isfinite(best[1]).all():
+        return {"rejected": f"training diverged (lr {cfg.lr})"}
+    return {
+        "theta": best[1].cpu().numpy(),
+        "stats": best[2].cpu().numpy(),
+        "accuracy_best": best[0],
+        "accuracy_last": accuracy,
+    }

@@ -1,0 +1,38 @@
+"""Errors a user can act on. Each carries the process exit code of the contract; everything else is a defect (exit 1).
+
+A message is one line: what is wrong, where, what to do.
+"""
+
+
+class DfmlError(Exception):
+    """Base class. `exit_code` 1: the run failed."""
+
+    exit_code = 1
+
+
+class UsageError(DfmlError):
+    """A command line or a configuration that cannot be carried out. Exit code 2."""
+
+    exit_code = 2
+
+
+class RejectedError(DfmlError):
+    """A pool or a data source that was read and found wanting. Exit code 3."""
+
+    exit_code = 3
+
+
+class ResourceError(DfmlError):
+    """The cluster or this machine lacks what the run asks for. Exit code 5."""
+
+    exit_code = 5
+
+
+class Interrupted(DfmlError):
+    """Stopped by the user; the run folder can be resumed. Exit code 130."""
+
+    exit_code = 130
+
+
+class LearnerLost(DfmlError):
+    """The learner's process ended; the last checkpoint is the state to go on from."""

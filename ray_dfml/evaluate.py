@@ -1,0 +1,145 @@
+"""Meta-test: accuracy on fixed real episodes (METHODS 1.4). The `evaluate` op, and the jobs that cover a set of episodes.
+
+[Finn2017] arXiv 1703.03400. The adaptation is plain SGD on all weights with the support's cross-entropy.
+Batch norm at test: `transductive` uses the statistics of the current batch for support and query (the query's own images
+help to classify it; the field's published numbers are of this kind); `support` normalises the query with the support's
+statistics; `running` uses the statistics kept from training, for both.
+"""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+
+from ray_dfml.core import episodes, memory, scoring
+from ray_dfml.core.images import normalise, to_pixels
+from ray_dfml.core.inner_loop import adapt, plain_grad
+from ray_dfml.core.net import Net, net
+from ray_dfml.types import Arrays, ImageSpec, Job
+
+BatchNormMode = Literal["transductive", "support", "running"]
+EPISODES_PER_JOB = 10
+
+
+class EvalConfig(BaseModel):
+    """Meta-test settings."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    every: int = Field(0, ge=0, description="Rounds between validations; 0 chooses a twentieth of the rounds.")
+    episodes: int = Field(600, ge=1, description="Test episodes.")
+    val_episodes: int = Field(100, ge=1, description="Validation episodes, for selection.")
+    shots: tuple[int, ...] = Field((1, 5), description="Support images per class of the test episodes.")
+    query: int = Field(15, ge=1, description="Query images per class.")
+    steps: int = Field(10, ge=0, description="Adaptation steps on the support.")
+    lr: float = Field(0.01, gt=0, description="Their step size.")
+    bn: BatchNormMode = Field("transductive", description="Batch-norm statistics at test; stamped on every number.")
+    seed: int = Field(0, ge=0, description="Seed of the episodes; equal for every method.")
+    test_best: bool = Field(False, description="Also report the best round on the test episodes, labelled as such.")
+
+
+def finetune(
+    network: Net,
+    theta: Tensor,
+    stats: Tensor,
+    support: Tensor,
+    labels: Tensor,
+    query: Tensor,
+    *,
+    steps: int,
+    lr: float,
+    bn: BatchNormMode,
+) -> Tensor:
+    """Query logits [u q] after `steps` SGD steps of size `lr` on the support; images normalised [n c h w], labels [s]."""
+    fixed = stats if bn == "running" else None
+    phi = adapt(
+        lambda w: F.cross_entropy(network(w, support, fixed), labels), theta, lr=lr, steps=steps, grad_of=plain_grad
+    )
+    with torch.no_grad():
+        if bn == "support":
+            fixed = network.with_stats(phi, support)[1]
+        return network(phi, query, fixed)
+
+
+def jobs(cfg: EvalConfig, *, way: int, shot: int, count: int) -> list[Job]:
+    """Jobs that cover episodes 0..count-1, ten each, so that the work splits alike for any number of shards."""
+    values = {"way": way, "shot": shot, "query": cfg.query, "seed": cfg.seed}
+    return [
+        Job(index=i, seed=0, values=values | {"start": start, "stop": min(start + EPISODES_PER_JOB, count)})
+        for i, start in enumerate(range(0, count, EPISODES_PER_JOB))
+    ]
+
+
+def shared(
+    cfg: EvalConfig,
+    *,
+    arch: str,
+    image: ImageSpec,
+    outputs: int,
+    theta: np.ndarray,
+    stats: np.ndarray,
+    reading: str,
+    images: np.ndarray,
+    labels: np.ndarray,
+) -> Arrays:
+    """Values all evaluate jobs read: weights [p], statistics [k], uint8 images [n c h w] with labels [n], and how to read."""
+    return {
+        "arch": arch,
+        "shape": image.shape,
+        "mean": np.float32(image.mean),
+        "std": np.float32(image.std),
+        "outputs": outputs,
+        "theta": theta,
+        "stats": stats,
+        "reading": reading,
+        "images": images,
+        "labels": labels,
+        "steps": cfg.steps,
+        "lr": cfg.lr,
+        "bn": cfg.bn,
+    }
+
+
+def evaluate(worker: object, jobs: Sequence[Job], shared: Arrays) -> list[Arrays]:
+    """The `evaluate` op: accuracies in percent of the episodes of each job.
+
+    Readings: `finetune` adapts all weights to the support; `direct` takes output unit c for way c and ignores the support;
+    `assign` matches output units to ways on the support's log-probabilities (both with the weights' own statistics).
+    """
+    device: torch.device = getattr(worker, "device")  # noqa: B009
+    network = net(shared["arch"], tuple(shared["shape"]), shared["outputs"])
+    theta, stats = (torch.tensor(shared[k], device=device) for k in ("theta", "stats"))
+    mean, std = (torch.tensor(shared[k], device=device) for k in ("mean", "std"))
+
+    def load(positions: np.ndarray) -> Tensor:
+        return normalise(to_pixels(shared["images"][positions], device), mean, std)
+
+    out = []
+    for job in jobs:
+        v = job.values
+        way = v["way"]
+        labels = memory.interleaved(way, v["shot"]).to(device)
+        wanted = memory.interleaved(way, v["query"]).to(device)
+        found = []
+        for index in range(v["start"], v["stop"]):
+            episode = episodes.draw(
+                shared["labels"], way=way, shot=v["shot"], query=v["query"], seed=v["seed"], index=index
+            )
+            support, query = load(episode.support), load(episode.query)
+            if shared["reading"] == "finetune":
+                logits = finetune(
+                    network, theta, stats, support, labels, query, steps=shared["steps"], lr=shared["lr"], bn=shared["bn"]
+                )
+            else:
+                with torch.no_grad():
+                    logits = network(theta, query, stats)
+                    if shared["reading"] == "assign":
+                        on_support = network(theta, support, stats).log_softmax(-1).cpu().numpy()
+                        logits = logits[:, torch.tensor(scoring.assign_units(on_support, labels.cpu().numpy(), way))]
+            found.append(100.0 * float((logits.argmax(-1) == wanted).float().mean()))
+        out.append({"accuracies": np.array(found)})
+    return out

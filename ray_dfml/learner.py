@@ -1,0 +1,333 @@
+"""The learner that a run leaves behind: `learner.safetensors` and `learner.json`, and how to use it on new classes.
+
+    import numpy as np
+    from ray_dfml.learner import Learner
+
+    adapted = Learner.load("runs/free").adapt(support, ["cat", "cat", "dog", "dog"])  # uint8 [4 c h w]
+    print(adapted.predict(query))                                                     # ["dog", "cat", ...]
+
+The mathematics is that of `evaluate.finetune`; a test holds the two to the same bits.
+"""
+
+import json
+from collections.abc import Hashable, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageOps
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from torch import Tensor
+
+from ray_dfml.core.backbones import BACKBONES
+from ray_dfml.core.images import normalise, to_pixels
+from ray_dfml.core.inner_loop import adapt, plain_grad
+from ray_dfml.core.net import Net, net
+from ray_dfml.data import formats, weights_file
+from ray_dfml.data.folders import IMAGE_SUFFIXES
+from ray_dfml.data.manifest import Input
+from ray_dfml.errors import RejectedError, UsageError
+from ray_dfml.evaluate import BatchNormMode
+from ray_dfml.types import ImageSpec
+
+WEIGHTS = "learner.safetensors"
+CARD_BYTES = 1 << 20
+"""Largest `learner.json` that is parsed."""
+CHUNK = 256
+"""Query images classified at once where batch norm has fixed statistics."""
+_SLACK = 1e-5  # float pixels may leave [0, 1] by rounding
+
+
+def _known(arch: str) -> str:
+    if arch not in BACKBONES:
+        raise ValueError(f"unknown architecture {arch!r}; known: {', '.join(BACKBONES)}")
+    return arch
+
+
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+
+
+class LearnerCard(BaseModel):
+    """`learner.json`: what the weights need to be used, and where they come from."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    format: Literal[1] = 1
+    method: str
+    arch: Annotated[str, AfterValidator(_known)]
+    way: int = Field(ge=2, le=100_000)
+    input: Input
+    mean: list[Finite]
+    std: list[Annotated[Finite, Field(gt=0)]]
+    bn: BatchNormMode
+    steps: int = Field(ge=0, le=100_000)
+    lr: float = Field(gt=0, allow_inf_nan=False)
+    selection: Literal["val", "last"]
+    profile: str
+    seed: int
+
+    @model_validator(mode="after")
+    def _one_per_channel(self) -> "LearnerCard":
+        if not len(self.mean) == len(self.std) == self.input.channels:
+            raise ValueError(f"mean and std need {self.input.channels} values, one per channel")
+        return self
+
+    @property
+    def image(self) -> ImageSpec:
+        """Size and normalisation of the images."""
+        return ImageSpec(**self.input.model_dump(), mean=tuple(self.mean), std=tuple(self.std))
+
+
+def export(
+    folder: Path,
+    *,
+    theta: Tensor | np.ndarray,
+    stats: Tensor | np.ndarray,
+    arch: str,
+    image: ImageSpec,
+    way: int,
+    method: str,
+    bn: BatchNormMode,
+    steps: int,
+    lr: float,
+    selection: str,
+    profile: str,
+    seed: int,
+) -> None:
+    """Write weights [p] and batch-norm statistics [k] as named tensors, and `learner.json`; each file is replaced whole.
+
+    Raises RejectedError for values that `Learner.load` would refuse.
+    """
+    card = LearnerCard.model_validate(
+        {
+            "method": method,
+            "arch": arch,
+            "way": way,
+            "input": {"channels": image.channels, "height": image.height, "width": image.width},
+            "mean": [float(v) for v in image.mean],
+            "std": [float(v) for v in image.std],
+            "bn": bn,
+            "steps": steps,
+            "lr": float(lr),
+            "selection": selection,
+            "profile": profile,
+            "seed": seed,
+        }
+    )
+    layouts = weights_file.parts(arch, image, way)
+    tensors: dict[str, Tensor] = {}
+    for layout, flat in zip(layouts, (theta, stats), strict=True):
+        tensors |= layout.unflatten(torch.as_tensor(flat).detach().to("cpu", torch.float32))
+    weights_file.check_values(tensors)
+    weights_file.write(folder / WEIGHTS, tensors)
+    text = json.dumps(card.model_dump(mode="json"), indent=2) + "\n"
+    weights_file.write_bytes((folder / WEIGHTS).with_suffix(".json"), text.encode())
+
+
+class Learner:
+    """A few-shot learner: `adapt` it to 2 to `way` new classes from a few labelled images of each.
+
+        learner = Learner.load("runs/free")
+        adapted = learner.adapt(x, ["cat", "cat", "dog", "dog"])  # x: uint8 [4 c h w]
+        adapted.predict(queries)                                  # one label per query image
+        adapted.predict_proba(queries)                            # [m 2], columns in the order of adapted.classes
+
+    Images have the learner's size, `learner.image`; they are not resized here (`read_folder` does it for files).
+    """
+
+    theta: Tensor
+    """Weights [p]."""
+    stats: Tensor
+    """Running batch-norm statistics [k]."""
+    image: ImageSpec
+    """Size and normalisation of the images it takes."""
+    way: int
+    """The most classes it can tell apart at once."""
+
+    def __init__(self, card: LearnerCard, theta: Tensor, stats: Tensor) -> None:
+        self.theta, self.stats = theta, stats
+        self.arch, self.image, self.way = card.arch, card.image, card.way
+        self.bn, self.steps, self.lr = card.bn, card.steps, card.lr
+        self.method, self.profile, self.selection, self.seed = card.method, card.profile, card.selection, card.seed
+        self._mean, self._std = torch.tensor(card.mean), torch.tensor(card.std)
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Learner":
+        """The learner of a run folder, or of the path of a `learner.safetensors` with its `.json` beside it.
+
+        Raises UsageError where there is none, RejectedError, one line, where it was damaged or does not fit its card.
+        """
+        path = Path(path)
+        file = path / WEIGHTS if path.is_dir() else path
+        if not file.exists():
+            raise UsageError(f"{file}: no such file; name the folder of a finished run, or its {WEIGHTS}")
+        if file.suffix != ".safetensors":
+            raise UsageError(f"{file}: a learner is a .safetensors file with its .json beside it; name that file")
+        card = _read_card(file.with_suffix(".json"))
+        tensors = weights_file.read(file)
+        try:
+            layouts = weights_file.parts(card.arch, card.image, card.way)
+            tensors = weights_file.fit(tensors, card.arch, card.image, card.way)
+            weights_file.check_values(tensors)
+        except RejectedError as error:
+            raise RejectedError(f"{file}: {error}; export the learner again") from None
+        return cls(card, layouts.parameters.flatten(tensors), layouts.statistics.flatten(tensors))
+
+    @property
+    def net(self) -> Net:
+        """Its network, without weights."""
+        return net(self.arch, self.image.shape, self.way)
+
+    def adapt(self, x: np.ndarray | Tensor, y: Sequence[Hashable] | np.ndarray | Tensor) -> "AdaptedLearner":
+        """The learner after `steps` SGD steps on the support; itself it does not change.
+
+        `x`: uint8 [n c h w] or [n h w c], or float in [0, 1] [n c h w]; NumPy or torch. `y`: n labels of any hashable
+        kind. Class i is the i-th distinct label in `y`; head outputs beyond the last class are left out of loss and
+        predictions. All n images form one batch. Raises UsageError for images or labels it cannot take.
+        """
+        labels = y.tolist() if isinstance(y, np.ndarray | Tensor) else list(y)
+        support = self._normalised(x)
+        if len(labels) != len(support):
+            raise UsageError(f"adapt: {len(support)} images and {len(labels)} labels; give one label per image")
+        try:
+            classes = tuple(dict.fromkeys(labels))
+        except TypeError:
+            raise UsageError("adapt: a label is not hashable; use strings or numbers, one per image") from None
+        if len(classes) < 2:
+            raise UsageError(f"adapt: {len(classes)} distinct labels in the support; give images of at least 2 classes")
+        if len(classes) > self.way:
+            raise UsageError(
+                f"adapt: {len(classes)} classes in the support, this learner tells at most {self.way} apart; "
+                "use fewer classes, or train a learner from a pool with more"
+            )
+        numbers = {label: i for i, label in enumerate(classes)}
+        return AdaptedLearner(self, classes, support, torch.tensor([numbers[label] for label in labels]))
+
+    def _normalised(self, x: np.ndarray | Tensor) -> Tensor:
+        """Images as the network takes them, float [n c h w], from every form that the API takes."""
+        if isinstance(x, Tensor):
+            x = x.detach().cpu()
+            x = (x.float() if x.is_floating_point() else x).numpy()
+        x = np.asarray(x)
+        c, h, w = self.image.shape
+        if x.dtype == np.uint8 and x.ndim == 4 and x.shape[1:] != (c, h, w) and x.shape[1:] == (h, w, c):
+            x = x.transpose(0, 3, 1, 2)
+        if x.ndim != 4 or x.shape[1:] != (c, h, w):
+            raise UsageError(
+                f"images of shape {list(x.shape)}: this learner takes [n, {c}, {h}, {w}] (uint8 or float in [0, 1]) or "
+                f"uint8 [n, {h}, {w}, {c}]; resize or convert them first"
+            )
+        if x.dtype == np.uint8:
+            pixels = to_pixels(x)
+        elif np.issubdtype(x.dtype, np.floating):
+            pixels = torch.tensor(x, dtype=torch.float32)
+            if not bool(((pixels >= -_SLACK) & (pixels <= 1 + _SLACK)).all()):
+                raise UsageError("float images with values outside [0, 1] or NaN; divide by 255, or give uint8")
+        else:
+            raise UsageError(f"images of {x.dtype}; give uint8, or float in [0, 1]")
+        return normalise(pixels, self._mean, self._std)
+
+
+class AdaptedLearner:
+    """A learner adapted to the classes of a support set; `classes` gives their order.
+
+    With batch norm `transductive` (see `Learner.bn`) all queries of one call are classified together and a
+    prediction depends on the other queries of the call: ask for them as one batch, with about as many of each class. A
+    single query has no batch to speak of; its batch norm uses the support's statistics. With `support` or `running` each
+    query stands alone.
+    """
+
+    classes: tuple[Any, ...]
+
+    def __init__(self, learner: Learner, classes: tuple[Any, ...], support: Tensor, labels: Tensor) -> None:
+        """Fine-tunes on normalised images [s c h w] with labels [s] in 0..k-1 (`evaluate.finetune`)."""
+        self.classes = classes
+        self._learner = learner
+        network, k = learner.net, len(classes)
+        fixed = learner.stats if learner.bn == "running" else None
+        self._phi = adapt(
+            lambda w: F.cross_entropy(network(w, support, fixed)[:, :k], labels),
+            learner.theta,
+            lr=learner.lr,
+            steps=learner.steps,
+            grad_of=plain_grad,
+        )
+        with torch.no_grad():
+            self._stats = learner.stats if fixed is not None else network.with_stats(self._phi, support)[1]
+
+    def _logits(self, q: np.ndarray | Tensor) -> Tensor:
+        query, network = self._learner._normalised(q), self._learner.net
+        with torch.no_grad():
+            if self._learner.bn == "transductive" and len(query) > 1:
+                logits = network(self._phi, query)
+            else:
+                chunks = [network(self._phi, part, self._stats) for part in query.split(CHUNK) if len(part)]
+                logits = torch.cat(chunks) if chunks else torch.zeros(0, self._learner.way)
+        return logits[:, : len(self.classes)]
+
+    def predict(self, q: np.ndarray | Tensor) -> list[Any]:
+        """The label of each query image [m c h w], in the forms that `Learner.adapt` takes."""
+        return [self.classes[i] for i in self._logits(q).argmax(-1).tolist()]
+
+    def predict_proba(self, q: np.ndarray | Tensor) -> np.ndarray:
+        """Probabilities [m k] in the order of `classes`; rows sum to 1. They are not calibrated."""
+        return self._logits(q).double().softmax(-1).numpy()
+
+
+def read_folder(path: Path, image: ImageSpec) -> tuple[np.ndarray, list[str], list[str]]:
+    """Images of a folder of class folders, or of a folder of images: uint8 [n c h w], labels [n], file names [n].
+
+    Labels are the names of the class folders, or "" without any; names are relative to `path` and sorted. Images are
+    turned as their camera says, converted to the channels and resized (Lanczos, without regard to their proportions) to
+    the size of `image`. Hidden files and files that are no images by their suffix are passed over.
+    Raises UsageError where there is no folder, RejectedError where it is empty or an image cannot be decoded.
+    """
+    path = Path(path)
+    if image.channels not in (1, 3):
+        raise UsageError(f"{path}: image files have 1 or 3 channels, the learner takes {image.channels}; use the Python API")
+    if not path.is_dir():
+        raise UsageError(f"{path}: no such folder; name a folder of images, or of one folder of images per class")
+    folders = sorted(p for p in path.iterdir() if p.is_dir() and not p.name.startswith("."))
+    files = _images(path)
+    if folders and files:
+        raise RejectedError(f"{path}: holds images ({files[0].name}) beside folders ({folders[0].name}); keep one kind")
+    for folder in folders:
+        found = _images(folder)
+        if not found:
+            raise RejectedError(f"{folder}: no images in this class folder; add some or remove the folder")
+        files += found
+    if not files:
+        raise RejectedError(f"{path}: no images; expected {', '.join(IMAGE_SUFFIXES)} files or folders of them, one per class")
+    labels = [file.parent.name if folders else "" for file in files]
+    names = [file.relative_to(path).as_posix() for file in files]
+    return np.stack([_decode(file, image) for file in files]), labels, names
+
+
+def _images(folder: Path) -> list[Path]:
+    suffixed = (p for p in folder.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES and not p.name.startswith("."))
+    return sorted(p for p in suffixed if p.is_file())
+
+
+def _decode(file: Path, image: ImageSpec) -> np.ndarray:
+    try:
+        with Image.open(file) as opened:
+            return formats.to_chw(ImageOps.exif_transpose(opened), image.channels, (image.height, image.width))
+    except formats.DECODE_ERRORS as error:
+        raise RejectedError(f"{file}: cannot be decoded ({formats.one_line(error)}); replace or remove it") from None
+
+
+def _read_card(file: Path) -> LearnerCard:
+    if not file.exists():
+        raise UsageError(f"{file}: no such file; a learner is its .safetensors and its .json, copy both")
+    try:
+        text = weights_file.read_bytes(file, limits=weights_file.Limits(file_bytes=CARD_BYTES))
+        return LearnerCard.model_validate_json(text)
+    except RejectedError as error:
+        raise RejectedError(f"{file}: {error}") from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        fault = " ".join(f"{where}: {first['msg']}".removeprefix(": ").split())
+        raise RejectedError(f"{file}: {fault}; export the learner again") from None

@@ -1,0 +1,15 @@
+"""The methods, by the name the command line takes. Adding one is a module and a line here."""
+
+from typing import cast
+
+from ray_dfml.methods import baselines, free, oracle
+from ray_dfml.methods.base import Method
+
+METHODS: dict[str, Method] = {
+    "free": cast(Method, free),
+    "random": baselines.RANDOM,
+    "best-model": baselines.BEST_MODEL,
+    "average": baselines.AVERAGE,
+    "maml-oracle": cast(Method, oracle),
+}
+"""Name -> module with the functions of `base.Method`."""

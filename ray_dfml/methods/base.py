@@ -1,0 +1,132 @@
+"""What a method is: one module of functions over values. Nothing is inherited; `METHODS` lists the modules.
+
+A round is `plan` -> (shards) `recover` -> `learn`, and `learn` may send more work to the shards through the same verb:
+
+    jobs = method.plan(cfg, world, state, r)
+    results = send("<method>.recover", jobs, method.shared(cfg, world, state, r))
+    state, metrics = method.learn(cfg, world, state, r, results, send)
+
+State is a nested dict of tensors, NumPy arrays, numbers and strings: it is what a checkpoint holds, and all of it.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+
+from ray_dfml.core import seeds
+from ray_dfml.core.net import Net, net
+from ray_dfml.types import Arrays, ImageSpec, Job, TeacherCard
+
+State = dict[str, Any]
+Metrics = dict[str, float | int | None]
+Send = Callable[[str, Sequence[Job], Arrays], list[Arrays]]
+"""`Backend.map`: (op, jobs, shared) -> results in job order."""
+
+
+class Teacher(Protocol):
+    """A pool member as an op sees it: frozen weights [p] and batch-norm statistics, on the worker's device."""
+
+    card: TeacherCard
+    net: Net
+    theta: Tensor
+    stats: Tensor
+
+
+class Worker(Protocol):
+    """What an op may ask of the process it runs in."""
+
+    device: torch.device
+    batched: bool
+    """Whether to batch jobs with `vmap` (accelerators) or to loop over them (CPU)."""
+
+    def teacher(self, id: str) -> Teacher:
+        """The teacher, from a cache keyed by content."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class World:
+    """What every method knows: the pool's cards, the learner's shape, the run's seed, and real images only for the ceiling."""
+
+    cards: tuple[TeacherCard, ...]
+    arch: str
+    image: ImageSpec
+    way: int
+    seed: int
+    real: Mapping[str, np.ndarray] = field(default_factory=dict)
+    """Class name -> uint8 images [n c h w]; empty for every data-free method."""
+
+    @property
+    def net(self) -> Net:
+        """The learner's network."""
+        return net(self.arch, self.image.shape, self.way)
+
+
+class MethodConfig(BaseModel):
+    """Fields every method has. Unknown keys are errors; values cannot change."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    rounds: int = Field(1, ge=1, description="Outer iterations.")
+
+
+class ReplayConfig(BaseModel):
+    """Meta-updates on interpolated tasks of the memory bank ([Wei2024] section 4.2; [Finn2017])."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    shot: int = Field(5, ge=1, description="Support images per class of a replayed task.")
+    query: int = Field(15, ge=1, description="Query images per class of a replayed task.")
+    tasks: int = Field(10, ge=1, description="Tasks per meta-update.")
+    inner_steps: int = Field(5, ge=0, description="SGD steps on the support.")
+    inner_lr: float = Field(0.01, gt=0, description="Their step size.")
+    lr: float = Field(1e-3, gt=0, description="Adam step size of the meta-update.")
+    reduction: Literal["mean", "sum"] = Field("mean", description="Over the tasks of an update; the released code sums.")
+    patience: int = Field(10, ge=1, description="Stop after this many updates without a new best training accuracy.")
+    max_updates: int = Field(50, ge=1, description="Stop after this many updates in any case.")
+
+
+class Method(Protocol):
+    """The shape of a method module. A type checker reads it; nothing inherits it."""
+
+    Config: type[MethodConfig]
+    READINGS: tuple[str, ...]
+    """Ways to read predictions from the final weights: `finetune`, `direct`, `assign` (see `ray_dfml.evaluate`)."""
+
+    def init(self, cfg: Any, world: World) -> State:
+        """State before the first round."""
+        ...
+
+    def plan(self, cfg: Any, world: World, state: State, r: int) -> list[Job]:
+        """What round `r` needs of which teachers."""
+        ...
+
+    def shared(self, cfg: Any, world: World, state: State, r: int) -> Arrays:
+        """Values that all recover jobs of round `r` read."""
+        ...
+
+    def recover(self, worker: Worker, jobs: Sequence[Job], shared: Arrays) -> list[Arrays]:
+        """On a shard: recovered tasks (and whatever else the round needs) of teachers."""
+        ...
+
+    def learn(
+        self, cfg: Any, world: World, state: State, r: int, results: list[Arrays], send: Send
+    ) -> tuple[State, Metrics]:
+        """At the learner: the new state and the numbers of the round."""
+        ...
+
+
+def initial_learner(world: World, *, zero_head_bias: bool = False) -> State:
+    """Fresh weights and batch-norm statistics of the learner, from the run's seed."""
+    theta = world.net.init(seeds.generator(world.seed, "theta"), zero_head_bias=zero_head_bias)
+    return {"theta": theta, "stats": world.net.initial_stats()}
+
+
+def image_values(image: ImageSpec) -> Arrays:
+    """Shape and normalisation of an image spec as shippable values."""
+    return {"shape": image.shape, "mean": np.float32(image.mean), "std": np.float32(image.std)}

@@ -1,0 +1,88 @@
+"""BELL: better generalisation via the meta-learner, by sequential distillation of the recovered tasks.
+
+[Wei2024] arXiv 2405.00984, Eq. 3, Algorithm 2, Theorem 1. Sequential by definition: step i starts where step i - 1 ended.
+With plain SGD inside and a small alpha, E[theta - theta~] over task orders is
+alpha sum_i g_i - (alpha^2 / 2) sum_{i<j} grad(g_i . g_j) + O(alpha^3): descent on every loss, ascent on the inner products.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ray_dfml.core import losses, optim
+from ray_dfml.core.inner_loop import plain_grad
+from ray_dfml.core.net import Net
+from ray_dfml.methods.base import Metrics, State, World
+
+if TYPE_CHECKING:
+    from ray_dfml.methods.free import Config
+
+
+class DistillSet(NamedTuple):
+    """One recovered task for distillation: normalised images [n c h w], teacher logits [n q], local labels [n]."""
+
+    images: Tensor
+    logits: Tensor
+    labels: Tensor
+
+
+def distill_loss(net: Net, task: DistillSet, form: str) -> Callable[[Tensor], Tensor]:
+    """The loss of learner weights [p] on one task, nats per image ([Wei2024] Eq. 3; `hard` is CE on the labels)."""
+    if form == "hard":
+        return lambda w: F.cross_entropy(net(w, task.images), task.labels)
+    return lambda w: losses.distillation(task.logits, net(w, task.images), form=form)
+
+
+def inner_path(
+    loss_fns: Sequence[Callable[[Tensor], Tensor]], theta: Tensor, *, lr: float, optimizer: str
+) -> tuple[Tensor, list[Tensor]]:
+    """theta~ [p] after one step per loss, in order ([Wei2024] Algorithm 2, lines 4-6), and the gradients g_i on the way."""
+    adam, grads = optim.Adam.zeros(theta), []
+    for loss in loss_fns:
+        grads.append(plain_grad(loss)(theta))
+        if optimizer == "adam":
+            theta, adam = optim.adam_step(theta, grads[-1], adam, lr=lr)
+        else:
+            theta = theta - lr * grads[-1]
+    return theta, grads
+
+
+def alignment(grads: Sequence[Tensor]) -> tuple[float, float]:
+    """Mean over pairs i < j of g_i . g_j, and of their cosine ([Wei2024] Fig. 5). Zero for fewer than two gradients."""
+    g = torch.stack(list(grads)).double()
+    upper = torch.triu_indices(len(g), len(g), offset=1)
+    if upper.shape[1] == 0:
+        return 0.0, 0.0
+    products = (g @ g.T)[upper[0], upper[1]]
+    unit = g / g.norm(dim=1, keepdim=True).clamp_min(1e-30)
+    return float(products.mean()), float((unit @ unit.T)[upper[0], upper[1]].mean())
+
+
+def update(cfg: "Config", world: World, state: State, tasks: Sequence[DistillSet], r: int) -> tuple[State, Metrics]:
+    """One outer step on the learner ([Wei2024] Algorithm 2), or the ERM ablation: one step on the summed losses at theta."""
+    theta = state["theta"]
+    loss_fns = [distill_loss(world.net, task, cfg.distill) for task in tasks]
+    metrics: Metrics = {}
+    with_base = cfg.learner_update == "erm" or (cfg.alignment_every > 0 and r % cfg.alignment_every == 0)
+    if with_base:
+        base = [plain_grad(loss)(theta) for loss in loss_fns]
+        metrics["align/base_product"], metrics["align/base_cosine"] = alignment(base)
+    if cfg.learner_update == "erm":
+        pseudo = torch.stack(base).sum(0)
+    else:
+        moved, path = inner_path(loss_fns, theta, lr=cfg.bell_lr, optimizer=cfg.bell_inner)
+        metrics["align/path_product"], metrics["align/path_cosine"] = alignment(path)
+        pseudo = cfg.bell_scale * (theta - moved)
+    if cfg.bell_outer == "interpolate" and cfg.learner_update == "bell":
+        state = {**state, "theta": theta - cfg.bell_outer_lr * pseudo}
+    else:
+        slot = "adam" if cfg.bell_outer == "shared-adam" else "adam_bell"
+        new, adam = optim.adam_step(theta, pseudo, optim.Adam(**state[slot]), lr=cfg.bell_outer_lr)
+        state = {**state, "theta": new, slot: adam._asdict()}
+    with torch.no_grad():
+        metrics["bell/loss"] = float(torch.stack([loss(theta) for loss in loss_fns]).mean())
+    metrics["bell/step_norm"] = float((state["theta"] - theta).norm())
+    return state, metrics

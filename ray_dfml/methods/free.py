@@ -1,0 +1,287 @@
+"""FREE: faster inversion via a meta-generator (FIVE), better generalisation via a meta-learner (BELL), cross-task replay.
+
+[Wei2024] FREE: Faster and Better Data-Free Meta-Learning, arXiv 2405.00984 (CVPR 2024), Eq. 1-4, Algorithms 1-3.
+Deviations of the released code and of this implementation are rows of docs/methods.md.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor
+
+from ray_dfml.core import losses, memory, optim, seeds
+from ray_dfml.core.generators import Generator, generator
+from ray_dfml.core.images import draw_view, normalise, to_bytes, to_pixels, view
+from ray_dfml.core.net import net
+from ray_dfml.errors import RejectedError
+from ray_dfml.methods import bell, replay
+from ray_dfml.methods.base import (
+    MethodConfig,
+    Metrics,
+    ReplayConfig,
+    Send,
+    State,
+    Teacher,
+    Worker,
+    World,
+    image_values,
+    initial_learner,
+)
+from ray_dfml.types import Arrays, Job
+
+READINGS = ("finetune",)
+
+Judge = Callable[[Tensor], Tensor]
+"""The learner as the disagreement term sees it: pixels [n c h w] in [0, 1] to logits [n q]."""
+
+
+class Config(MethodConfig):
+    """FREE's hyper-parameters. The defaults are the `fixed` profile; METHODS section 2.1 has all three side by side."""
+
+    rounds: int = Field(1000, ge=1, description="Outer iterations (epochs in the paper).")
+    warmup: int = Field(19, ge=0, description="First rounds that train the generator only, without the adversarial term.")
+    teachers_per_round: int = Field(4, ge=1, description="b: teachers inverted in a round, drawn with replacement.")
+    steps: int = Field(5, ge=0, description="k: adaptation steps of (Z, theta_G) to one teacher.")
+    images_per_class: int = Field(20, ge=2, description="Images recovered per class of a teacher.")
+    latent: int = Field(256, ge=1, description="d_z: length of a latent code.")
+    width: int = Field(64, ge=4, description="Channels of the generator's last hidden layer.")
+    lr_generator: float = Field(1e-3, ge=0, description="Inner Adam step size of theta_G.")
+    lr_latent: float = Field(1e-3, ge=0, description="Inner Adam step size of Z.")
+    lr_meta: float = Field(1e-3, ge=0, description="gamma: outer step size of theta_G.")
+    meta_optimizer: Literal["adam", "adam-fresh", "sgd"] = Field(
+        "adam", description="Outer optimiser of theta_G: persistent Adam; Adam re-created every round (code); SGD (paper)."
+    )
+    meta_reduction: Literal["mean", "sum"] = Field("mean", description="Of the b meta-gradients; the released code sums.")
+    generator_sharing: Literal["meta", "sequential"] = Field(
+        "meta", description="FIVE, or one generator trained on teacher after teacher (ablation)."
+    )
+    final_pass: bool = Field(
+        True, description="k updates, then one pass for images and meta-gradient; the released code takes both from pass k."
+    )
+    adversarial: float = Field(1.0, ge=0, description="Weight of the disagreement term of Eq. 1.")
+    adversarial_form: Literal["kl", "probdot"] = Field("kl", description="True KL, or the released code's product form.")
+    kl_clamp: float = Field(10.0, gt=0, description="Bound on one image's KL in the disagreement term, nats.")
+    bn_weight: float = Field(0.0, ge=0, description="Weight of the teacher's batch-norm statistics in the inversion loss.")
+    tv_weight: float = Field(0.0, ge=0, description="Weight of the total variation in the inversion loss.")
+    crop_pad: int = Field(4, ge=0, description="Padding of the random crop between generator and teacher, pixels.")
+    crop_fill: Literal["edge", "zero"] = Field(
+        "edge", description="Padding: repeated border, or black (released code), which no teacher of white pages has seen."
+    )
+    flip: Literal["auto", "on", "off"] = Field(
+        "auto", description="Random mirror: auto mirrors colour images only, since a mirrored character is another one."
+    )
+    learner_update: Literal["bell", "erm", "none"] = Field("bell", description="Distillation of the b tasks: BELL, or ablations.")
+    bell_inner: Literal["adam", "sgd"] = Field("adam", description="Inner optimiser of BELL.")
+    bell_lr: float = Field(1e-3, gt=0, description="alpha: inner step size of BELL.")
+    bell_outer: Literal["adam", "interpolate", "shared-adam"] = Field(
+        "adam", description="Outer step: own Adam on theta - theta~; theta += eps (theta~ - theta); the replay's Adam (code)."
+    )
+    bell_outer_lr: float = Field(1e-3, gt=0, le=1.0, description="epsilon: outer step size of BELL.")
+    bell_scale: float = Field(1.0, gt=0, description="Factor on the pseudo-gradient theta - theta~; the released code has 67.")
+    distill: Literal["kl", "probdot", "hard"] = Field("kl", description="BELL's loss: KL, the code's form, or CE on labels.")
+    alignment_every: int = Field(10, ge=0, description="Rounds between gradient products with all g_i at theta; 0 is never.")
+    bank_capacity: int = Field(400, ge=1, description="Images kept per class, first in first out.")
+    bank_adds: Literal["all", "last"] = Field("all", description="Recovered tasks stored per round; the released code: last.")
+    bank_key: Literal["class", "teacher"] = Field(
+        "class", description="A bank class is a class name (side information of the cards), or a (teacher, unit) pair."
+    )
+    replay: ReplayConfig = ReplayConfig()
+
+
+def init(cfg: Config, world: World) -> State:
+    """Learner and generator from the run's seed, fresh optimisers, an empty bank."""
+    net_g = generator(world.image.shape, cfg.latent, cfg.width)
+    theta_g = net_g.init(seeds.generator(world.seed, "theta_g"))
+    learner = replay.with_optimiser(initial_learner(world))
+    return learner | {
+        "theta_g": theta_g,
+        "adam_g": optim.Adam.zeros(theta_g)._asdict(),
+        "adam_bell": optim.Adam.zeros(learner["theta"])._asdict(),
+        "bank": {},
+    }
+
+
+def plan(cfg: Config, world: World, state: State, r: int) -> list[Job]:
+    """b teachers drawn with replacement. A sequential generator makes the b teachers one job, since each starts where the
+    one before ended."""
+    rng = seeds.generator(world.seed, r, "plan")
+    picks = torch.randint(len(world.cards), (cfg.teachers_per_round,), generator=rng).tolist()
+    slots = [(world.cards[i].id, seeds.derive(world.seed, r, "recover", j)) for j, i in enumerate(picks)]
+    if cfg.generator_sharing == "sequential":
+        return [Job(index=0, seed=slots[0][1], values={"slots": slots})]
+    return [Job(index=j, seed=s, teacher=t, values={"slots": [(t, s)]}) for j, (t, s) in enumerate(slots)]
+
+
+def shared(cfg: Config, world: World, state: State, r: int) -> Arrays:
+    """Generator and learner weights, and the settings of the inversion."""
+    return image_values(world.image) | {
+        "cfg": cfg.model_dump(),
+        "theta_g": state["theta_g"].numpy(),
+        "theta": state["theta"].numpy() if r >= cfg.warmup else None,
+        "arch": world.arch,
+        "way": world.way,
+    }
+
+
+def recover(worker: Worker, jobs: Sequence[Job], shared: Arrays) -> list[Arrays]:
+    """The `free.recover` op: FIVE on the slots (teacher, seed) of each job."""
+    cfg = Config.model_validate(shared["cfg"])
+    net_g = generator(tuple(shared["shape"]), cfg.latent, cfg.width)
+    sequential = cfg.generator_sharing == "sequential"
+    judge = None
+    if shared["theta"] is not None:
+        learner = net(shared["arch"], tuple(shared["shape"]), shared["way"])
+        theta, mean, std = (torch.tensor(shared[k], device=worker.device) for k in ("theta", "mean", "std"))
+
+        def judge(pixels: Tensor) -> Tensor:
+            return learner(theta, normalise(pixels, mean, std))
+
+    out = []
+    for job in jobs:
+        theta_g = torch.tensor(shared["theta_g"], device=worker.device)
+        tasks, rejected = [], {}
+        for id, seed in job.values["slots"]:
+            try:
+                found, adapted = five(cfg, net_g, worker.teacher(id), theta_g, judge, seed)
+            except RejectedError as error:
+                rejected[id] = str(error)
+                continue
+            tasks.append(found | {"teacher": id})
+            if sequential:
+                theta_g = adapted
+        out.append({"tasks": tasks, "theta_g": theta_g.cpu().numpy() if sequential else None, "rejected_teachers": rejected})
+    return out
+
+
+def five(
+    cfg: Config, net_g: Generator, teacher: Teacher, theta_g: Tensor, judge: Judge | None, seed: int
+) -> tuple[Arrays, Tensor]:
+    """Faster inversion via the meta-generator, one teacher ([Wei2024] Algorithm 1, lines 4-7; Eq. 1 and 2).
+
+    From theta_g [p] and Z ~ N(0, 1) [n d], k Adam steps on both; then images, losses and the first-order meta-gradient at
+    the adapted weights. `judge` is the learner of the disagreement term, None to leave it out. Returns the recovered
+    task as arrays (uint8 images [n c h w], labels, a view of them with the teacher's logits [n q]) and the adapted theta_g.
+    """
+    card = teacher.card
+    device = theta_g.device
+    way = len(card.classes)
+    rng = torch.Generator().manual_seed(seed)
+    labels = memory.interleaved(way, cfg.images_per_class).to(device)
+    z = torch.randn(len(labels), cfg.latent, generator=rng).to(device)
+    mean, std = (torch.tensor(v, device=device) for v in (card.image.mean, card.image.std))
+    mirror = cfg.flip == "on" or (cfg.flip == "auto" and card.image.channels == 3)
+
+    def loss_of(weights: Tensor, codes: Tensor, offsets: tuple[int, int, bool]) -> tuple[Tensor, Tensor, Tensor]:
+        images = net_g(weights, codes)
+        pixels = view(images, offsets, pad=cfg.crop_pad, fill=cfg.crop_fill)
+        seen = normalise(pixels, mean, std)
+        if cfg.bn_weight:
+            logits, found = teacher.net.with_stats(teacher.theta, seen, teacher.stats)
+        else:
+            logits, found = teacher.net(teacher.theta, seen, teacher.stats), None
+        with torch.no_grad():
+            student = None if judge is None else judge(pixels)
+        loss = losses.inversion(
+            logits, labels, student, adversarial=cfg.adversarial, form=cfg.adversarial_form, clamp=cfg.kl_clamp
+        )
+        if found is not None:
+            loss = loss + cfg.bn_weight * losses.batch_norm_distance(found, teacher.stats)
+        if cfg.tv_weight:
+            loss = loss + cfg.tv_weight * losses.total_variation(images)
+        return loss, images, logits
+
+    adam_g, adam_z = optim.Adam.zeros(theta_g), optim.Adam.zeros(z)
+    first: Tensor | None = None
+    passes = cfg.steps + 1 if cfg.final_pass or cfg.steps == 0 else cfg.steps
+    for i in range(passes):
+        offsets = draw_view(rng, pad=cfg.crop_pad, flip=mirror)
+        leaf_g, leaf_z = theta_g.detach().requires_grad_(), z.detach().requires_grad_()
+        loss, images, logits = loss_of(leaf_g, leaf_z, offsets)
+        grad_g, grad_z = torch.autograd.grad(loss, (leaf_g, leaf_z))
+        first = loss.detach() if first is None else first
+        if i < cfg.steps:
+            betas = (0.5, 0.999)
+            theta_g, adam_g = optim.adam_step(theta_g, grad_g, adam_g, lr=cfg.lr_generator, betas=betas)
+            z, adam_z = optim.adam_step(z, grad_z, adam_z, lr=cfg.lr_latent, betas=betas)
+
+    if not torch.isfinite(loss):
+        raise RejectedError(f"{card.id}: the inversion loss is not finite")
+    stored = to_bytes(images)
+    offsets = draw_view(rng, pad=cfg.crop_pad, flip=mirror)
+    with torch.no_grad():
+        seen = view(to_pixels(stored, device), offsets, pad=cfg.crop_pad, fill=cfg.crop_fill)
+        soft = teacher.net(teacher.theta, normalise(seen, mean, std), teacher.stats)
+        flat = images.detach().flatten(1)
+        spread = torch.stack([torch.pdist(flat[labels == c]).mean() for c in range(way)]).mean() / flat.shape[1] ** 0.5
+    task: Arrays = {
+        "images": stored,
+        "labels": labels.cpu().numpy(),
+        "view": offsets,
+        "logits": soft.cpu().numpy(),
+        "grad": grad_g.cpu().numpy(),
+        "loss_first": float(first),
+        "loss_last": float(loss.detach()),
+        "ce": float(F.cross_entropy(logits.detach(), labels)),
+        "accuracy": 100.0 * float((logits.detach().argmax(-1) == labels).float().mean()),
+        "spread": float(spread),
+    }
+    return task, theta_g
+
+
+def learn(
+    cfg: Config, world: World, state: State, r: int, results: list[Arrays], send: Send
+) -> tuple[State, Metrics]:
+    """One round at the learner ([Wei2024] Algorithm 3, lines 6-10): theta_G, bank, BELL, replay until a plateau."""
+    tasks = [task for result in results for task in result["tasks"]]
+    if not tasks:
+        return state, {"recover/tasks": 0}
+    metrics: Metrics = {"recover/tasks": len(tasks)} | {
+        f"recover/{name}": sum(task[name] for task in tasks) / len(tasks)
+        for name in ("loss_first", "loss_last", "ce", "accuracy", "spread")
+    }
+    state = _update_generator(cfg, state, tasks, results)
+    if r < cfg.warmup:
+        return state, metrics
+
+    cards = {card.id: card for card in world.cards}
+    bank = state["bank"]
+    for task in tasks if cfg.bank_adds == "all" else tasks[-1:]:
+        for local, name in enumerate(cards[task["teacher"]].classes):
+            key = name if cfg.bank_key == "class" else f"{task['teacher']}#{local}"
+            bank = memory.add(bank, key, task["images"][task["labels"] == local], cfg.bank_capacity)
+    state = {**state, "bank": bank}
+
+    if cfg.learner_update != "none":
+        state, found = bell.update(cfg, world, state, [_distill_set(cfg, world, task) for task in tasks], r)
+        metrics |= found
+    per_class = cfg.replay.shot + cfg.replay.query
+    metrics["bank/classes"] = len(memory.ready(bank, per_class))
+    metrics["bank/images"] = sum(len(images) for images in bank.values())
+    state, found = replay.until_plateau(cfg.replay, world, state, bank, r, send)
+    return state, metrics | found
+
+
+def _update_generator(cfg: Config, state: State, tasks: list[Arrays], results: list[Arrays]) -> State:
+    if cfg.generator_sharing == "sequential":
+        return {**state, "theta_g": torch.tensor(results[-1]["theta_g"])}
+    grad = torch.zeros_like(state["theta_g"])
+    for task in tasks:
+        grad += torch.tensor(task["grad"])
+    if cfg.meta_reduction == "mean":
+        grad /= len(tasks)
+    if cfg.meta_optimizer == "sgd":
+        return {**state, "theta_g": state["theta_g"] - cfg.lr_meta * grad}
+    fresh = cfg.meta_optimizer == "adam-fresh"
+    adam = optim.Adam.zeros(grad) if fresh else optim.Adam(**state["adam_g"])
+    theta_g, adam = optim.adam_step(state["theta_g"], grad, adam, lr=cfg.lr_meta, betas=(0.5, 0.999))
+    return {**state, "theta_g": theta_g, "adam_g": adam._asdict()}
+
+
+def _distill_set(cfg: Config, world: World, task: Arrays) -> bell.DistillSet:
+    seen = view(to_pixels(task["images"]), task["view"], pad=cfg.crop_pad, fill=cfg.crop_fill)
+    mean, std = torch.tensor(world.image.mean), torch.tensor(world.image.std)
+    return bell.DistillSet(normalise(seen, mean, std), torch.tensor(task["logits"]), torch.tensor(task["labels"]))

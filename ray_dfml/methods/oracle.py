@@ -1,0 +1,52 @@
+"""`maml-oracle`: the same learner trained by MAML on the real meta-train images. Not data-free: it is the ceiling.
+
+[Finn2017] Model-Agnostic Meta-Learning, arXiv 1703.03400, Algorithm 2.
+"""
+
+from collections.abc import Sequence
+
+from pydantic import Field
+
+from ray_dfml.methods import replay
+from ray_dfml.methods.base import MethodConfig, Metrics, ReplayConfig, Send, State, Worker, World, initial_learner
+from ray_dfml.types import Arrays, Job
+
+READINGS = ("finetune",)
+
+
+class Config(MethodConfig):
+    """Number of meta-updates = `rounds` x `updates_per_round`."""
+
+    rounds: int = Field(100, ge=1, description="Outer iterations.")
+    updates_per_round: int = Field(10, ge=1, description="Meta-updates in a round.")
+    replay: ReplayConfig = ReplayConfig()
+
+
+def init(cfg: Config, world: World) -> State:
+    """The learner from the run's seed, as every method starts."""
+    return replay.with_optimiser(initial_learner(world))
+
+
+def plan(cfg: Config, world: World, state: State, r: int) -> list[Job]:
+    """No teacher is used."""
+    return []
+
+
+def shared(cfg: Config, world: World, state: State, r: int) -> Arrays:
+    """Nothing to share."""
+    return {}
+
+
+def recover(worker: Worker, jobs: Sequence[Job], shared: Arrays) -> list[Arrays]:
+    """Nothing to recover."""
+    return []
+
+
+def learn(
+    cfg: Config, world: World, state: State, r: int, results: list[Arrays], send: Send
+) -> tuple[State, Metrics]:
+    """`updates_per_round` meta-updates on tasks of real images."""
+    metrics: Metrics = {}
+    for u in range(cfg.updates_per_round):
+        state, metrics = replay.update(cfg.replay, world, state, world.real, (r, "real", u), send)
+    return state, {f"replay/{name}": value for name, value in metrics.items()}

@@ -1,0 +1,106 @@
+"""Meta-updates of the learner on tasks drawn from a bank: the shards' `maml.grad` op and the learner's loop around it.
+
+[Finn2017] arXiv 1703.03400, Algorithm 1. [Wei2024] FREE, arXiv 2405.00984, Eq. 4 (cross task replay).
+"""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+
+from ray_dfml.core import memory, optim, seeds
+from ray_dfml.core.images import normalise, to_pixels
+from ray_dfml.core.inner_loop import Task, meta_gradient
+from ray_dfml.core.net import net
+from ray_dfml.methods.base import Metrics, ReplayConfig, Send, State, Worker, World, image_values
+from ray_dfml.types import Arrays, Job
+
+STATS_MOMENTUM = 0.1
+
+
+def grad(worker: Worker, jobs: Sequence[Job], shared: Arrays) -> list[Arrays]:
+    """The `maml.grad` op: one second-order meta-gradient [p] per job, each job one task of uint8 images."""
+    network = net(shared["arch"], tuple(shared["shape"]), shared["way"])
+    theta = torch.tensor(shared["theta"], device=worker.device)
+    mean, std = (torch.tensor(shared[k], device=worker.device) for k in ("mean", "std"))
+    parts: list[list[torch.Tensor]] = [[], [], [], []]
+    for job in jobs:
+        for i, name in enumerate(("support", "query")):
+            images = job.values[name]
+            parts[2 * i].append(normalise(to_pixels(images, worker.device), mean, std))
+            parts[2 * i + 1].append(
+                memory.interleaved(shared["way"], len(images) // shared["way"]).to(worker.device)
+            )
+    tasks = Task(*(torch.stack(column) for column in parts))
+    found = meta_gradient(
+        network, theta, tasks, lr=shared["inner_lr"], steps=shared["inner_steps"], batched=worker.batched
+    )
+    columns = [column.detach().cpu().numpy() for column in found]
+    return [
+        {"grad": g, "loss": float(loss), "accuracy": float(accuracy), "stats": stats}
+        for g, loss, accuracy, stats in zip(*columns, strict=True)
+    ]
+
+
+def update(
+    cfg: ReplayConfig, world: World, state: State, bank: Mapping[str, np.ndarray], tag: tuple[int | str, ...], send: Send
+) -> tuple[State, Metrics]:
+    """One meta-update: draw `cfg.tasks` tasks, let the shards differentiate them, one Adam step on the mean (or sum).
+
+    `tag` names the update for its seeds. Gradients are added in task order, so the bits do not depend on the shards.
+    """
+    jobs = []
+    for t in range(cfg.tasks):
+        rng = seeds.generator(world.seed, *tag, t)
+        _, support, query = memory.draw_task(bank, way=world.way, shot=cfg.shot, query=cfg.query, generator=rng)
+        jobs.append(Job(index=t, seed=0, values={"support": support, "query": query}))
+    shared: Arrays = image_values(world.image) | {
+        "arch": world.arch,
+        "way": world.way,
+        "theta": state["theta"].numpy(),
+        "inner_lr": cfg.inner_lr,
+        "inner_steps": cfg.inner_steps,
+    }
+    results = send("maml.grad", jobs, shared)
+    total = torch.zeros_like(state["theta"])
+    stats = torch.zeros_like(state["stats"])
+    for result in results:
+        total += torch.tensor(result["grad"])
+        stats += torch.tensor(result["stats"])
+    if cfg.reduction == "mean":
+        total /= len(results)
+    if not torch.isfinite(total).all():
+        raise FloatingPointError(f"the meta-gradient of update {tag} is not finite; lower method.replay.inner_lr or lr")
+    theta, adam = optim.adam_step(state["theta"], total, optim.Adam(**state["adam"]), lr=cfg.lr)
+    stats = (1 - STATS_MOMENTUM) * state["stats"] + STATS_MOMENTUM * stats / len(results)
+    state = {**state, "theta": theta, "adam": adam._asdict(), "stats": stats, "updates": state["updates"] + 1}
+    return state, {
+        "loss": sum(r["loss"] for r in results) / len(results),
+        "accuracy": 100.0 * sum(r["accuracy"] for r in results) / len(results),
+    }
+
+
+def until_plateau(
+    cfg: ReplayConfig, world: World, state: State, bank: Mapping[str, np.ndarray], r: int, send: Send
+) -> tuple[State, Metrics]:
+    """Meta-updates until `cfg.patience` in a row bring no new best mean training accuracy, or `cfg.max_updates`."""
+    best, waited, count = -1.0, 0, 0
+    first: Metrics = {}
+    last: Metrics = {}
+    while waited < cfg.patience and count < cfg.max_updates:
+        state, last = update(cfg, world, state, bank, (r, "replay", count), send)
+        first = first or last
+        count += 1
+        accuracy = last["accuracy"] or 0.0
+        best, waited = (accuracy, 0) if accuracy > best else (best, waited + 1)
+    return state, {
+        "replay/updates": count,
+        "replay/loss_first": first["loss"],
+        "replay/loss_last": last["loss"],
+        "replay/accuracy_best": best,
+    }
+
+
+def with_optimiser(state: State) -> State:
+    """The state with a fresh meta-optimiser and an update counter."""
+    return {**state, "adam": optim.Adam.zeros(state["theta"])._asdict(), "updates": 0}

@@ -1,0 +1,186 @@
+"""The round loop's body, written once for all methods and backends, and the object that holds a run's state.
+
+    pool -> [shards] recover -> recovered tasks -> [learner] learn -> theta -> [shards] evaluate -> scores
+                                                     ^  |
+                                     [shards] grad --+  replay jobs
+"""
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from ray_dfml import evaluate
+from ray_dfml.config import RunConfig, build
+from ray_dfml.errors import DfmlError, RejectedError
+from ray_dfml.methods import METHODS
+from ray_dfml.methods.base import Metrics, State, World
+from ray_dfml.types import Arrays, Backend, Job
+
+
+KEPT = ("rejected", "best", "test_best")
+"""Parts of the state that belong to the loop, not to the method: teachers found bad, and the weights selected so far."""
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """Real images for episodes: uint8 [n c h w] and labels [n]. Used to validate and test, never to train."""
+
+    data: str
+    split: str
+    images: np.ndarray
+    labels: np.ndarray
+
+
+@dataclass(frozen=True, kw_only=True)
+class Score:
+    """Per-episode accuracies in percent of one set of weights, one reading, on one set of episodes."""
+
+    method: str
+    data: str
+    split: str
+    way: int
+    shot: int
+    bn: str
+    selection: str
+    accuracies: np.ndarray
+
+
+class Trainer:
+    """A run in progress: configuration, state, and the backend that does its work. In a cluster it is the learner actor.
+
+    `round`, `validate` and `test` advance it; `snapshot` is all of it, and a Trainer made from a snapshot goes on with the
+    same bits.
+    """
+
+    def __init__(
+        self, config: dict[str, Any], world: World, sets: Sequence["Labelled"], backend: Backend, state: State | None
+    ) -> None:
+        self.config: RunConfig = build(config)
+        self.method = METHODS[self.config.name]
+        self._world = world
+        self._sets = sets
+        self._backend = backend
+        self.state: State = state or self.method.init(self.config.method, world) | {name: {} for name in KEPT}
+
+    @property
+    def world(self) -> World:
+        """The world without the teachers found bad so far."""
+        rejected = self.state["rejected"]
+        return replace(self._world, cards=tuple(c for c in self._world.cards if c.id not in rejected))
+
+    def round(self, r: int) -> Metrics:
+        """One outer iteration. Returns its numbers; teachers that failed are in `snapshot()["rejected"]` from now on."""
+        seconds: dict[str, float] = {}
+        started = time.perf_counter()
+
+        def send(op: str, jobs: Sequence[Job], shared: Arrays) -> list[Arrays]:
+            begun = time.perf_counter()
+            results = self._backend.map(op, jobs, shared)
+            seconds[op] = seconds.get(op, 0.0) + time.perf_counter() - begun
+            self._quarantine(jobs, results)
+            return [result for result in results if "rejected" not in result]
+
+        cfg, world = self.config.method, self.world
+        jobs = self.method.plan(cfg, world, self.state, r)
+        results = send(f"{self.config.name}.recover", jobs, self.method.shared(cfg, world, self.state, r)) if jobs else []
+        kept = {name: self.state[name] for name in KEPT}
+        state, metrics = self.method.learn(cfg, world, self.state, r, results, send)
+        self.state = state | kept
+        total = time.perf_counter() - started
+        metrics |= {f"seconds/{op}": spent for op, spent in seconds.items()}
+        return metrics | {"seconds/learner": total - sum(seconds.values()), "seconds/round": total}
+
+    def _quarantine(self, jobs: Sequence[Job], results: Sequence[Arrays]) -> None:
+        for job, result in zip(jobs, results, strict=True):
+            bad = dict(result.get("rejected_teachers", {}))
+            if "rejected" in result:
+                if job.teacher is None:
+                    raise DfmlError(f"a job without a teacher failed: {result['rejected']}")
+                bad[job.teacher] = str(result["rejected"])
+            self.state["rejected"] |= bad
+        if self._world.cards and not self.world.cards:
+            reasons = "; ".join(f"{k}: {v}" for k, v in self.state["rejected"].items())
+            raise RejectedError(f"every teacher was rejected ({reasons}); run `ray-dfml pool check`")
+
+    def snapshot(self) -> State:
+        """The state after the last round: what a checkpoint holds."""
+        return self.state
+
+    def validate(self, r: int) -> float | None:
+        """Mean accuracy in percent on the validation episodes of every set, at the largest shot; the best weights are kept.
+
+        None without data. A run that asks for `eval.test_best` also keeps the weights that selection on test would claim.
+        """
+        if self.config.eval.test_best:
+            self._select(r, "test", "test_best")
+        return self._select(r, "val", "best")
+
+    def _select(self, r: int, split: str, key: str) -> float | None:
+        cfg = self.config.eval
+        sets = [one for one in self._sets if one.split == split]
+        if not sets:
+            return None
+        reading = self.method.READINGS[-1]
+        scores = [self._score(one, max(cfg.shots), cfg.val_episodes, self.state, reading) for one in sets]
+        accuracy = float(np.concatenate(scores).mean())
+        best = self.state[key]
+        if not best or accuracy > best["accuracy"]:
+            self.state = {**self.state, key: {**self._weights(self.state), "accuracy": accuracy, "round": r}}
+        return accuracy
+
+    @staticmethod
+    def _weights(state: Mapping[str, Any]) -> State:
+        return {name: state[name] for name in ("theta", "stats", "arch", "outputs") if name in state}
+
+    def test(self, selection: str) -> list[Score]:
+        """Scores of the weights that `selection` names (`val`, `last` or `test-best`) on the test episodes, every shot and
+        reading."""
+        cfg = self.config.eval
+        state = {"val": self.state["best"], "test-best": self.state["test_best"]}.get(selection) or self.state
+        scores = []
+        for one in self._tests:
+            for shot in cfg.shots:
+                for reading in self.method.READINGS:
+                    name = self.config.name + (f"-{reading}" if len(self.method.READINGS) > 1 else "")
+                    accuracies = self._score(one, shot, cfg.episodes, state, reading)
+                    scores.append(self._named(name, one, shot, selection, accuracies))
+        return scores
+
+    @property
+    def _tests(self) -> list[Labelled]:
+        return [one for one in self._sets if one.split not in ("val", "train")]
+
+    def baseline(self) -> list[Score]:
+        """`random` on the same episodes: no number stands alone."""
+        cfg, method = self.config.eval, METHODS["random"]
+        state = method.init(method.Config(), self._world)
+        return [
+            self._named("random", one, shot, "last", self._score(one, shot, cfg.episodes, state, "finetune"))
+            for one in self._tests
+            for shot in cfg.shots
+        ]
+
+    def _named(self, name: str, one: Labelled, shot: int, selection: str, accuracies: np.ndarray) -> Score:
+        return Score(
+            method=name, data=one.data, split=one.split, way=self._world.way, shot=shot, bn=self.config.eval.bn,
+            selection=selection, accuracies=accuracies,
+        )  # fmt: skip
+
+    def _score(self, one: Labelled, shot: int, count: int, state: Mapping[str, Any], reading: str) -> np.ndarray:
+        world, cfg = self._world, self.config.eval
+        shared = evaluate.shared(
+            cfg,
+            arch=state.get("arch", world.arch),
+            image=world.image,
+            outputs=state.get("outputs", world.way),
+            theta=state["theta"].numpy(),
+            stats=state["stats"].numpy(),
+            reading=reading,
+            images=one.images,
+            labels=one.labels,
+        )
+        results = self._backend.map("evaluate", evaluate.jobs(cfg, way=world.way, shot=shot, count=count), shared)
+        return np.concatenate([result["accuracies"] for result in results])

@@ -1,0 +1,109 @@
+"""`pool build`: train many teachers on the backend, each on its own classes, and put them in a pool.
+
+METHODS 1.3: a uniform random subset of the meta-train classes per teacher; the first 80 % of each class train, the last 20 %
+are held out for the accuracies that the pool reports.
+"""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+
+from ray_dfml.core import seeds
+from ray_dfml.core.net import net
+from ray_dfml.data import datasets
+from ray_dfml.data.pool import Pool
+from ray_dfml.data.pretrain import PretrainConfig
+from ray_dfml.errors import DfmlError, UsageError
+from ray_dfml.runtime.local import LocalBackend
+from ray_dfml.types import Arrays, ImageSpec, Job
+
+HELD_OUT = 0.2
+
+
+def plan(
+    spec: str, *, models: int, archs: Sequence[str], way: int, seed: int
+) -> tuple[ImageSpec, list[tuple[str, str, tuple[str, ...], Job]]]:
+    """The teachers of a pool: their input, and per teacher (id, architecture, class names, pretrain job).
+
+    Raises UsageError where the data's training split has fewer than `way` classes or a class too few images.
+    """
+    train = datasets.load(spec).subset("train")
+    channels, height, width = train.shape
+    image = ImageSpec(channels=channels, height=height, width=width, mean=train.mean, std=train.std)
+    if len(train.class_names) < way:
+        raise UsageError(f"--way {way}: the training split of {spec} has {len(train.class_names)} classes")
+    members = [np.flatnonzero(train.labels == c) for c in range(len(train.class_names))]
+    planned = []
+    for i in range(models):
+        rng = seeds.generator(seed, "classes", i)
+        chosen = torch.randperm(len(members), generator=rng)[:way].tolist()
+        rows = np.concatenate([members[c] for c in chosen])
+        labels = np.concatenate([np.full(len(members[c]), local) for local, c in enumerate(chosen)])
+        held = np.concatenate([_held_out(len(members[c]), train.class_names[c]) for c in chosen])
+        arch = archs[i % len(archs)]
+        values: Arrays = {
+            "arch": arch,
+            "shape": image.shape,
+            "mean": np.float32(image.mean),
+            "std": np.float32(image.std),
+            "way": way,
+            "images": np.ascontiguousarray(train.images[rows]),
+            "labels": labels,
+            "held_out": held,
+        }
+        job = Job(index=i, seed=seeds.derive(seed, "pretrain", i), values=values)
+        names = tuple(f"{train.name}/{train.class_names[c]}" for c in chosen)
+        planned.append((f"{train.name}-{arch}-{i:04d}", arch, names, job))
+    return image, planned
+
+
+def _held_out(count: int, name: str) -> np.ndarray:
+    first = int(count * (1 - HELD_OUT))
+    if first < 1 or first == count:
+        raise UsageError(f"class {name!r} has {count} images; a teacher needs at least 2, to train and to hold out")
+    return np.arange(count) >= first
+
+
+def build(
+    path: Pool, spec: str, image: ImageSpec, planned: Sequence[tuple[str, str, tuple[str, ...], Job]],
+    cfg: PretrainConfig, *, workers: int, seed: int, on_teacher: Callable[[str, float], None],
+) -> list[float]:  # fmt: skip
+    """Train the planned teachers that the pool lacks and add each as it is done. Returns held-out accuracies in percent."""
+    have = {card.id: card for card in path.cards}
+    todo = [item for item in planned if item[0] not in have]
+    accuracies = [card.accuracy for card in have.values() if card.accuracy is not None]
+    shared: Arrays = {"cfg": cfg.model_dump()}
+
+    def keep(results: Sequence[Arrays], items: Sequence[tuple[str, str, tuple[str, ...], Job]]) -> None:
+        for (id, arch, classes, _), result in zip(items, results, strict=True):
+            if "rejected" in result:
+                raise DfmlError(f"{id}: {result['rejected']}; lower pretrain.lr")
+            network = net(arch, image.shape, len(classes))
+            tensors = network.layout.unflatten(torch.tensor(result["theta"]))
+            tensors |= network.stats_layout.unflatten(torch.tensor(result["stats"]))
+            best, last = result["accuracy_best"], result["accuracy_last"]
+            source = f"pool build {spec.split(':')[0]} seed {seed} epochs {cfg.epochs}"
+            path.add(
+                id, tensors, arch=arch, image=image, classes=classes,
+                accuracy={"reported": best, "best": best, "last": last}, source=source,
+            )  # fmt: skip
+            accuracies.append(best)
+            on_teacher(id, best)
+
+    if workers == 1:
+        backend = LocalBackend(_no_pool)
+        for item in todo:
+            keep(backend.map("pretrain", [item[3]], shared), [item])
+        return accuracies
+    from ray_dfml.runtime.cluster import shards_of
+
+    with shards_of(workers) as cluster:
+        for start in range(0, len(todo), 2 * workers):
+            part = todo[start : start + 2 * workers]
+            keep(cluster.map("pretrain", [item[3] for item in part], shared), part)
+    return accuracies
+
+
+def _no_pool(id: str) -> tuple:
+    raise DfmlError(f"teacher {id} was asked for while the pool is being built")

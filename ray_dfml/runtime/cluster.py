@@ -1,0 +1,204 @@
+"""The Ray backend: shard actors, the learner actor, and the only code that knows of them.
+
+Shards and the learner are plain classes wrapped here. The driver owns the shards and the pool's arrays, so that they outlive
+a learner that dies; the learner dispatches jobs to the shards and puts shared values in the object store once per call.
+Delivery is at least once: a shard that dies is restarted by Ray, and the job it held is sent again. Ops depend on (job,
+shared) only, so a job that ran twice gives the same bits.
+"""
+
+import os
+import secrets
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import ray
+from ray.actor import ActorHandle
+from ray.exceptions import ActorDiedError, OutOfMemoryError, RayActorError, RayTaskError
+
+from ray_dfml.errors import DfmlError, LearnerLost, ResourceError
+from ray_dfml.methods.base import State, World
+from ray_dfml.pipeline import Labelled, Trainer
+from ray_dfml.runtime.shard import Shard, pin
+from ray_dfml.types import Arrays, Job, TeacherCard
+
+STRIKES = 2
+"""A job whose process died this often is given up: its teacher is rejected."""
+
+IN_FLIGHT = 2
+"""Jobs queued per shard: the next one is there when the last one ends."""
+
+OBJECT_STORE_BYTES = 512 * 2**20
+
+
+def connect(workers: int, gpus_per_worker: float) -> None:
+    """Join the cluster of RAY_ADDRESS, or start a private one on 127.0.0.1. Raises ResourceError if it is too small."""
+    if not ray.is_initialized():
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
+        options: dict[str, Any] = {"log_to_driver": False, "logging_level": "error"}
+        if not os.environ.get("RAY_ADDRESS"):
+            if "RAY_AUTH_MODE" not in os.environ:
+                os.environ["RAY_AUTH_MODE"] = "token"
+                os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+            options |= {
+                "address": "local",
+                "include_dashboard": False,
+                "object_store_memory": OBJECT_STORE_BYTES,
+                "_node_ip_address": "127.0.0.1",
+            }
+        try:
+            ray.init(**options)
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            raise ResourceError(f"cannot reach or start Ray: {str(error).splitlines()[0]}; check RAY_ADDRESS") from None
+    have = ray.cluster_resources()
+    for name, wanted in (("CPU", float(workers)), ("GPU", workers * gpus_per_worker)):
+        if wanted > have.get(name, 0.0):
+            raise ResourceError(
+                f"{workers} shards need {wanted:g} {name}, the cluster has {have.get(name, 0.0):g}; lower --workers"
+            )
+
+
+class PoolStore:
+    """Teachers in the object store; calling it with an id is a shard's way to load one."""
+
+    def __init__(self, teachers: Mapping[str, tuple[TeacherCard, np.ndarray, np.ndarray]]) -> None:
+        self._refs = {id: ray.put(teacher) for id, teacher in teachers.items()}
+
+    def __call__(self, id: str) -> tuple[TeacherCard, np.ndarray, np.ndarray]:
+        return ray.get(self._refs[id])
+
+
+def start_shards(store: PoolStore, *, workers: int, gpus_per_worker: float, threads: int) -> list[ActorHandle]:
+    """Shard actors that Ray restarts for ever; their calls are retried by the dispatcher, which knows what to blame."""
+    shard = ray.remote(num_cpus=1, num_gpus=gpus_per_worker, max_restarts=-1, max_task_retries=0)(Shard)
+    return [shard.remote(store, threads=threads) for _ in range(workers)]
+
+
+class RayBackend:
+    """`Backend` over shard actors: dynamic dispatch, results in job order, lost jobs sent again."""
+
+    def __init__(self, shards: Sequence[ActorHandle], *, batched: bool) -> None:
+        self._shards = list(shards)
+        self._batched = batched
+
+    def map(self, op: str, jobs: Sequence[Job], shared: Arrays) -> list[Arrays]:
+        """See `Backend.map`. Raises ResourceError when no shard is left, and whatever an op raises."""
+        shared_ref = ray.put(shared)
+        size = -(-len(jobs) // len(self._shards)) if self._batched else 1
+        waiting = deque(jobs[i : i + size] for i in range(0, len(jobs), size))
+        flying: dict[ray.ObjectRef, tuple[int, Sequence[Job]]] = {}
+        load: dict[int, list[ray.ObjectRef]] = {i: [] for i in range(len(self._shards))}
+        done: dict[int, Arrays] = {}
+        strikes: dict[int, int] = {}
+
+        def fill() -> None:
+            for depth in range(1, IN_FLIGHT + 1):
+                for i, queue in load.items():
+                    if waiting and len(queue) < depth:
+                        chunk = waiting.popleft()
+                        ref = self._shards[i].run.remote(op, list(chunk), shared_ref)
+                        flying[ref] = (i, chunk)
+                        queue.append(ref)
+
+        fill()
+        while flying:
+            (ref,), _ = ray.wait(list(flying), num_returns=1)
+            i, chunk = flying.pop(ref)
+            guilty = load.get(i, [ref])[0] == ref
+            if i in load:
+                load[i].remove(ref)
+            try:
+                for job, result in zip(chunk, ray.get(ref), strict=True):
+                    done[job.index] = result
+            except (RayActorError, OutOfMemoryError) as error:
+                if isinstance(error, ActorDiedError):
+                    load.pop(i, None)
+                for job in reversed(chunk):
+                    strikes[job.index] = strikes.get(job.index, 0) + guilty
+                    if strikes[job.index] >= STRIKES and len(chunk) == 1:
+                        done[job.index] = {"rejected": f"its process died {STRIKES} times"}
+                    else:
+                        waiting.appendleft([job])
+                if not load:
+                    raise ResourceError(f"no shard is left: {str(error).splitlines()[0]}") from None
+            except RayTaskError as error:
+                raise error.as_instanceof_cause() from None
+            fill()
+        return [done[job.index] for job in jobs]
+
+
+class LearnerActor(Trainer):
+    """The trainer in its own process, over the driver's shards."""
+
+    def __init__(
+        self,
+        config: dict[str, Any],
+        world: World,
+        sets: Sequence[Labelled],
+        shards: Sequence[ActorHandle],
+        batched: bool,
+        threads: int,
+        state: State | None,
+    ) -> None:
+        pin(threads)
+        super().__init__(config, world, sets, RayBackend(shards, batched=batched), state)
+
+
+class RaySession:
+    """A trainer in the cluster, called by method name. `LearnerLost` tells the driver to begin again from a checkpoint."""
+
+    def __init__(
+        self,
+        config: dict[str, Any],
+        world: World,
+        sets: Sequence[Labelled],
+        teachers: Mapping[str, tuple[TeacherCard, np.ndarray, np.ndarray]],
+        *,
+        workers: int,
+        gpus_per_worker: float,
+        threads: int,
+    ) -> None:
+        connect(workers, gpus_per_worker)
+        self._store = PoolStore(teachers)
+        self.shards = start_shards(self._store, workers=workers, gpus_per_worker=gpus_per_worker, threads=threads)
+        self._arguments = (config, ray.put(world), ray.put(list(sets)), self.shards, gpus_per_worker > 0, threads)
+        self._learner: ActorHandle | None = None
+
+    def start(self, state: State | None) -> None:
+        """A new learner actor, from a state or from the seed."""
+        if self._learner is not None:
+            ray.kill(self._learner)
+        learner = ray.remote(num_cpus=0, max_restarts=0)(LearnerActor)
+        self._learner = learner.remote(*self._arguments, None if state is None else ray.put(state))
+
+    def call(self, name: str, *args: Any) -> Any:
+        """A trainer method's result. Raises LearnerLost if the actor died, and whatever the method raises."""
+        assert self._learner is not None
+        try:
+            return ray.get(getattr(self._learner, name).remote(*args))
+        except RayActorError as error:
+            raise LearnerLost(str(error).splitlines()[0]) from None
+        except RayTaskError as error:
+            raise (error.cause if isinstance(error.cause, DfmlError) else error.as_instanceof_cause()) from None
+
+    def close(self) -> None:
+        """Stop the actors, and Ray where this process started it."""
+        for actor in [*self.shards, *([self._learner] if self._learner is not None else [])]:
+            ray.kill(actor)
+        ray.shutdown()
+
+
+@contextmanager
+def shards_of(workers: int) -> Iterator[RayBackend]:
+    """A backend of `workers` shards of one thread and no teachers, for work that needs no pool. Stopped at the end."""
+    connect(workers, 0.0)
+    shards = start_shards(PoolStore({}), workers=workers, gpus_per_worker=0.0, threads=1)
+    try:
+        yield RayBackend(shards, batched=False)
+    finally:
+        for shard in shards:
+            ray.kill(shard)
+        ray.shutdown()

@@ -1,0 +1,50 @@
+"""The backend of one process, and a session on it with the interface of the cluster's."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from ray_dfml.methods.base import State, World
+from ray_dfml.pipeline import Labelled, Trainer
+from ray_dfml.runtime.shard import LoadWeights, Shard
+from ray_dfml.types import Arrays, Job, TeacherCard
+
+
+class LocalBackend:
+    """Runs every job here, in order, on one shard: the reference that all other backends equal bit for bit on a CPU."""
+
+    def __init__(self, load: LoadWeights, *, threads: int = 1) -> None:
+        self._shard = Shard(load, threads=threads)
+
+    def map(self, op: str, jobs: Sequence[Job], shared: Arrays) -> list[Arrays]:
+        """See `Backend.map`."""
+        if self._shard.batched:
+            return self._shard.run(op, jobs, shared)
+        return [result for job in jobs for result in self._shard.run(op, [job], shared)]
+
+
+class LocalSession:
+    """A trainer in this process."""
+
+    def __init__(
+        self,
+        config: dict[str, Any],
+        world: World,
+        sets: Sequence[Labelled],
+        teachers: Mapping[str, tuple[TeacherCard, np.ndarray, np.ndarray]],
+        *,
+        threads: int,
+    ) -> None:
+        self._arguments = (config, world, sets, LocalBackend(teachers.__getitem__, threads=threads))
+
+    def start(self, state: State | None) -> None:
+        """A new trainer, from a state or from the seed."""
+        self._trainer = Trainer(*self._arguments, state)
+
+    def call(self, name: str, *args: Any) -> Any:
+        """A trainer method's result."""
+        return getattr(self._trainer, name)(*args)
+
+    def close(self) -> None:
+        """Nothing to stop."""

@@ -1,0 +1,67 @@
+"""`evaluate`: an exported learner on real episodes, and `random` on the same ones."""
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ray_dfml import evaluate
+from ray_dfml.core import seeds
+from ray_dfml.data import datasets
+from ray_dfml.errors import DfmlError, UsageError
+from ray_dfml.evaluate import EvalConfig
+from ray_dfml.learner import Learner
+from ray_dfml.pipeline import Score
+from ray_dfml.runtime.local import LocalBackend
+from ray_dfml.scores import as_row
+
+
+def meta_test(
+    weights: Path, *, spec: str, split: str, way: int | None, shots: Sequence[int], episodes: int, bn: str | None,
+    seed: int, workers: int, backend: str,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """Rows as in `scores.json`. Raises UsageError where the data or `way` do not fit the learner."""
+    loaded = Learner.load(weights)
+    learner, network = loaded.card, loaded.net
+    part = datasets.load(spec).subset(split)
+    if part.shape != learner.image.shape:
+        raise UsageError(f"--data {spec}: images are {part.shape}, the learner takes {learner.image.shape}")
+    way = way or learner.way
+    if way > learner.way:
+        raise UsageError(f"--way {way}: the learner has {learner.way} outputs")
+    cfg = EvalConfig.model_validate(
+        {"episodes": episodes, "shots": tuple(shots), "bn": bn or learner.bn, "seed": seed,
+         "steps": learner.steps, "lr": learner.lr}
+    )  # fmt: skip
+    fresh = network.init(seeds.generator(learner.seed, "theta"), zero_head_bias=True)
+    candidates = [
+        (learner.method, learner.selection, learner.profile, loaded.theta, loaded.stats),
+        ("random", "last", "fixed", fresh, network.initial_stats()),
+    ]
+    if backend == "ray":
+        from ray_dfml.runtime.cluster import shards_of
+
+        place = shards_of(workers)
+    else:
+        place = nullcontext(LocalBackend(_no_pool))
+    rows = []
+    with place as here:
+        for method, selection, profile, theta, stats in candidates:
+            for shot in cfg.shots:
+                shared = evaluate.shared(
+                    cfg, arch=learner.arch, image=learner.image, outputs=learner.way, theta=theta.numpy(),
+                    stats=stats.numpy(), reading="finetune", images=np.ascontiguousarray(part.images), labels=part.labels,
+                )  # fmt: skip
+                results = here.map("evaluate", evaluate.jobs(cfg, way=way, shot=shot, count=episodes), shared)
+                score = Score(
+                    method=method, data=spec, split=split, way=way, shot=shot, bn=cfg.bn, selection=selection,
+                    accuracies=np.concatenate([r["accuracies"] for r in results]),
+                )  # fmt: skip
+                rows.append(as_row(score, profile))
+    return rows
+
+
+def _no_pool(id: str) -> tuple:
+    raise DfmlError(f"teacher {id} was asked for in a meta-test")

@@ -1,0 +1,175 @@
+"""The run folder: made atomically, never overwritten, and the record of everything a run did.
+
+`status.json` is authoritative. Every file but the two logs is replaced whole (temporary file, then rename); the logs are
+appended line by line, and lines past the checkpoint a run resumes from are dropped.
+"""
+
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import yaml
+
+from ray_dfml.config import RunConfig, build
+from ray_dfml.errors import RejectedError, UsageError
+from ray_dfml.pipeline import Score
+from ray_dfml.runtime.shard import accelerators
+from ray_dfml.scores import as_row
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a file whole: temporary file in the same folder, flush to disk, rename."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("w", encoding="utf-8") as handle:
+            handle.write(text)
+            handle.flush()
+            os.fsync(handle.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+class RunFolder:
+    """Reads and writes one run folder."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.checkpoints = path / "checkpoints"
+        self._began = time.time()
+
+    @classmethod
+    def create(cls, path: Path, config: RunConfig, manifest: Mapping[str, Any]) -> "RunFolder":
+        """A new run folder with configuration and manifest. Raises UsageError if `path` exists."""
+        if path.exists():
+            raise UsageError(f"{path}: exists already; add --resume to continue that run, or choose another --run-dir")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        shutil.rmtree(temporary, ignore_errors=True)
+        try:
+            (temporary / "checkpoints").mkdir(parents=True)
+            (temporary / "config.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+            (temporary / "manifest.json").write_text(json.dumps(manifest, indent=2))
+            (temporary / "metrics.jsonl").touch()
+            (temporary / "scores.json").write_text("[]\n")
+            (temporary / "status.json").write_text(json.dumps({"state": "created", "round": None}))
+            os.rename(temporary, path)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+        return cls(path)
+
+    @classmethod
+    def open(cls, path: Path) -> "RunFolder":
+        """An existing run folder. Raises UsageError where there is none."""
+        if not (path / "config.yaml").is_file():
+            raise UsageError(f"{path}: not a run folder (no config.yaml); start a run without --resume")
+        return cls(path)
+
+    def config(self) -> RunConfig:
+        """The run's resolved configuration. Raises RejectedError if it cannot be read."""
+        try:
+            return build(yaml.safe_load((self.path / "config.yaml").read_text()))
+        except (OSError, yaml.YAMLError, UsageError) as error:
+            raise RejectedError(f"{self.path / 'config.yaml'}: {error}") from None
+
+    def manifest(self) -> dict[str, Any]:
+        """The manifest the run began with."""
+        return json.loads((self.path / "manifest.json").read_text())
+
+    def status(self, **fields: Any) -> None:
+        """Update `status.json` with fields; the others keep their values."""
+        path = self.path / "status.json"
+        known = json.loads(path.read_text()) if path.exists() else {}
+        known |= fields | {"updated": _now()}
+        write_text(path, json.dumps(known, indent=2) + "\n")
+
+    def log(self, row: Mapping[str, Any]) -> None:
+        """Append one object to `metrics.jsonl`."""
+        with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as handle:
+            handle.write(json.dumps(row) + "\n")
+
+    def truncate_log(self, rounds: int) -> None:
+        """Keep the metrics of rounds 0..rounds-1: a resumed run writes the others again."""
+        path = self.path / "metrics.jsonl"
+        kept = []
+        for line in path.read_text().splitlines():
+            try:
+                if json.loads(line)["round"] < rounds:
+                    kept.append(line + "\n")
+            except (json.JSONDecodeError, KeyError, TypeError):
+                continue
+        write_text(path, "".join(kept))
+
+    def write_scores(self, scores: Sequence[Score], profile: str) -> list[dict[str, Any]]:
+        """Write `scores.json`, and the accuracy of every episode to `episodes.parquet`, for paired comparisons."""
+        rows = [as_row(score, profile) for score in scores]
+        columns: dict[str, list[Any]] = {name: [] for name in ("method", "data", "shot", "selection", "episode", "accuracy")}
+        for score in scores:
+            for index, accuracy in enumerate(score.accuracies):
+                for name, value in zip(
+                    columns, (score.method, score.data, score.shot, score.selection, index, accuracy), strict=True
+                ):
+                    columns[name].append(value)
+        temporary = self.path / ".episodes.parquet.tmp"
+        pq.write_table(pa.table(columns), temporary)
+        os.replace(temporary, self.path / "episodes.parquet")
+        write_text(self.path / "scores.json", json.dumps(rows, indent=2) + "\n")
+        return rows
+
+
+def manifest(config: RunConfig, *, pools: Sequence[Mapping[str, Any]], data: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What a reader needs to repeat the run: command, versions, git state, seed, hardware, hashes of pool and data."""
+    packages = ("ray-dfml", "torch", "torchvision", "numpy", "pyarrow", "ray")
+    return {
+        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "started": _now(),
+        "versions": {"python": platform.python_version()} | {name: _version(name) for name in packages},
+        "git": _git(),
+        "seed": config.seed,
+        "hardware": {
+            "machine": platform.machine(),
+            "cpus": os.cpu_count(),
+            "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+            "accelerators": accelerators(),
+        },
+        "pool": list(pools),
+        "data": list(data),
+    }
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _git() -> dict[str, Any]:
+    here = Path(__file__).parent
+
+    def ask(*words: str) -> str | None:
+        try:
+            done = subprocess.run(["git", *words], cwd=here, capture_output=True, text=True, timeout=10, check=True)
+            return done.stdout.strip()
+        except (OSError, subprocess.SubprocessError):
+            return None
+
+    tracked = ask("ls-files", "--error-unmatch", Path(__file__).name)
+    if tracked is None:
+        return {}
+    return {"commit": ask("rev-parse", "HEAD"), "dirty": bool(ask("status", "--porcelain"))}
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")

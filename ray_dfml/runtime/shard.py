@@ -1,0 +1,85 @@
+"""A shard: one process on a slice of a device that hosts teachers and does the ops. A plain class; it knows of no cluster.
+
+Stateless between jobs but for a cache of teachers keyed by content: any shard may run, or re-run, any job.
+"""
+
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ray_dfml.core.net import Net, net
+from ray_dfml.errors import RejectedError
+from ray_dfml.ops import OPS
+from ray_dfml.types import Arrays, Job, TeacherCard
+
+LoadWeights = Callable[[str], tuple[TeacherCard, np.ndarray, np.ndarray]]
+"""Teacher id -> its card, flat weights [p] and batch-norm statistics [k]. Raises RejectedError for a bad teacher."""
+
+CACHE_BYTES = 512 * 2**20
+
+
+def pick_device() -> torch.device:
+    """The accelerator this process may use, else the CPU. This file is the only place that knows its name."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def accelerators() -> list[str]:
+    """Names of the accelerators this process sees."""
+    return [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+
+
+def pin(threads: int) -> None:
+    """One reduction order in every process: fix the number of threads and refuse lower precision in products."""
+    torch.set_num_threads(threads)
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cudnn.benchmark = False
+
+
+@dataclass(frozen=True)
+class HostedTeacher:
+    """A teacher on this shard's device."""
+
+    card: TeacherCard
+    net: Net
+    theta: Tensor
+    stats: Tensor
+
+
+class Shard:
+    """Runs ops. `threads` are torch's; `load` brings a teacher's weights from wherever they are kept."""
+
+    def __init__(self, load: LoadWeights, *, threads: int = 1, device: torch.device | None = None) -> None:
+        pin(threads)
+        self.device = pick_device() if device is None else device
+        self.batched = self.device.type != "cpu"
+        self._load = load
+        self._hosted: OrderedDict[str, HostedTeacher] = OrderedDict()
+
+    def teacher(self, id: str) -> HostedTeacher:
+        """The teacher, loaded on first use; the longest unused go when the cache exceeds 512 MiB."""
+        if id in self._hosted:
+            self._hosted.move_to_end(id)
+            return self._hosted[id]
+        card, theta, stats = self._load(id)
+        network = net(card.arch, card.image.shape, len(card.classes))
+        hosted = HostedTeacher(
+            card, network, torch.tensor(theta, device=self.device), torch.tensor(stats, device=self.device)
+        )
+        self._hosted[id] = hosted
+        while len(self._hosted) > 1 and sum(4 * t.theta.numel() for t in self._hosted.values()) > CACHE_BYTES:
+            self._hosted.popitem(last=False)
+        return hosted
+
+    def run(self, op: str, jobs: Sequence[Job], shared: Arrays) -> list[Arrays]:
+        """Results of `op` in job order. A job whose teacher is found bad gives `{"rejected": reason}`."""
+        try:
+            return OPS[op](self, jobs, shared)
+        except RejectedError as error:
+            if len(jobs) == 1:
+                return [{"rejected": str(error)}]
+            return [result for job in jobs for result in self.run(op, [job], shared)]

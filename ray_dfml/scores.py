@@ -1,0 +1,18 @@
+"""Rows of `scores.json`: exactly these keys, for every method."""
+
+from typing import Any
+
+from ray_dfml.core.scoring import mean_ci95
+from ray_dfml.pipeline import Score
+
+KEYS = ("method", "data", "split", "way", "shot", "episodes", "bn", "profile", "selection", "mean", "ci95")
+
+
+def as_row(score: Score, profile: str) -> dict[str, Any]:
+    """One object of `scores.json`: accuracy in percent with its 95 % half-width, and everything that qualifies it."""
+    mean, ci95 = mean_ci95(score.accuracies)
+    values = (
+        score.method, score.data, score.split, score.way, score.shot, len(score.accuracies), score.bn, profile,
+        score.selection, round(mean, 4), round(ci95, 4),
+    )  # fmt: skip
+    return dict(zip(KEYS, values, strict=True))

@@ -1,0 +1,54 @@
+"""Evaluation episodes: what they contain, and what they depend on."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ray_dfml.core import episodes
+from tests.support import PROPERTY
+
+
+def split(classes: int, per_class: int) -> np.ndarray:
+    """Labels 10, 11, ... in shuffled order."""
+    return np.random.default_rng(0).permutation(np.repeat(np.arange(classes) + 10, per_class))
+
+
+def same(a: episodes.Episode, b: episodes.Episode) -> bool:
+    return a.classes == b.classes and np.array_equal(a.support, b.support) and np.array_equal(a.query, b.query)
+
+
+@PROPERTY
+@given(
+    st.integers(1, 4), st.integers(0, 3), st.integers(1, 3), st.integers(1, 4), st.integers(0, 2), st.integers(0, 10**6)
+)
+def test_an_episode_is_balanced_interleaved_and_without_repeats(way, spare_classes, shot, query, spare_images, index):
+    labels = split(way + spare_classes, shot + query + spare_images)
+    support, query_rows, classes = episodes.draw(labels, way=way, shot=shot, query=query, seed=1, index=index)
+    assert len(set(classes)) == way
+    assert labels[support].tolist() == list(classes) * shot
+    assert labels[query_rows].tolist() == list(classes) * query
+    assert len(set(support) | set(query_rows)) == way * (shot + query)
+
+
+def test_episodes_depend_on_seed_and_index_only():
+    labels, kind = split(8, 12), {"way": 5, "shot": 1, "query": 3}
+    forward = [episodes.draw(labels, **kind, seed=3, index=i) for i in range(6)]
+    backward = [episodes.draw(labels, **kind, seed=3, index=i) for i in reversed(range(6))][::-1]
+    assert all(same(a, b) for a, b in zip(forward, backward, strict=True))
+    assert not any(same(forward[0], other) for other in forward[1:])
+    assert not any(same(a, episodes.draw(labels, **kind, seed=4, index=i)) for i, a in enumerate(forward))
+
+
+def test_all_classes_and_images_are_drawn_in_time():
+    labels, kind = split(6, 5), {"way": 2, "shot": 1, "query": 2}
+    drawn = [episodes.draw(labels, **kind, seed=0, index=i) for i in range(100)]
+    assert {c for episode in drawn for c in episode.classes} == set(labels.tolist())
+    assert {int(i) for episode in drawn for i in episode.query} == set(range(30))
+
+
+def test_too_few_classes_or_images_are_errors():
+    with pytest.raises(ValueError, match="5-way episodes need 5 classes, the split has 4"):
+        episodes.draw(split(4, 20), way=5, shot=1, query=15, seed=0, index=0)
+    with pytest.raises(ValueError, match="need 16, class 10 has 15"):
+        episodes.draw(split(6, 15), way=5, shot=1, query=15, seed=0, index=0)

@@ -1,0 +1,92 @@
+"""The image generator against plain layers."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from ray_dfml.core.generators import Generator, generator, upsampled_conv_kernel
+from tests.support import PROPERTY, normal
+
+
+@PROPERTY
+@given(st.integers(1, 3), st.integers(1, 3), st.integers(1, 3), st.integers(1, 5), st.integers(1, 5))
+def test_the_summed_kernel_equals_nearest_upsampling_then_convolution(n, inputs, outputs, height, width):
+    x, weight = (
+        normal(n, inputs, height, width).requires_grad_(),
+        normal(outputs, inputs, 3, 3, seed=1).requires_grad_(),
+    )
+    found = F.conv_transpose2d(x, upsampled_conv_kernel(weight), stride=2, padding=1)
+    expected = F.conv2d(F.interpolate(x, scale_factor=2, mode="nearest"), weight, padding=1)
+    torch.testing.assert_close(found, expected)
+    cotangent = normal(*expected.shape, seed=2)
+    for a, b in zip(
+        torch.autograd.grad(found, (x, weight), cotangent),
+        torch.autograd.grad(expected, (x, weight), cotangent),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize(
+    ("shape", "parameters"), [((3, 32, 32), 2_328_899), ((3, 84, 84), 14_730_691), ((1, 28, 28), 1_834_305)]
+)
+def test_parameter_counts(shape, parameters):
+    assert generator(shape, 256, 64).layout.numel == parameters
+
+
+def test_images_equal_those_of_plain_layers():
+    net_g, z = Generator((3, 16, 12), 8, 4), normal(6, 8)
+    theta = net_g.init(torch.Generator().manual_seed(0)).double()
+    theta = theta + 0.1 * normal(theta.numel(), seed=1)
+    plain = nn.Sequential(
+        nn.Linear(8, 8 * 4 * 3), nn.Unflatten(1, (8, 4, 3)), nn.BatchNorm2d(8),
+        nn.Upsample(scale_factor=2), nn.Conv2d(8, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.LeakyReLU(0.2),
+        nn.Upsample(scale_factor=2), nn.Conv2d(8, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4), nn.LeakyReLU(0.2),
+        nn.Conv2d(4, 3, 3, padding=1), nn.Sigmoid(),
+    ).double()  # fmt: skip
+    assert [p.shape for p in plain.parameters()] == list(net_g.layout.shapes.values())
+    nn.utils.vector_to_parameters(theta, plain.parameters())
+    torch.testing.assert_close(net_g(theta, z), plain(z))
+
+
+@PROPERTY
+@given(st.integers(0, 1000), st.floats(0.1, 100))
+def test_pixels_are_between_zero_and_one(seed, scale):
+    net_g = generator((1, 8, 8), 4, 4)
+    theta = net_g.init(torch.Generator().manual_seed(seed))
+    images = net_g(theta * scale, torch.randn(5, 4, generator=torch.Generator().manual_seed(seed)))
+    assert images.shape == (5, 1, 8, 8)
+    assert images.min() >= 0
+    assert images.max() <= 1
+
+
+def test_gradients_reach_weights_and_codes():
+    net_g = generator((1, 8, 8), 4, 4)
+    theta = net_g.init(torch.Generator().manual_seed(0)).requires_grad_()
+    z = normal(5, 4).float().requires_grad_()
+    grads = torch.autograd.grad(net_g(theta, z).square().sum(), (theta, z))
+    assert all(g.abs().sum() > 0 for g in grads)
+
+
+def test_initial_weights_are_uniform_by_fan_in():
+    net_g = Generator((3, 16, 16), 64, 16)
+    theta = net_g.init(torch.Generator().manual_seed(0))
+    parts = net_g.layout.unflatten(theta)
+    for name, fan_in in (("project", 64), ("conv1", 9 * 32), ("conv2", 9 * 32), ("conv3", 9 * 16)):
+        bound = 1 / math.sqrt(fan_in)
+        assert 0.95 * bound < parts[f"{name}.weight"].abs().max() <= bound
+        assert parts[f"{name}.weight"].std().item() == pytest.approx(bound / math.sqrt(3), rel=0.1)
+    assert parts["conv3.bias"].abs().max() <= 1 / math.sqrt(9 * 16)
+    assert torch.equal(parts["norm1.weight"], torch.ones(32))
+    assert torch.equal(parts["norm1.bias"], torch.zeros(32))
+    assert torch.equal(theta, net_g.init(torch.Generator().manual_seed(0)))
+
+
+def test_sizes_not_divisible_by_four_are_errors():
+    with pytest.raises(ValueError, match="divisible by 4"):
+        Generator((3, 30, 32), 8, 4)

@@ -1,0 +1,90 @@
+"""Bytes, pixels, normalised values, and random views."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.autograd import gradcheck
+
+from ray_dfml.core.images import draw_view, normalise, to_bytes, to_pixels, view
+from tests.support import PROPERTY, normal
+
+
+@PROPERTY
+@given(st.integers(0, 10**6))
+def test_bytes_differ_from_their_source_by_at_most_half_a_level(seed):
+    x = torch.rand(3, 2, 5, 4, generator=torch.Generator().manual_seed(seed))
+    assert (to_pixels(to_bytes(x)) - x).abs().max() <= 1 / 510 + 1e-7
+
+
+def test_every_byte_survives_the_round_trip():
+    levels = np.arange(256, dtype=np.uint8).reshape(1, 1, 16, 16)
+    assert np.array_equal(to_bytes(to_pixels(levels)), levels)
+
+
+def test_pixels_out_of_range_are_clamped():
+    assert to_bytes(torch.tensor([[[[-0.5, 0.0, 1.0, 7.0]]]])).tolist() == [[[[0, 0, 255, 255]]]]
+
+
+def test_pixels_do_not_share_memory_with_read_only_bytes():
+    images = np.full((1, 1, 2, 2), 51, np.uint8)
+    images.flags.writeable = False
+    pixels = to_pixels(images)
+    pixels += 1
+    assert images.max() == 51
+    torch.testing.assert_close(pixels, torch.full((1, 1, 2, 2), 1.2))
+
+
+def test_normalise_per_channel_and_per_image():
+    x = normal(2, 3, 4, 5)
+    mean, std = normal(2, 3, seed=1), normal(2, 3, seed=2).exp()
+    found = normalise(x, mean, std)
+    for i in range(2):
+        torch.testing.assert_close(found[i], normalise(x[i], mean[i], std[i]))
+        for c in range(3):
+            torch.testing.assert_close(found[i, c], (x[i, c] - mean[i, c]) / std[i, c])
+
+
+@pytest.mark.parametrize("fill", ["edge", "zero"])
+@pytest.mark.parametrize("pad", [0, 1, 4])
+def test_the_centred_view_is_the_image(pad, fill):
+    x = normal(2, 3, 6, 5)
+    assert torch.equal(view(x, (pad, pad, False), pad=pad, fill=fill), x)
+
+
+@PROPERTY
+@given(st.integers(0, 3), st.integers(0, 6), st.integers(0, 6), st.booleans(), st.sampled_from(["edge", "zero"]))
+def test_a_view_is_the_padded_image_cropped_and_mirrored(pad, dy, dx, mirror, fill):
+    dy, dx = dy % (2 * pad + 1), dx % (2 * pad + 1)
+    x = normal(2, 1, 5, 4)
+    border = ((0, 0), (0, 0), (pad, pad), (pad, pad))
+    padded = np.pad(x.numpy(), border, mode="constant" if fill == "zero" else "edge")
+    expected = padded[:, :, dy : dy + 5, dx : dx + 4]
+    expected = expected[..., ::-1] if mirror else expected
+    assert np.array_equal(view(x, (dy, dx, mirror), pad=pad, fill=fill).numpy(), expected)
+
+
+@pytest.mark.parametrize("fill", ["edge", "zero"])
+def test_a_view_is_differentiable(fill):
+    assert gradcheck(lambda x: view(x, (3, 0, True), pad=2, fill=fill), (normal(2, 1, 4, 3).requires_grad_(),))
+
+
+def test_an_edge_view_of_a_white_page_is_white():
+    page = torch.ones(1, 1, 5, 5)
+    assert torch.equal(view(page, (0, 8, False), pad=4, fill="edge"), page)
+    assert view(page, (0, 8, False), pad=4, fill="zero").min() == 0
+
+
+def test_drawn_views_cover_all_offsets_and_mirror_only_if_allowed():
+    rng = torch.Generator().manual_seed(0)
+    drawn = [draw_view(rng, pad=1, flip=True) for _ in range(300)]
+    assert {(dy, dx) for dy, dx, _ in drawn} == {(i, j) for i in range(3) for j in range(3)}
+    assert {mirror for *_, mirror in drawn} == {False, True}
+    assert not any(draw_view(rng, pad=1, flip=False)[2] for _ in range(50))
+    assert {draw_view(rng, pad=0, flip=False) for _ in range(20)} == {(0, 0, False)}
+
+
+def test_the_drawn_view_depends_on_the_generator_not_on_whether_mirrors_are_allowed():
+    one, other = (draw_view(torch.Generator().manual_seed(5), pad=4, flip=flip) for flip in (True, False))
+    assert one[:2] == other[:2]

@@ -1,0 +1,190 @@
+"""Meta-gradients against a hand derivation, finite differences, and one another (looped and batched)."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ray_dfml.core.inner_loop import Task, adapt, graph_grad, meta_gradient, plain_grad
+from ray_dfml.core.net import Net
+from ray_dfml.core.norm import BatchNorm
+from tests.support import normal, slope
+
+BOTH = pytest.mark.parametrize("batched", [False, True], ids=["loop", "batched"])
+STEPS = pytest.mark.parametrize("steps", [0, 1, 5])
+
+
+class Smooth(nn.Module):
+    """Conv, batch norm, tanh, average pool, twice; no kinks, so that finite differences are exact."""
+
+    def __init__(self, channels_in: int, ways: int) -> None:
+        super().__init__()
+        self.conv1, self.norm1 = nn.Conv2d(channels_in, 4, 3, padding=1), BatchNorm(4)
+        self.conv2, self.norm2 = nn.Conv2d(4, 4, 3, padding=1), BatchNorm(4)
+        self.head = nn.Linear(4, ways)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.avg_pool2d(torch.tanh(self.norm1(self.conv1(x))), 2)
+        return self.head(torch.tanh(self.norm2(self.conv2(x))).mean((2, 3)))
+
+
+class TwoParameters:
+    """Logits (0, a x + b) of images of one pixel: logistic regression, whose derivatives fit on a line."""
+
+    def __call__(self, theta: Tensor, x: Tensor) -> Tensor:
+        margin = theta[0] * x.flatten() + theta[1]
+        return torch.stack([torch.zeros_like(margin), margin], dim=1)
+
+    def with_stats(self, theta: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self(theta, x), theta.new_zeros(1)
+
+
+@pytest.fixture
+def smooth(monkeypatch) -> Net:
+    monkeypatch.setattr("ray_dfml.core.net.BACKBONES", {"smooth": lambda c, h, w, ways: Smooth(c, ways)})
+    return Net("smooth", (2, 6, 6), 3)
+
+
+def draw_tasks(shape: tuple[int, int, int], *, tasks: int = 3, way: int = 3) -> Task:
+    support_y, query_y = torch.arange(way).repeat(2), torch.arange(way).repeat(3)
+    images = normal(tasks, 5 * way, *shape, seed=5)
+    return Task(images[:, : 2 * way], support_y.expand(tasks, -1), images[:, 2 * way :], query_y.expand(tasks, -1))
+
+
+def weights(network: Net) -> Tensor:
+    theta = network.init(torch.Generator().manual_seed(0)).double()
+    return theta + 0.1 * normal(theta.numel(), seed=1)
+
+
+def relative(found: Tensor, expected: Tensor) -> float:
+    return float((found - expected).norm() / expected.norm())
+
+
+@BOTH
+def test_one_step_maml_of_two_parameters_equals_the_hand_derivation(batched):
+    """phi = theta + lr s v, s = sigmoid(-theta.v); dL/dtheta = -sigmoid(-phi.u) (u - lr s (1 - s) (v.u) v)."""
+    theta, lr, xs, xq = torch.tensor([0.4, -0.3], dtype=torch.float64), 0.7, 1.5, -0.8
+    v, u = torch.tensor([xs, 1.0], dtype=torch.float64), torch.tensor([xq, 1.0], dtype=torch.float64)
+    s = torch.sigmoid(-(theta @ v))
+    phi = theta + lr * s * v
+    expected = -torch.sigmoid(-(phi @ u)) * (u - lr * s * (1 - s) * (v @ u) * v)
+    one = torch.ones(1, 1, dtype=torch.int64)
+    task = Task(v[:1].view(1, 1, 1, 1, 1), one, u[:1].view(1, 1, 1, 1, 1), one)
+    found = meta_gradient(TwoParameters(), theta, task, lr=lr, steps=1, batched=batched)
+    torch.testing.assert_close(found.grad[0], expected, rtol=1e-12, atol=0)
+    assert found.loss.item() == pytest.approx(math.log1p(math.exp(-float(phi @ u))), rel=1e-12)
+    assert found.accuracy.item() == float(phi @ u > 0)
+
+
+@BOTH
+@STEPS
+def test_meta_gradient_equals_finite_differences_of_the_query_loss(smooth, batched, steps):
+    theta, tasks, lr = weights(smooth), draw_tasks(smooth.shape), 0.5
+    found = meta_gradient(smooth, theta, tasks, lr=lr, steps=steps, batched=batched)
+    direction = normal(theta.numel(), seed=2) / math.sqrt(theta.numel())
+    for t in range(3):
+        support, support_y, query, query_y = (part[t] for part in tasks)
+
+        def query_loss(w: Tensor, s=support, sy=support_y, q=query, qy=query_y) -> Tensor:
+            for _ in range(steps):
+                with torch.enable_grad():
+                    leaf = w.detach().requires_grad_()
+                    (g,) = torch.autograd.grad(F.cross_entropy(smooth(leaf, s), sy), leaf)
+                w = w - lr * g
+            return F.cross_entropy(smooth(w, q), qy)
+
+        assert found.loss[t].item() == pytest.approx(query_loss(theta).item(), rel=1e-10)
+        assert float(found.grad[t] @ direction) == pytest.approx(
+            slope(query_loss, theta, direction), rel=1e-7, abs=1e-8
+        )
+
+
+@STEPS
+def test_batched_equals_looped_on_a_smooth_network(smooth, steps):
+    theta, tasks = weights(smooth), draw_tasks(smooth.shape)
+    looped, batched = (meta_gradient(smooth, theta, tasks, lr=0.5, steps=steps, batched=b) for b in (False, True))
+    for a, b in zip(looped, batched, strict=True):
+        torch.testing.assert_close(b, a, rtol=1e-8, atol=1e-10)
+
+
+@STEPS
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-8), (torch.float32, 1e-4)])
+def test_batched_equals_looped_on_conv4(steps, dtype, bound):
+    network = Net("conv4", (3, 16, 16), 3)
+    theta, tasks = weights(network).to(dtype), draw_tasks(network.shape)
+    tasks = tasks._replace(support=tasks.support.to(dtype), query=tasks.query.to(dtype))
+    looped, batched = (meta_gradient(network, theta, tasks, lr=0.01, steps=steps, batched=b) for b in (False, True))
+    named = [network.layout.unflatten(row) for row in (looped.grad[0], batched.grad[0])]
+    for name in network.layout.shapes:
+        if name.endswith("conv.bias"):
+            assert all(bool((grads[name] == 0).all()) for grads in named)  # batch norm removes them: dead parameters
+        else:
+            assert relative(named[1][name], named[0][name]) < bound, name
+    assert relative(batched.grad, looped.grad) < bound
+    for a, b in zip(looped[1:], batched[1:], strict=True):
+        torch.testing.assert_close(b, a, rtol=bound, atol=bound)
+
+
+@BOTH
+@pytest.mark.parametrize(("lr", "steps"), [(0.0, 3), (0.5, 0)])
+def test_without_adaptation_the_meta_gradient_is_that_of_the_query_loss(smooth, batched, lr, steps):
+    theta, tasks = weights(smooth), draw_tasks(smooth.shape)
+    found = meta_gradient(smooth, theta, tasks, lr=lr, steps=steps, batched=batched)
+    for t in range(3):
+        expected = plain_grad(lambda w, t=t: F.cross_entropy(smooth(w, tasks.query[t]), tasks.query_y[t]))(theta)
+        torch.testing.assert_close(found.grad[t], expected, rtol=1e-9, atol=1e-11)
+
+
+@BOTH
+def test_the_second_order_term_is_there(smooth, batched):
+    theta, tasks = weights(smooth), draw_tasks(smooth.shape, tasks=1)
+    found = meta_gradient(smooth, theta, tasks, lr=0.5, steps=3, batched=batched).grad[0]
+    support, support_y, query, query_y = (part[0] for part in tasks)
+    phi = adapt(lambda w: F.cross_entropy(smooth(w, support), support_y), theta, lr=0.5, steps=3, grad_of=plain_grad)
+    first_order = plain_grad(lambda w: F.cross_entropy(smooth(w, query), query_y))(phi)
+    assert relative(first_order, found) > 1e-2
+
+
+@BOTH
+def test_statistics_and_accuracy_are_those_of_the_query_under_adapted_weights(batched):
+    network = Net("conv4", (3, 16, 16), 3)
+    theta, tasks = weights(network), draw_tasks(network.shape)
+    found = meta_gradient(network, theta, tasks, lr=0.1, steps=2, batched=batched)
+    for t in range(3):
+        support, support_y, query, query_y = (part[t] for part in tasks)
+        phi = adapt(
+            lambda w, s=support, y=support_y: F.cross_entropy(network(w, s), y),
+            theta, lr=0.1, steps=2, grad_of=plain_grad,
+        )  # fmt: skip
+        logits, stats = network.with_stats(phi, query)
+        torch.testing.assert_close(found.stats[t], stats, rtol=1e-8, atol=1e-10)
+        assert found.accuracy[t].item() == pytest.approx((logits.argmax(1) == query_y).double().mean().item())
+
+
+@BOTH
+def test_tasks_do_not_influence_each_other_and_theta_is_untouched(smooth, batched):
+    theta, tasks = weights(smooth), draw_tasks(smooth.shape)
+    before = theta.clone()
+    together = meta_gradient(smooth, theta, tasks, lr=0.5, steps=2, batched=batched)
+    alone = meta_gradient(smooth, theta, Task(*(part[1:2] for part in tasks)), lr=0.5, steps=2, batched=batched)
+    torch.testing.assert_close(together.grad[1:2], alone.grad, rtol=1e-9, atol=1e-11)
+    assert torch.equal(theta, before)
+    assert not theta.requires_grad
+
+
+def test_adaptation_to_a_quadratic_contracts_by_a_known_factor():
+    target, theta = normal(4, seed=1), normal(4)
+    found = adapt(lambda w: 0.5 * (w - target).square().sum(), theta, lr=0.1, steps=7, grad_of=plain_grad)
+    torch.testing.assert_close(found, target + 0.9**7 * (theta - target))
+
+
+def test_all_three_gradients_agree():
+    theta = normal(4)
+    expected = 3 * theta**2
+    leaf = theta.clone().requires_grad_()
+    for grad in (graph_grad(lambda w: w.pow(3).sum())(leaf), plain_grad(lambda w: w.pow(3).sum())(theta)):
+        torch.testing.assert_close(grad.detach(), expected)
+    assert graph_grad(lambda w: w.pow(3).sum())(leaf).requires_grad
+    assert not plain_grad(lambda w: w.pow(3).sum())(theta).requires_grad

@@ -1,0 +1,96 @@
+"""The memory bank: first in first out, and tasks drawn from it."""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ray_dfml.core import memory
+from tests.support import PROPERTY, image_numbers, unique_images
+
+SHAPE = (1, 2, 2)
+
+
+def numbered_bank(counts: list[int]) -> dict[str, np.ndarray]:
+    """Class i holds images number 1000 i, 1000 i + 1, ..."""
+    return {f"c{i}": unique_images(count, SHAPE, first=1000 * i) for i, count in enumerate(counts)}
+
+
+@PROPERTY
+@given(st.lists(st.integers(1, 6), min_size=1, max_size=6), st.integers(1, 8))
+def test_the_bank_keeps_the_newest_images_in_order(batches, capacity):
+    bank: memory.Bank = {}
+    for i, n in enumerate(batches):
+        bank = memory.add(bank, "c", unique_images(n, SHAPE, first=sum(batches[:i])), capacity)
+    assert image_numbers(bank["c"]) == list(range(sum(batches)))[-capacity:]
+    assert bank["c"].dtype == np.uint8
+
+
+def test_adding_leaves_the_old_bank_and_other_classes_alone():
+    old = numbered_bank([3, 2])
+    copies = {key: images.copy() for key, images in old.items()}
+    new = memory.add(old, "c0", unique_images(2, SHAPE, first=500), 4)
+    assert all(np.array_equal(old[key], copies[key]) for key in copies)
+    assert image_numbers(new["c0"]) == [1, 2, 500, 501]
+    assert new["c1"] is old["c1"]
+
+
+def test_ready_classes_hold_enough_images_and_are_sorted():
+    bank = {"b": unique_images(4, SHAPE), "a": unique_images(5, SHAPE), "c": unique_images(3, SHAPE)}
+    assert memory.ready(bank, 4) == ["a", "b"]
+    assert memory.ready({}, 1) == []
+
+
+@PROPERTY
+@given(
+    st.lists(st.integers(0, 9), min_size=2, max_size=6),
+    st.integers(1, 3), st.integers(1, 2), st.integers(1, 3), st.integers(0, 10**6),
+)  # fmt: skip
+def test_a_task_has_distinct_images_of_distinct_ready_classes_in_interleaved_order(counts, way, shot, query, seed):
+    bank = numbered_bank(counts)
+    rng = torch.Generator().manual_seed(seed)
+    enough = [key for key in bank if len(bank[key]) >= shot + query]
+    if len(enough) < way:
+        with pytest.raises(ValueError, match=f"the bank has {len(enough)} classes"):
+            memory.draw_task(bank, way=way, shot=shot, query=query, generator=rng)
+        return
+    copies = {key: images.copy() for key, images in bank.items()}
+    keys, support, query_images = memory.draw_task(bank, way=way, shot=shot, query=query, generator=rng)
+    assert len(set(keys)) == way
+    assert set(keys) <= set(enough)
+    assert support.shape == (way * shot, *SHAPE)
+    assert query_images.shape == (way * query, *SHAPE)
+    numbers = image_numbers(np.concatenate([support, query_images]))
+    assert len(set(numbers)) == len(numbers)
+    labels = memory.interleaved(way, shot).tolist() + memory.interleaved(way, query).tolist()
+    assert [f"c{number // 1000}" for number in numbers] == [keys[label] for label in labels]
+    assert all(np.array_equal(bank[key], copies[key]) for key in copies)
+
+
+def test_a_task_depends_on_the_generator_only():
+    bank = numbered_bank([9, 9, 9])
+    swapped = dict(reversed(bank.items()))
+    draws = [
+        memory.draw_task(source, way=2, shot=1, query=3, generator=torch.Generator().manual_seed(7))
+        for source in (bank, swapped)
+    ]
+    assert draws[0][0] == draws[1][0]
+    assert np.array_equal(draws[0][1], draws[1][1])
+    assert np.array_equal(draws[0][2], draws[1][2])
+
+
+def test_classes_and_images_are_drawn_uniformly():
+    bank, rng = numbered_bank([4, 4, 4, 4]), torch.Generator().manual_seed(0)
+    supports = Counter()
+    for _ in range(800):
+        _, support, _ = memory.draw_task(bank, way=2, shot=1, query=1, generator=rng)
+        supports.update(image_numbers(support))
+    assert len(supports) == 16
+    assert all(60 < count < 140 for count in supports.values())  # mean 100, standard deviation 9.4
+
+
+def test_interleaved_labels_repeat_the_ways():
+    assert memory.interleaved(3, 2).tolist() == [0, 1, 2, 0, 1, 2]

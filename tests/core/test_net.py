@@ -1,0 +1,158 @@
+"""Backbones as functions of flat weights: parameter counts, agreement with plain layers, and batch-norm statistics."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ray_dfml.core.backbones import Conv4, ResNet
+from ray_dfml.core.net import Net, net
+from tests.support import normal
+
+
+def drawn(network: Net, seed: int = 0) -> Tensor:
+    """Float64 weights in general position: no part is exactly 0 or 1."""
+    theta = network.init(torch.Generator().manual_seed(seed)).double()
+    return theta + 0.05 * normal(theta.numel(), seed=seed + 1)
+
+
+@pytest.mark.parametrize(
+    ("arch", "shape", "ways", "parameters"),
+    [
+        ("conv4", (3, 32, 32), 5, 29_541),
+        ("conv4", (3, 32, 32), 10, 29_541 + 128 * 5 + 5),
+        ("conv4", (3, 84, 84), 5, 32_901),
+        ("conv4", (1, 28, 28), 5, 28_485),
+        ("conv4-adaptive", (3, 84, 84), 5, 29_061),
+        ("conv4-adaptive", (3, 32, 32), 5, 29_061),
+        ("conv4-64", (3, 32, 32), 5, 114_373),
+        ("conv4-64", (3, 84, 84), 5, 121_093),
+        ("resnet10", (3, 32, 32), 5, 4_900_677),
+        ("resnet18", (3, 84, 84), 5, 11_171_397),
+    ],
+)
+def test_parameter_counts(arch, shape, ways, parameters):
+    assert Net(arch, shape, ways).layout.numel == parameters
+
+
+def test_multiply_accumulates_are_those_of_the_layers():
+    by_hand = 9 * (3 * 32 * 32**2 + 32 * 32 * (16**2 + 8**2 + 4**2)) + 128 * 5
+    assert Net("conv4", (3, 32, 32), 5).macs == by_hand
+
+
+def test_conv4_equals_plain_layers_in_the_published_order():
+    """Conv with bias, batch norm, ReLU, max-pool: neither the pooling before the ReLU nor the dropped bias shows."""
+    network, x = Net("conv4", (3, 18, 18), 5), normal(6, 3, 18, 18)
+    theta = drawn(network)
+    found, stats = network.with_stats(theta, x)
+    parts, y, expected = network.layout.unflatten(theta), x, []
+    for i in range(4):
+        y = F.conv2d(y, parts[f"blocks.{i}.conv.weight"], parts[f"blocks.{i}.conv.bias"], padding=1)
+        expected += [y.mean((0, 2, 3)), y.var((0, 2, 3), unbiased=False)]
+        y = F.batch_norm(y, None, None, parts[f"blocks.{i}.norm.weight"], parts[f"blocks.{i}.norm.bias"], training=True)
+        y = F.max_pool2d(F.relu(y), 2)
+    torch.testing.assert_close(found, F.linear(y.flatten(1), parts["head.weight"], parts["head.bias"]))
+    torch.testing.assert_close(stats, torch.cat(expected))
+
+
+@pytest.mark.parametrize("stem_relu", [False, True])
+def test_resnet10_equals_plain_layers(stem_relu, monkeypatch):
+    architecture = {"r": lambda c, h, w, ways: ResNet(c, ways, depths=(1, 1, 1, 1), stem_relu=stem_relu)}
+    monkeypatch.setattr("ray_dfml.core.net.BACKBONES", architecture)
+    network, x = Net("r", (3, 16, 16), 4), normal(3, 3, 16, 16)
+    theta = drawn(network)
+    p = network.layout.unflatten(theta)
+
+    def norm(y: Tensor, name: str) -> Tensor:
+        return F.batch_norm(y, None, None, p[f"{name}.weight"], p[f"{name}.bias"], training=True)
+
+    y = norm(F.conv2d(x, p["stem.weight"], padding=1), "stem_norm")
+    y = F.relu(y) if stem_relu else y
+    for i in range(4):
+        at, stride = f"blocks.{i}.", 2 if i else 1
+        short = norm(F.conv2d(y, p[at + "project.weight"], stride=stride), at + "project_norm") if i else y
+        y = F.relu(norm(F.conv2d(y, p[at + "conv1.weight"], stride=stride, padding=1), at + "norm1"))
+        y = F.relu(norm(F.conv2d(y, p[at + "conv2.weight"], padding=1), at + "norm2") + short)
+    expected = F.linear(y.mean((2, 3)), p["head.weight"], p["head.bias"])
+    torch.testing.assert_close(network(theta, x), expected)
+
+
+@pytest.mark.parametrize(("arch", "size"), [("conv4", 16), ("conv4-adaptive", 20), ("resnet10", 8)])
+def test_statistics_of_a_batch_given_back_reproduce_its_logits(arch, size):
+    network, x = Net(arch, (3, size, size), 3), normal(5, 3, size, size)
+    theta = drawn(network)
+    logits, stats = network.with_stats(theta, x)
+    assert stats.shape == network.initial_stats().shape
+    torch.testing.assert_close(network(theta, x), logits)
+    torch.testing.assert_close(network(theta, x, stats), logits)
+
+
+def test_given_statistics_make_images_independent():
+    network, x = Net("conv4", (3, 16, 16), 3), normal(5, 3, 16, 16)
+    theta = drawn(network)
+    _, stats = network.with_stats(theta, normal(8, 3, 16, 16, seed=3))
+    together = network(theta, x, stats)
+    torch.testing.assert_close(network(theta, x[2:3], stats), together[2:3])
+    assert (network(theta, x[:2]) - network(theta, x)[:2]).abs().max() > 1e-3
+
+
+def test_statistics_found_under_given_statistics_equal_them_on_their_own_batch():
+    network, x = Net("conv4", (3, 16, 16), 3), normal(5, 3, 16, 16)
+    theta = drawn(network)
+    logits, stats = network.with_stats(theta, x)
+    again, found = network.with_stats(theta, x, stats)
+    torch.testing.assert_close(found, stats)
+    torch.testing.assert_close(again, logits)
+
+
+def test_statistics_are_differentiable_with_respect_to_the_images():
+    network = Net("conv4", (3, 16, 16), 3)
+    x = normal(5, 3, 16, 16).requires_grad_()
+    theta = drawn(network)
+    _, found = network.with_stats(theta, x, network.initial_stats().double())
+    assert torch.autograd.grad(found.square().sum(), x)[0].abs().sum() > 0
+
+
+def test_a_call_after_a_capture_is_the_call_before_it():
+    network, x = Net("conv4", (3, 16, 16), 3), normal(5, 3, 16, 16)
+    theta = drawn(network)
+    before = network(theta, x)
+    network.with_stats(theta, x, network.initial_stats())
+    assert torch.equal(network(theta, x), before)
+
+
+def test_the_adaptive_head_takes_any_image_size():
+    network = Net("conv4-adaptive", (3, 32, 32), 5)
+    theta = network.init(torch.Generator().manual_seed(0))
+    assert network(theta, torch.rand(3, 3, 48, 40)).shape == (3, 5)
+
+
+def test_initial_weights_follow_the_published_distributions():
+    network = Net("conv4-64", (3, 84, 84), 5)
+    theta = network.init(torch.Generator().manual_seed(0))
+    parts = network.layout.unflatten(theta)
+    assert parts["blocks.1.conv.weight"].std().item() == pytest.approx(math.sqrt(2 / (9 * 64)), rel=0.02)
+    assert torch.equal(parts["blocks.2.norm.weight"], torch.ones(64))
+    assert all(torch.equal(parts[f"blocks.2.{name}"], torch.zeros(64)) for name in ("conv.bias", "norm.bias"))
+    bound = 1 / math.sqrt(1600)
+    assert 0.95 * bound < parts["head.weight"].abs().max() <= bound
+    assert 0 < parts["head.bias"].abs().max() <= bound
+    assert torch.equal(theta, network.init(torch.Generator().manual_seed(0)))
+    silent = network.layout.unflatten(network.init(torch.Generator().manual_seed(0), zero_head_bias=True))
+    assert torch.equal(silent["head.bias"], torch.zeros(5))
+    assert torch.equal(silent["head.weight"], parts["head.weight"])
+
+
+def test_features_come_before_the_head():
+    module: nn.Module = Conv4(3, 32, 32, 5)
+    x = torch.rand(4, 3, 32, 32)
+    features = module.features(x)
+    assert features.shape == (4, 128)
+    torch.testing.assert_close(module.head(features), module(x))
+
+
+def test_unknown_architectures_are_errors():
+    with pytest.raises(KeyError, match="unknown architecture 'vgg'"):
+        net("vgg", (3, 32, 32), 5)

@@ -1,0 +1,288 @@
+"""FIVE: recovery of a task from one teacher, against an independent copy and finite differences."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ray_dfml.core import losses
+from ray_dfml.core.images import normalise
+from ray_dfml.core.generators import Generator
+from ray_dfml.core.images import normalise, to_bytes, to_pixels, view
+from ray_dfml.core.memory import interleaved
+from ray_dfml.methods import free
+from ray_dfml.types import Arrays, Job
+from tests.support import (
+    FakeTeacher,
+    FakeWorker,
+    card,
+    double_by_default,
+    normal,
+    random_teacher,
+    slope,
+    small_config,
+    small_world,
+)
+
+PLAIN = {"crop_pad": 0, "flip": "off", "steps": 3, "lr_generator": 0.01, "lr_latent": 0.02}
+"""Without random views, so that a loss can be evaluated again; large steps, so that they show."""
+
+
+class Case:
+    """A random teacher, a narrow generator, and a learner."""
+
+    def __init__(self, channels: int = 3) -> None:
+        self.teacher = random_teacher(card(0, channels=channels))
+        self.net_g = Generator((channels, 16, 16), 8, 4)
+        self.theta_g = self.net_g.init(torch.Generator().manual_seed(1))
+        self.theta = self.teacher.net.init(torch.Generator().manual_seed(2))
+
+    def double(self) -> "Case":
+        self.teacher, self.theta_g, self.theta = self.teacher.double(), self.theta_g.double(), self.theta.double()
+        return self
+
+    def run(self, *, learner: bool = False, seed: int = 3, **changes: Any) -> tuple[Arrays, Tensor]:
+        image = self.teacher.card.image
+        mean, std = (torch.tensor(v, dtype=self.theta.dtype) for v in (image.mean, image.std))
+
+        def judge(pixels: Tensor) -> Tensor:
+            return self.teacher.net(self.theta, normalise(pixels, mean, std))
+
+        return free.five(
+            small_config(**changes), self.net_g, self.teacher, self.theta_g, judge if learner else None, seed
+        )
+
+
+def codes(n: int, latent: int, seed: int) -> Tensor:
+    return torch.randn(n, latent, generator=torch.Generator().manual_seed(seed))
+
+
+def independent_copy(case: Case, cfg: free.Config, *, learner: bool, seed: int) -> tuple[Tensor, Tensor, Callable]:
+    """Adapted generator weights and codes by `torch.optim.Adam`, and the final loss as a function of these weights."""
+    teacher, labels = case.teacher, interleaved(2, cfg.images_per_class)
+    theta_g, z = case.theta_g.clone().requires_grad_(), codes(len(labels), cfg.latent, seed).requires_grad_()
+
+    def see(weights: Tensor, z: Tensor) -> Tensor:
+        return (case.net_g(weights, z) - 0.5) / 0.25
+
+    def loss(weights: Tensor, z: Tensor, student: Tensor) -> Tensor:
+        t = teacher.net(teacher.theta, see(weights, z), teacher.stats)
+        value = F.cross_entropy(t, labels)
+        if learner:
+            agree = (t.argmax(1) == student.argmax(1)).double()
+            p, q = t.softmax(1), student.softmax(1)
+            term = -(p * (p / q).log()).sum(1) if cfg.adversarial_form == "kl" else (p * q).sum(1)
+            value = value + cfg.adversarial * (agree * term).mean()
+        return value
+
+    adam = torch.optim.Adam(
+        [{"params": [theta_g], "lr": cfg.lr_generator}, {"params": [z], "lr": cfg.lr_latent}], betas=(0.5, 0.999)
+    )
+    for _ in range(cfg.steps):
+        adam.zero_grad()
+        student = teacher.net(case.theta, see(theta_g, z)).detach()
+        loss(theta_g, z, student).backward()
+        adam.step()
+    theta_g, z = theta_g.detach(), z.detach()
+    frozen = teacher.net(case.theta, see(theta_g, z))
+    return theta_g, z, lambda weights: loss(weights, z, frozen)
+
+
+@pytest.mark.parametrize(("learner", "form"), [(False, "kl"), (True, "kl"), (True, "probdot")])
+def test_meta_gradient_equals_finite_differences_of_the_final_loss_at_the_adapted_weights(learner, form):
+    case, changes = Case().double(), PLAIN | {"adversarial_form": form}
+    with double_by_default():
+        task, adapted = case.run(learner=learner, **changes)
+        theta_g, z, final = independent_copy(case, small_config(**changes), learner=learner, seed=3)
+        torch.testing.assert_close(adapted, theta_g, rtol=1e-9, atol=1e-11)
+        assert np.array_equal(task["images"], to_bytes(case.net_g(theta_g, z)))
+        direction = normal(theta_g.numel(), seed=4)
+        measured = slope(final, theta_g, direction, eps=1e-8)  # small: the nets have kinks
+    assert (theta_g - case.theta_g).abs().max() > 1e-3
+    assert float(torch.tensor(task["grad"]) @ direction) == pytest.approx(measured, rel=1e-5)
+
+
+def test_last_loss_is_the_loss_of_the_returned_images():
+    case = Case().double()
+    with double_by_default():
+        task, _ = case.run(**PLAIN)
+        theta_g, _, final = independent_copy(case, small_config(**PLAIN), learner=False, seed=3)
+        assert task["loss_last"] == pytest.approx(float(final(theta_g)), rel=1e-9)
+        assert task["ce"] == pytest.approx(task["loss_last"], rel=1e-9)
+
+
+@pytest.mark.parametrize("final_pass", [True, False])
+def test_without_steps_the_gradient_is_the_plain_one(final_pass):
+    case, cfg = Case(), small_config(**PLAIN)
+    task, adapted = case.run(**PLAIN | {"steps": 0, "final_pass": final_pass})
+    leaf, labels = case.theta_g.clone().requires_grad_(), interleaved(2, cfg.images_per_class)
+    images = case.net_g(leaf, codes(len(labels), cfg.latent, 3))
+    logits = case.teacher.net(case.teacher.theta, (images - 0.5) / 0.25, case.teacher.stats)
+    F.cross_entropy(logits, labels).backward()
+    torch.testing.assert_close(torch.tensor(task["grad"]), leaf.grad, rtol=1e-4, atol=1e-7)
+    assert np.array_equal(task["images"], to_bytes(images))
+    assert torch.equal(adapted, case.theta_g)
+    assert task["loss_first"] == task["loss_last"]
+
+
+def test_without_the_final_pass_images_and_gradient_come_from_before_the_last_update():
+    case = Case()
+    released, released_adapted = case.run(steps=3, final_pass=False)
+    early, early_adapted = case.run(steps=2, final_pass=True)
+    late, late_adapted = case.run(steps=3, final_pass=True)
+    for name in ("images", "grad", "logits"):
+        assert np.array_equal(released[name], early[name]), name
+    assert not np.array_equal(released["grad"], late["grad"])
+    assert torch.equal(released_adapted, late_adapted)
+    assert not torch.equal(released_adapted, early_adapted)
+
+
+def test_arguments_are_left_untouched():
+    case = Case()
+    tensors = [case.theta_g, case.theta, case.teacher.theta, case.teacher.stats]
+    copies = [t.clone() for t in tensors]
+    buffers = [b.clone() for b in case.teacher.net.module.buffers()]
+    _, adapted = case.run(learner=True, bn_weight=1.0, steps=3)
+    assert all(torch.equal(t, copy) for t, copy in zip(tensors, copies, strict=True))
+    assert all(torch.equal(b, copy) for b, copy in zip(case.teacher.net.module.buffers(), buffers, strict=True))
+    assert not any(t.requires_grad for t in [*tensors, adapted])
+    assert not torch.equal(adapted, case.theta_g)
+
+
+def test_inversion_lowers_the_loss_on_average_over_seeds():
+    case = Case()
+    found = [case.run(seed=seed, steps=25, lr_generator=0.01, lr_latent=0.05, crop_pad=1)[0] for seed in range(5)]
+    first, last = (np.mean([task[name] for task in found]) for name in ("loss_first", "loss_last"))
+    assert last < 0.8 * first
+    assert np.mean([task["accuracy"] for task in found]) > 80
+
+
+def test_results_depend_on_the_seed_alone():
+    one, same, other = (Case().run(learner=True, seed=seed) for seed in (3, 3, 4))
+    assert one[0].keys() == same[0].keys()
+    for name, value in one[0].items():
+        assert np.array_equal(value, same[0][name]), name
+    assert torch.equal(one[1], same[1])
+    assert not np.array_equal(one[0]["images"], other[0]["images"])
+
+
+@pytest.mark.parametrize(
+    ("flip", "channels", "mirrors"),
+    [("auto", 3, {False, True}), ("auto", 1, {False}), ("on", 1, {False, True}), ("off", 3, {False})],
+)
+def test_auto_mirrors_colour_images_only(flip, channels, mirrors):
+    case = Case(channels)
+    views = [case.run(seed=seed, steps=0, flip=flip)[0]["view"] for seed in range(12)]
+    assert {mirror for *_, mirror in views} == mirrors
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_task_has_the_layout_it_claims(channels):
+    case = Case(channels)
+    task, _ = case.run(images_per_class=5)
+    assert task["images"].shape == (10, channels, 16, 16)
+    assert task["images"].dtype == np.uint8
+    assert task["labels"].tolist() == [0, 1] * 5
+    assert task["grad"].shape == (case.net_g.layout.numel,)
+    assert np.isfinite(task["grad"]).all()
+
+
+def test_logits_are_those_of_the_stored_bytes_under_the_stored_view():
+    case, cfg = Case(), small_config()
+    task, _ = case.run()
+    seen = view(to_pixels(task["images"]), task["view"], pad=cfg.crop_pad, fill=cfg.crop_fill)
+    mean, std = torch.full((3,), 0.5), torch.full((3,), 0.25)
+    expected = case.teacher.net(case.teacher.theta, normalise(seen, mean, std), case.teacher.stats)
+    torch.testing.assert_close(torch.tensor(task["logits"]), expected)
+
+
+def test_spread_is_the_rms_pixel_distance_within_classes():
+    task, _ = Case().run()
+    pixels = task["images"].reshape(8, -1) / 255.0
+    rms = [
+        np.mean([np.sqrt(np.mean((rows[i] - rows[j]) ** 2)) for i in range(4) for j in range(i)])
+        for rows in (pixels[task["labels"] == c] for c in range(2))
+    ]
+    assert task["spread"] == pytest.approx(np.mean(rms), abs=2 / 255)
+
+
+def test_the_adversarial_term_acts_only_with_a_learner_and_a_weight():
+    case = Case()
+    without = case.run(adversarial=0.0)[0]["grad"]
+    assert np.array_equal(case.run(adversarial=5.0)[0]["grad"], without)
+    assert np.array_equal(case.run(learner=True, adversarial=0.0)[0]["grad"], without)
+    assert not np.allclose(case.run(learner=True, adversarial=5.0)[0]["grad"], without)
+
+
+def test_prior_terms_add_their_weighted_value_to_the_loss():
+    case, cfg = Case(), small_config(**PLAIN)
+    teacher: FakeTeacher = case.teacher
+    images = case.net_g(case.theta_g, codes(8, cfg.latent, 3))
+    found = teacher.net.with_stats(teacher.theta, (images - 0.5) / 0.25, teacher.stats)[1]
+    expected = {
+        "bn_weight": float(losses.batch_norm_distance(found, teacher.stats)),
+        "tv_weight": float(losses.total_variation(images)),
+    }
+    base = case.run(**PLAIN)[0]
+    for name, value in expected.items():
+        task = case.run(**PLAIN | {name: 2.0})[0]
+        assert task["loss_first"] - base["loss_first"] == pytest.approx(2.0 * value, rel=1e-3, abs=1e-5)
+        assert not np.allclose(task["grad"], base["grad"])
+
+
+@pytest.mark.parametrize("name", ["bn_weight", "tv_weight"])
+def test_prior_terms_lower_what_they_weigh(name):
+    case = Case()
+    strong = PLAIN | {"steps": 15}
+    values = []
+    for weight in (0.0, 10.0):
+        images = to_pixels(case.run(**strong | {name: weight})[0]["images"])
+        if name == "tv_weight":
+            values.append(float(losses.total_variation(images)))
+        else:
+            teacher = case.teacher
+            found = teacher.net.with_stats(teacher.theta, (images - 0.5) / 0.25, teacher.stats)[1]
+            values.append(float(losses.batch_norm_distance(found, teacher.stats)))
+    assert values[1] < values[0]
+
+
+def run_jobs(world, state, cfg, jobs: list[Job], r: int = 1) -> list[Arrays]:
+    return FakeWorker(world).send("free.recover", jobs, free.shared(cfg, world, state, r))
+
+
+def test_recovered_tasks_do_not_depend_on_how_jobs_are_sharded():
+    world, cfg = small_world(), small_config(teachers_per_round=3)
+    state = free.init(cfg, world)
+    jobs = free.plan(cfg, world, state, 1)
+    together = run_jobs(world, state, cfg, jobs)
+    apart = [run_jobs(world, state, cfg, [job])[0] for job in reversed(jobs)][::-1]
+    for a, b in zip(together, apart, strict=True):
+        assert a["tasks"][0]["teacher"] == b["tasks"][0]["teacher"]
+        for name in ("images", "grad", "logits"):
+            assert np.array_equal(a["tasks"][0][name], b["tasks"][0][name])
+
+
+def test_a_sequential_generator_continues_where_the_teacher_before_left_it():
+    world, cfg = small_world(), small_config(generator_sharing="sequential")
+    state = free.init(cfg, world)
+    (job,) = free.plan(cfg, world, state, 0)
+    (found,) = run_jobs(world, state, cfg, [job], r=0)
+    theta_g, worker = state["theta_g"], FakeWorker(world)
+    net_g = Generator(world.image.shape, cfg.latent, cfg.width)
+    for (id, seed), task in zip(job.values["slots"], found["tasks"], strict=True):
+        expected, theta_g = free.five(cfg, net_g, worker.teacher(id), theta_g, None, seed)
+        assert np.array_equal(task["images"], expected["images"])
+    assert np.array_equal(found["theta_g"], theta_g.numpy())
+
+
+def test_a_learner_may_judge_images_of_a_teacher_with_another_architecture():
+    world = small_world(cards=1, arch="resnet10")
+    cfg = small_config(teachers_per_round=1, steps=0, images_per_class=2)
+    state = free.init(cfg, world)
+    assert world.arch == "conv4"
+    (found,) = run_jobs(world, state, cfg, free.plan(cfg, world, state, 1))
+    assert np.isfinite(found["tasks"][0]["grad"]).all()

@@ -1,0 +1,137 @@
+"""Shared by the tests: a worker without a cluster, small worlds, and numerical derivatives."""
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from hypothesis import settings
+from torch import Tensor
+
+from ray_dfml.core import seeds
+from ray_dfml.core.net import Net
+from ray_dfml.methods import free, replay
+from ray_dfml.methods.base import World
+from ray_dfml.types import Arrays, ImageSpec, Job, TeacherCard
+
+torch.set_num_threads(1)
+
+PROPERTY = settings(max_examples=25, deadline=None, derandomize=True, database=None)
+"""Settings of a property test: few examples, the same ones on every machine."""
+
+OPS: dict[str, Callable[..., list[Arrays]]] = {"free.recover": free.recover, "maml.grad": replay.grad}
+
+
+@dataclass
+class FakeTeacher:
+    """A teacher with random weights, and the batch-norm statistics these weights give to uniform noise."""
+
+    card: TeacherCard
+    net: Net
+    theta: Tensor
+    stats: Tensor
+
+    def double(self) -> "FakeTeacher":
+        """The same teacher in float64."""
+        return FakeTeacher(self.card, self.net, self.theta.double(), self.stats.double())
+
+
+class FakeWorker:
+    """A worker process without the process: teachers drawn from their names, on the CPU."""
+
+    def __init__(self, world: World, *, batched: bool = False) -> None:
+        self.device, self.batched = torch.device("cpu"), batched
+        self._teachers = {card.id: random_teacher(card) for card in world.cards}
+
+    def teacher(self, id: str) -> FakeTeacher:
+        """The teacher of that name; the same object on every call."""
+        return self._teachers[id]
+
+    def send(self, op: str, jobs: Sequence[Job], shared: Arrays) -> list[Arrays]:
+        """`Backend.map` in this process."""
+        return OPS[op](self, jobs, shared)
+
+
+def random_teacher(card: TeacherCard) -> FakeTeacher:
+    """Weights and statistics drawn from the card's name."""
+    network = Net(card.arch, card.image.shape, len(card.classes))
+    rng = seeds.generator("fake teacher", card.id)
+    theta = network.init(rng)
+    _, stats = network.with_stats(theta, torch.rand(32, *card.image.shape, generator=rng) * 2 - 1)
+    return FakeTeacher(card, network, theta, stats)
+
+
+def image_spec(channels: int = 3, size: int = 16) -> ImageSpec:
+    """Small images, normalised to about [-2, 2]."""
+    return ImageSpec(channels=channels, height=size, width=size, mean=(0.5,) * channels, std=(0.25,) * channels)
+
+
+def card(i: int, *, channels: int = 3, way: int = 2, arch: str = "conv4", size: int = 16) -> TeacherCard:
+    """Card number `i`: consecutive classes of seven, so that neighbours overlap."""
+    names = tuple(f"toy/{(i + local) % 7}" for local in range(way))
+    return TeacherCard(id=f"{arch}-{i}", arch=arch, image=image_spec(channels, size), classes=names)
+
+
+def small_world(*, cards: int = 3, channels: int = 3, way: int = 2, seed: int = 0, arch: str = "conv4") -> World:
+    """A pool of random teachers of 16x16 images, and a Conv4 learner."""
+    pool = tuple(card(i, channels=channels, way=way, arch=arch) for i in range(cards))
+    return World(cards=pool, arch="conv4", image=image_spec(channels), way=way, seed=seed)
+
+
+def small_config(**changes: Any) -> free.Config:
+    """FREE in seconds: few images, a narrow generator, short replay."""
+    small: dict[str, Any] = {
+        "warmup": 1,
+        "teachers_per_round": 2,
+        "steps": 2,
+        "images_per_class": 4,
+        "latent": 8,
+        "width": 4,
+        "replay": {"shot": 1, "query": 2, "tasks": 2, "inner_steps": 1, "patience": 1, "max_updates": 2},
+    }
+    return free.Config.model_validate(small | changes)
+
+
+def unique_images(n: int, shape: tuple[int, int, int], first: int = 0) -> np.ndarray:
+    """uint8 images [n c h w] that carry their number, `first` + position, in the first two pixels."""
+    images = np.zeros((n, *shape), np.uint8)
+    numbers = np.arange(first, first + n)
+    images[:, 0, 0, 0], images[:, 0, 0, 1] = numbers // 256, numbers % 256
+    return images
+
+
+def image_numbers(images: np.ndarray) -> list[int]:
+    """The numbers written by `unique_images`."""
+    return (images[:, 0, 0, 0].astype(int) * 256 + images[:, 0, 0, 1]).tolist()
+
+
+def random_bank(classes: int, per_class: int, shape: tuple[int, int, int], seed: int = 0) -> dict[str, np.ndarray]:
+    """A bank of noise images."""
+    rng = np.random.default_rng(seed)
+    return {f"toy/{i}": rng.integers(0, 256, (per_class, *shape), dtype=np.uint8) for i in range(classes)}
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    """Standard normal numbers in float64."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def slope(f: Callable[[Tensor], Tensor], x: Tensor, direction: Tensor, eps: float = 1e-3) -> float:
+    """Derivative of `f` at `x` along `direction`, by central differences of fourth order: error O(eps^4)."""
+    with torch.no_grad():
+        near = f(x + eps * direction) - f(x - eps * direction)
+        far = f(x + 2 * eps * direction) - f(x - 2 * eps * direction)
+    return float((8 * near - far) / (12 * eps))
+
+
+@contextlib.contextmanager
+def double_by_default() -> Iterator[None]:
+    """New tensors are float64 inside. Build networks outside: they are cached for the whole process."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
