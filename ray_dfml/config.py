@@ -23,7 +23,7 @@ class LearnerConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    arch: str = Field("conv4", description="Architecture of the learner.")
+    arch: str = Field(default="conv4", description="Architecture of the learner.")
 
 
 class RunConfig(BaseModel):
@@ -32,15 +32,19 @@ class RunConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: str = Field(description="Method.")
-    profile: str = Field("fixed", description="fixed, paper or code.")
-    preset: str | None = Field(None, description="Named set of values, if one was used.")
-    seed: int = Field(0, ge=0, description="Run seed: every random draw derives from it.")
-    pool: tuple[str, ...] = Field((), description="Pool folders.")
-    data: tuple[str, ...] = Field((), description="Data specs for validation and test; empty is truly data-free.")
+    profile: str = Field(default="fixed", description="fixed, paper or code.")
+    preset: str | None = Field(default=None, description="Named set of values, if one was used.")
+    seed: int = Field(default=0, ge=0, description="Run seed: every random draw derives from it.")
+    pool: tuple[str, ...] = Field(default=(), description="Pool folders.")
+    data: tuple[str, ...] = Field(
+        default=(), description="Data specs for validation and test; empty is truly data-free."
+    )
     learner: LearnerConfig = LearnerConfig()
     method: SerializeAsAny[MethodConfig]
     eval: EvalConfig = EvalConfig()
-    pretrain: PretrainConfig = Field(PretrainConfig(), description="Recipe of the teachers, where the command builds them.")
+    pretrain: PretrainConfig = Field(
+        default=PretrainConfig(), description="Recipe of the teachers, where the command builds them."
+    )
 
 
 def parse_set(text: str) -> tuple[list[str], Any]:

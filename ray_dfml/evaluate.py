@@ -1,7 +1,9 @@
-"""Meta-test: accuracy on fixed real episodes (METHODS 1.4). The `evaluate` op, and the jobs that cover a set of episodes.
+"""Meta-test: accuracy on fixed real episodes (METHODS 1.4). The `evaluate` op, and the jobs that cover a set of
+episodes.
 
 [Finn2017] arXiv 1703.03400. The adaptation is plain SGD on all weights with the support's cross-entropy.
-Batch norm at test: `transductive` uses the statistics of the current batch for support and query (the query's own images
+Batch norm at test: `transductive` uses the statistics of the current batch for support and query (the query's own
+images
 help to classify it; the field's published numbers are of this kind); `support` normalises the query with the support's
 statistics; `running` uses the statistics kept from training, for both.
 """
@@ -30,16 +32,20 @@ class EvalConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    every: int = Field(0, ge=0, description="Rounds between validations; 0 chooses a twentieth of the rounds.")
-    episodes: int = Field(600, ge=1, description="Test episodes.")
-    val_episodes: int = Field(100, ge=1, description="Validation episodes, for selection.")
-    shots: tuple[int, ...] = Field((1, 5), description="Support images per class of the test episodes.")
-    query: int = Field(15, ge=1, description="Query images per class.")
-    steps: int = Field(10, ge=0, description="Adaptation steps on the support.")
-    lr: float = Field(0.01, gt=0, description="Their step size.")
-    bn: BatchNormMode = Field("transductive", description="Batch-norm statistics at test; stamped on every number.")
-    seed: int = Field(0, ge=0, description="Seed of the episodes; equal for every method.")
-    test_best: bool = Field(False, description="Also report the best round on the test episodes, labelled as such.")
+    every: int = Field(default=0, ge=0, description="Rounds between validations; 0 chooses a twentieth of the rounds.")
+    episodes: int = Field(default=600, ge=1, description="Test episodes.")
+    val_episodes: int = Field(default=100, ge=1, description="Validation episodes, for selection.")
+    shots: tuple[int, ...] = Field(default=(1, 5), description="Support images per class of the test episodes.")
+    query: int = Field(default=15, ge=1, description="Query images per class.")
+    steps: int = Field(default=10, ge=0, description="Adaptation steps on the support.")
+    lr: float = Field(default=0.01, gt=0, description="Their step size.")
+    bn: BatchNormMode = Field(
+        default="transductive", description="Batch-norm statistics at test; stamped on every number."
+    )
+    seed: int = Field(default=0, ge=0, description="Seed of the episodes; equal for every method.")
+    test_best: bool = Field(
+        default=False, description="Also report the best round on the test episodes, labelled as such."
+    )
 
 
 def finetune(
@@ -54,7 +60,9 @@ def finetune(
     lr: float,
     bn: BatchNormMode,
 ) -> Tensor:
-    """Query logits [u q] after `steps` SGD steps of size `lr` on the support; images normalised [n c h w], labels [s]."""
+    """Query logits [u q] after `steps` SGD steps of size `lr` on the support; images normalised [n c h w], labels
+    [s].
+    """
     fixed = stats if bn == "running" else None
     phi = adapt(
         lambda w: F.cross_entropy(network(w, support, fixed), labels), theta, lr=lr, steps=steps, grad_of=plain_grad
@@ -86,12 +94,14 @@ def shared(
     images: np.ndarray,
     labels: np.ndarray,
 ) -> Arrays:
-    """Values all evaluate jobs read: weights [p], statistics [k], uint8 images [n c h w] with labels [n], and how to read."""
+    """Values all evaluate jobs read: weights [p], statistics [k], uint8 images [n c h w] with labels [n], and how to
+    read.
+    """
     return {
         "arch": arch,
         "shape": image.shape,
-        "mean": np.float32(image.mean),
-        "std": np.float32(image.std),
+        "mean": np.array(image.mean, np.float32),
+        "std": np.array(image.std, np.float32),
         "outputs": outputs,
         "theta": theta,
         "stats": stats,
@@ -107,7 +117,8 @@ def shared(
 def evaluate(worker: object, jobs: Sequence[Job], shared: Arrays) -> list[Arrays]:
     """The `evaluate` op: accuracies in percent of the episodes of each job.
 
-    Readings: `finetune` adapts all weights to the support; `direct` takes output unit c for way c and ignores the support;
+    Readings: `finetune` adapts all weights to the support; `direct` takes output unit c for way c and ignores the
+    support;
     `assign` matches output units to ways on the support's log-probabilities (both with the weights' own statistics).
     """
     device: torch.device = getattr(worker, "device")  # noqa: B009
@@ -132,7 +143,15 @@ def evaluate(worker: object, jobs: Sequence[Job], shared: Arrays) -> list[Arrays
             support, query = load(episode.support), load(episode.query)
             if shared["reading"] == "finetune":
                 logits = finetune(
-                    network, theta, stats, support, labels, query, steps=shared["steps"], lr=shared["lr"], bn=shared["bn"]
+                    network,
+                    theta,
+                    stats,
+                    support,
+                    labels,
+                    query,
+                    steps=shared["steps"],
+                    lr=shared["lr"],
+                    bn=shared["bn"],
                 )
             else:
                 with torch.no_grad():

@@ -96,7 +96,7 @@ def export(
     profile: str,
     seed: int,
 ) -> None:
-    """Write weights [p] and batch-norm statistics [k] as named tensors, and `learner.json`; each file is replaced whole.
+    """Write weights [p] and statistics [k] as named tensors, and `learner.json`. Each file is replaced whole.
 
     Raises RejectedError for values that `Learner.load` would refuse.
     """
@@ -234,9 +234,9 @@ class AdaptedLearner:
     """A learner adapted to the classes of a support set; `classes` gives their order.
 
     With batch norm `transductive` (see `Learner.bn`) all queries of one call are classified together and a
-    prediction depends on the other queries of the call: ask for them as one batch, with about as many of each class. A
-    single query has no batch to speak of; its batch norm uses the support's statistics. With `support` or `running` each
-    query stands alone.
+    prediction depends on the other queries of the call: ask for them as one batch, with about as many of each class.
+    A single query makes a degenerate batch: its batch norm uses the support's statistics instead. With `support` or
+    `running` each query stands alone.
     """
 
     classes: tuple[Any, ...]
@@ -286,7 +286,9 @@ def read_folder(path: Path, image: ImageSpec) -> tuple[np.ndarray, list[str], li
     """
     path = Path(path)
     if image.channels not in (1, 3):
-        raise UsageError(f"{path}: image files have 1 or 3 channels, the learner takes {image.channels}; use the Python API")
+        raise UsageError(
+            f"{path}: image files have 1 or 3 channels, the learner takes {image.channels}; use the Python API"
+        )
     if not path.is_dir():
         raise UsageError(f"{path}: no such folder; name a folder of images, or of one folder of images per class")
     folders = sorted(p for p in path.iterdir() if p.is_dir() and not p.name.startswith("."))
@@ -299,7 +301,9 @@ def read_folder(path: Path, image: ImageSpec) -> tuple[np.ndarray, list[str], li
             raise RejectedError(f"{folder}: no images in this class folder; add some or remove the folder")
         files += found
     if not files:
-        raise RejectedError(f"{path}: no images; expected {', '.join(IMAGE_SUFFIXES)} files or folders of them, one per class")
+        raise RejectedError(
+            f"{path}: no images; expected {', '.join(IMAGE_SUFFIXES)} files or folders of them, one per class"
+        )
     labels = [file.parent.name if folders else "" for file in files]
     names = [file.relative_to(path).as_posix() for file in files]
     return np.stack([_decode(file, image) for file in files]), labels, names

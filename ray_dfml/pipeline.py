@@ -1,8 +1,8 @@
 """The round loop's body, written once for all methods and backends, and the object that holds a run's state.
 
-    pool -> [shards] recover -> recovered tasks -> [learner] learn -> theta -> [shards] evaluate -> scores
-                                                     ^  |
-                                     [shards] grad --+  replay jobs
+pool -> [shards] recover -> recovered tasks -> [learner] learn -> theta -> [shards] evaluate -> scores
+                                                 ^  |
+                                 [shards] grad --+  replay jobs
 """
 
 import time
@@ -19,9 +19,10 @@ from ray_dfml.methods import METHODS
 from ray_dfml.methods.base import Metrics, State, World
 from ray_dfml.types import Arrays, Backend, Job
 
-
 KEPT = ("rejected", "best", "test_best")
-"""Parts of the state that belong to the loop, not to the method: teachers found bad, and the weights selected so far."""
+"""Parts of the state that belong to the loop, not to the method: teachers found bad, and the weights selected so
+far.
+"""
 
 
 @dataclass(frozen=True)
@@ -49,10 +50,11 @@ class Score:
 
 
 class Trainer:
-    """A run in progress: configuration, state, and the backend that does its work. In a cluster it is the learner actor.
+    """A run in progress: configuration, state, and the backend that does its work. In a cluster it is the learner
+    actor.
 
-    `round`, `validate` and `test` advance it; `snapshot` is all of it, and a Trainer made from a snapshot goes on with the
-    same bits.
+    `round`, `validate` and `test` advance it; `snapshot` is all of it, and a Trainer made from a snapshot goes on
+    with the same bits.
     """
 
     def __init__(
@@ -72,7 +74,9 @@ class Trainer:
         return replace(self._world, cards=tuple(c for c in self._world.cards if c.id not in rejected))
 
     def round(self, r: int) -> Metrics:
-        """One outer iteration. Returns its numbers; teachers that failed are in `snapshot()["rejected"]` from now on."""
+        """One outer iteration. Returns its numbers; teachers that failed are in `snapshot()["rejected"]` from now
+        on.
+        """
         seconds: dict[str, float] = {}
         started = time.perf_counter()
 
@@ -85,7 +89,9 @@ class Trainer:
 
         cfg, world = self.config.method, self.world
         jobs = self.method.plan(cfg, world, self.state, r)
-        results = send(f"{self.config.name}.recover", jobs, self.method.shared(cfg, world, self.state, r)) if jobs else []
+        results = (
+            send(f"{self.config.name}.recover", jobs, self.method.shared(cfg, world, self.state, r)) if jobs else []
+        )
         kept = {name: self.state[name] for name in KEPT}
         state, metrics = self.method.learn(cfg, world, self.state, r, results, send)
         self.state = state | kept
@@ -110,9 +116,11 @@ class Trainer:
         return self.state
 
     def validate(self, r: int) -> float | None:
-        """Mean accuracy in percent on the validation episodes of every set, at the largest shot; the best weights are kept.
+        """Mean accuracy in percent on the validation episodes of every set, at the largest shot; the best weights are
+        kept.
 
-        None without data. A run that asks for `eval.test_best` also keeps the weights that selection on test would claim.
+        None without data. A run that asks for `eval.test_best` also keeps the weights that selection on test would
+        claim.
         """
         if self.config.eval.test_best:
             self._select(r, "test", "test_best")
@@ -136,8 +144,8 @@ class Trainer:
         return {name: state[name] for name in ("theta", "stats", "arch", "outputs") if name in state}
 
     def test(self, selection: str) -> list[Score]:
-        """Scores of the weights that `selection` names (`val`, `last` or `test-best`) on the test episodes, every shot and
-        reading."""
+        """Scores of the weights that `selection` names (`val`, `last` or `test-best`) on the test episodes, every
+        shot and reading."""
         cfg = self.config.eval
         state = {"val": self.state["best"], "test-best": self.state["test_best"]}.get(selection) or self.state
         scores = []

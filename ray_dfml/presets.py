@@ -50,12 +50,33 @@ def _free(about: str, **method: Any) -> Preset:
     return Preset("free", about, {"method": method})
 
 
+CHARACTERS: dict[str, Any] = {
+    "warmup": 4,
+    "width": 32,
+    "crop_pad": 2,
+    "lr_generator": 3e-3,
+    "lr_latent": 3e-2,
+    "lr_meta": 2e-3,
+    "replay": {"shot": 1, "max_updates": 20},
+}
+
 PRESETS: dict[str, Preset] = {
     "free-cifarfs-5w1s": Preset(
         "free", "[Wei2024] Table 2, CIFAR-FS 5-way 1-shot", {"method": {"replay": {"shot": 1}}, "eval": {"shots": (1,)}}
     ),
     "free-cifarfs-5w5s": Preset(
         "free", "[Wei2024] Table 2, CIFAR-FS 5-way 5-shot", {"method": {"replay": {"shot": 5}}, "eval": {"shots": (5,)}}
+    ),
+    "characters": _free(
+        "28x28 characters on a small machine: narrow generator, larger inversion steps, smaller crops", **CHARACTERS
+    ),
+    "quickstart": Preset(
+        "free",
+        "`ray-dfml quickstart`: `characters` for two minutes of two cores",
+        {
+            "method": {**CHARACTERS, "rounds": 9, "warmup": 3, "width": 16},
+            "eval": {"shots": (1,), "every": 100, "val_episodes": 50},
+        },
     ),
     "baseline": _free(
         "Table 5: one generator trained teacher after teacher, no distillation",

@@ -1,4 +1,4 @@
-"""The exported learner: what is written is what is read, adapting is the evaluated mathematics, and errors are one line."""
+"""The exported learner: what is written is read, adapting is the evaluated mathematics, errors are one line."""
 
 import json
 from pathlib import Path
@@ -65,7 +65,8 @@ def one_line(error: type[DfmlError], call: Any, *needles: str) -> None:
 def test_round_trip_keeps_every_bit_and_names_tensors(tmp_path):
     theta, stats = flat()
     learner = exported(tmp_path)
-    assert torch.equal(learner.theta, theta) and torch.equal(learner.stats, stats)
+    assert torch.equal(learner.theta, theta)
+    assert torch.equal(learner.stats, stats)
     assert (learner.image, learner.way, learner.arch) == (IMAGE, WAY, "conv4")
     assert (learner.bn, learner.steps, learner.lr, learner.selection) == ("transductive", 10, 0.01, "val")
     assert (learner.method, learner.profile, learner.seed) == ("free", "fixed", 3)
@@ -216,7 +217,8 @@ def test_one_query_or_none(tmp_path, bn):
     learner = exported(tmp_path, bn=bn)
     x, y = blobs(3)
     adapted = learner.adapt(x, y)
-    assert adapted.predict(x[:0]) == [] and adapted.predict_proba(x[:0]).shape == (0, WAY)
+    assert adapted.predict(x[:0]) == []
+    assert adapted.predict_proba(x[:0]).shape == (0, WAY)
     if bn == "transductive":
         alone = exported(tmp_path, bn="support").adapt(x, y)
         np.testing.assert_array_equal(adapted.predict_proba(x[:1]), alone.predict_proba(x[:1]))
@@ -258,14 +260,18 @@ def test_class_folders_and_plain_folders(tmp_path):
     (tmp_path / "s/dog/notes.txt").write_text("not an image")
     (tmp_path / "s/.hidden").mkdir()
     images, labels, names = read_folder(tmp_path / "s", IMAGE)
-    assert images.shape == (3, 3, 16, 20) and images.dtype == np.uint8
-    assert labels == ["cat", "dog", "dog"] and names == ["cat/9.PNG", "dog/1.jpg", "dog/2.png"]
+    assert images.shape == (3, 3, 16, 20)
+    assert images.dtype == np.uint8
+    assert labels == ["cat", "dog", "dog"]
+    assert names == ["cat/9.PNG", "dog/1.jpg", "dog/2.png"]
     assert (images[0] == 77).all()
     assert (images[2] == np.array([10, 200, 30], np.uint8)[:, None, None]).all()
     grey = ImageSpec(channels=1, height=8, width=8, mean=(0.5,), std=(0.5,))
     assert read_folder(tmp_path / "s", grey)[0].shape == (3, 1, 8, 8)
     images, labels, names = read_folder(tmp_path / "s/dog", IMAGE)
-    assert labels == ["", ""] and names == ["1.jpg", "2.png"] and len(images) == 2
+    assert labels == ["", ""]
+    assert names == ["1.jpg", "2.png"]
+    assert len(images) == 2
 
 
 def test_a_photograph_is_turned_as_its_camera_says(tmp_path):
@@ -275,7 +281,8 @@ def test_a_photograph_is_turned_as_its_camera_says(tmp_path):
     exif[0x0112] = 3  # upside down
     picture.save(tmp_path / "a.png", exif=exif)
     image = read_folder(tmp_path, IMAGE)[0][0]
-    assert image[:, :7].max() == 0 and image[:, -7:].min() == 255
+    assert image[:, :7].max() == 0
+    assert image[:, -7:].min() == 255
 
 
 def test_folders_that_cannot_be_read(tmp_path):

@@ -1,4 +1,6 @@
-"""The command line. Results go to stdout, progress and errors to stderr; a failure is one line and the contract's exit code."""
+"""The command line. Results go to stdout, progress and errors to stderr; a failure is one line and the contract's
+exit code.
+"""
 
 import importlib
 import importlib.metadata
@@ -45,7 +47,9 @@ def cli(ctx: click.Context, debug: bool) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Entry point of the console script. Exits with 0, 1 failed, 2 usage, 3 rejected, 4 budget, 5 resources, 130 interrupted."""
+    """Entry point of the console script. Exits with 0, 1 failed, 2 usage, 3 rejected, 4 budget, 5 resources, 130
+    interrupted.
+    """
     words = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in words
     words = [word for word in words if word != "--debug"]

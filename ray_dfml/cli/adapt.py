@@ -9,7 +9,9 @@ from ray_dfml.cli import options
 
 @click.command(epilog="\b\nExample:\n  ray-dfml adapt runs/free --support my_classes/ --query unsorted/ --json")
 @click.argument("run", type=click.Path(path_type=Path))
-@click.option("--support", required=True, type=click.Path(path_type=Path), help="Folder of class folders, 1-5 images each.")
+@click.option(
+    "--support", required=True, type=click.Path(path_type=Path), help="Folder of class folders, 1-5 images each."
+)
 @click.option("--query", required=True, type=click.Path(path_type=Path), help="Folder of images to name.")
 @options.as_json
 def adapt(run: Path, support: Path, query: Path, json_out: bool) -> None:

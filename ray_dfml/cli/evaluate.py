@@ -19,7 +19,9 @@ Example:
 @click.option("--way", type=click.IntRange(min=2), help="Classes of an episode; default: the learner's.")
 @click.option("--shot", "shots", type=click.IntRange(min=1), multiple=True, default=(1, 5), show_default=True)
 @click.option("--episodes", type=click.IntRange(min=1), default=600, show_default=True)
-@click.option("--bn", type=click.Choice(["transductive", "support", "running"]), help="Batch norm at test; default: the run's.")
+@click.option(
+    "--bn", type=click.Choice(["transductive", "support", "running"]), help="Batch norm at test; default: the run's."
+)
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of the episodes.")
 @options.workers
 @click.option("--backend", type=click.Choice(["ray", "local"]), default="local", show_default=True)

@@ -18,7 +18,9 @@ def as_json(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def sets(function: Callable[..., Any]) -> Callable[..., Any]:
     """The repeated `--set key=value`."""
-    return click.option("--set", "sets", multiple=True, metavar="KEY=VALUE", help="Override a setting; repeatable.")(function)
+    return click.option("--set", "sets", multiple=True, metavar="KEY=VALUE", help="Override a setting; repeatable.")(
+        function
+    )
 
 
 def workers(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -42,18 +44,18 @@ def say(text: str) -> None:
 def need_ray() -> None:
     """Raises ResourceError if Ray cannot be imported."""
     try:
-        import ray  # noqa: F401, PLC0415
+        import ray_dfml.runtime.cluster  # noqa: F401
     except ImportError:
         raise ResourceError("this needs Ray: pip install 'ray[default]', or use --backend local") from None
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """Scores as a plain table."""
-    lines = [f"{'method':<22} {'data':<26} {'way':>3} {'shot':>4} {'episodes':>8} {'bn':<12} {'selection':<9} {'accuracy %':>16}"]
+    form = "{:<22} {:<26} {:>3} {:>4} {:>8} {:<12} {:<9} {:>16}"
+    lines = [form.format("method", "data", "way", "shot", "episodes", "bn", "selection", "accuracy %")]
     for row in rows:
+        data = f"{row['data'].split(':')[0]} {row['split']}"
         accuracy = f"{row['mean']:.2f} ± {row['ci95']:.2f}"
-        lines.append(
-            f"{row['method']:<22} {row['data'].split(':')[0] + ' ' + row['split']:<26} {row['way']:>3} {row['shot']:>4} "
-            f"{row['episodes']:>8} {row['bn']:<12} {row['selection']:<9} {accuracy:>16}"
-        )
+        values = (row["method"], data, row["way"], row["shot"], row["episodes"], row["bn"], row["selection"], accuracy)
+        lines.append(form.format(*values))
     return "\n".join(lines)

@@ -15,12 +15,14 @@ def pool() -> None:
 
 
 @pool.command(
-    epilog="\b\nExample:\n  ray-dfml pool build --data cifar-fs:$RAY_DFML_DATA/cifar100.parquet --models 100 --arch conv4"
-    " --way 5 --out pools/cifar-fs"
+    epilog="\b\nExample:\n  ray-dfml pool build --data cifar-fs:$RAY_DFML_DATA/cifar100.parquet --models 100"
+    " --arch conv4 --way 5 --out pools/cifar-fs"
 )
 @click.option("--data", "spec", required=True, metavar="SPEC", help="Data whose meta-train classes the teachers learn.")
 @click.option("--models", type=click.IntRange(min=1), required=True, help="Number of teachers.")
-@click.option("--arch", "archs", default="conv4", show_default=True, help="Architecture, or several with commas, in turn.")
+@click.option(
+    "--arch", "archs", default="conv4", show_default=True, help="Architecture, or several with commas, in turn."
+)
 @click.option("--way", type=click.IntRange(min=2), default=5, show_default=True, help="Classes of a teacher.")
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Pool folder.")
@@ -29,7 +31,16 @@ def pool() -> None:
 @options.workers
 @options.as_json
 def build(
-    spec: str, models: int, archs: str, way: int, seed: int, out: Path, resume: bool, sets: Any, workers: int, json_out: bool
+    spec: str,
+    models: int,
+    archs: str,
+    way: int,
+    seed: int,
+    out: Path,
+    resume: bool,
+    sets: Any,
+    workers: int,
+    json_out: bool,
 ) -> None:
     """Train teachers on random class subsets of real data, then keep only their weights."""
     from ray_dfml.config import pretrain_config
@@ -62,7 +73,9 @@ def build(
     " --mean 0.5,0.5,0.5 --std 0.25,0.25,0.25 --classes wren,robin,owl,jay,tit"
 )
 @click.argument("path", metavar="POOL", type=click.Path(path_type=Path))
-@click.option("--weights", required=True, type=click.Path(path_type=Path), help=".safetensors, or .pt of plain tensors.")
+@click.option(
+    "--weights", required=True, type=click.Path(path_type=Path), help=".safetensors, or .pt of plain tensors."
+)
 @click.option("--arch", required=True, help="Architecture, from the allow-list.")
 @click.option("--input", "size", required=True, help="Channels x height x width, such as 3x32x32.")
 @click.option("--classes", required=True, help="Class names in the order of the outputs, with commas.")
@@ -73,7 +86,9 @@ def build(
 @click.option("--source", default="", help="Where the weights come from.")
 @click.option("--authorization", default="", help="Who permits their use.")
 @options.as_json
-def add(path: Path, weights: Path, size: str, classes: str, mean: str | None, std: str | None, json_out: bool, **rest: Any) -> None:
+def add(
+    path: Path, weights: Path, size: str, classes: str, mean: str | None, std: str | None, json_out: bool, **rest: Any
+) -> None:
     """Bring your own weights into POOL (made if it does not exist)."""
     from ray_dfml.data.pool import Pool, add_file
 

@@ -1,6 +1,5 @@
 """`ray-dfml quickstart`: the whole way on embedded data, in minutes, without network."""
 
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -32,23 +31,22 @@ def quickstart(run_dir: Path | None, backend: str, workers: int, sets: tuple[str
     if run_dir.exists():
         raise UsageError(f"{run_dir}: exists already; choose another --run-dir")
     own = [text for text in sets if text.startswith("pretrain.")]
-    with tempfile.TemporaryDirectory(prefix="ray-dfml-") as scratch:
-        began = time.monotonic()
-        options.say("[1/4] pool: teachers on rendered characters; the images are not used again until the test")
-        pool = Pool.create(Path(scratch) / "pool")
-        cfg = pretrain_config(["pretrain.epochs=20", *own])
-        image, planned = build_pool.plan("glyphs", archs=["conv4"], **POOL)
-        accuracies = build_pool.build(pool, "glyphs", image, planned, cfg, workers=1, seed=0, on_teacher=_silent)
-        options.say(f"      {len(accuracies)} teachers, mean held-out accuracy {sum(accuracies) / len(accuracies):.1f} %")
-        refused = [row for row in pool.check() if not row["ok"]]
-        options.say(f"[2/4] check: {len(accuracies) - len(refused)} ok, {len(refused)} rejected")
-        config = resolve(
-            "free", preset="quickstart", sets=[*SETS, *(text for text in sets if text not in own)],
-            pool=(str(pool.path),), data=("glyphs",),
-        )  # fmt: skip
-        options.say(f"[3/4] train: FREE, {config.method.rounds} rounds, backend {backend}; [4/4] test follows")
-        rows = new_run(config, run_dir, Machine(backend=backend, workers=workers))
-        seconds = time.monotonic() - began
+    began = time.monotonic()
+    options.say("[1/4] pool: teachers on rendered characters; the images are not used again until the test")
+    pool = Pool.create(run_dir.with_name(run_dir.name + "-pool"))
+    cfg = pretrain_config(["pretrain.epochs=20", *own])
+    image, planned = build_pool.plan("glyphs", archs=["conv4"], **POOL)
+    accuracies = build_pool.build(pool, "glyphs", image, planned, cfg, workers=1, seed=0, on_teacher=_silent)
+    options.say(f"      {len(accuracies)} teachers, mean held-out accuracy {sum(accuracies) / len(accuracies):.1f} %")
+    refused = [row for row in pool.check() if not row["ok"]]
+    options.say(f"[2/4] check: {len(accuracies) - len(refused)} ok, {len(refused)} rejected")
+    config = resolve(
+        "free", preset="quickstart", sets=[*SETS, *(text for text in sets if text not in own)],
+        pool=(str(pool.path),), data=("glyphs",),
+    )  # fmt: skip
+    options.say(f"[3/4] train: FREE, {config.method.rounds} rounds, backend {backend}; [4/4] test follows")
+    rows = new_run(config, run_dir, Machine(backend=backend, workers=workers))
+    seconds = time.monotonic() - began
     _report(rows, run_dir, seconds, json_out)
 
 

@@ -13,14 +13,17 @@ from ray_dfml.presets import PRESETS
 
 EPILOG = """\b
 Example:
-  ray-dfml train free --pool pools/omniglot --data omniglot:$RAY_DFML_DATA/omniglot28.parquet --run-dir runs/free --workers 2
+  ray-dfml train free --pool pools/omniglot --data omniglot:$RAY_DFML_DATA/omniglot28.parquet --run-dir runs/free
+  --workers 2
 """
 
 
 @click.command(epilog=EPILOG)
 @click.argument("method", type=click.Choice(list(METHODS)))
 @click.option("--pool", "pools", multiple=True, help="Pool folder; repeatable.")
-@click.option("--data", "data", multiple=True, metavar="SPEC", help="Real data for validation and test only; repeatable.")
+@click.option(
+    "--data", "data", multiple=True, metavar="SPEC", help="Real data for validation and test only; repeatable."
+)
 @click.option("--run-dir", required=True, type=click.Path(path_type=Path), help="Run folder; must not exist.")
 @click.option("--profile", type=click.Choice(["fixed", "paper", "code"]), default="fixed", show_default=True)
 @click.option("--preset", type=click.Choice(list(PRESETS)), help="Named settings.")
@@ -28,12 +31,16 @@ Example:
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Run seed.")
 @click.option("--backend", type=click.Choice(["ray", "local"]), default="ray", show_default=True)
 @options.workers
-@click.option("--gpus-per-worker", type=click.FloatRange(min=0), default=0.0, show_default=True, help="Share of a GPU per shard.")
+@click.option(
+    "--gpus-per-worker", type=click.FloatRange(min=0), default=0.0, show_default=True, help="Share of a GPU per shard."
+)
 @click.option("--resume", is_flag=True, help="Continue the run in --run-dir from its last checkpoint.")
 @click.option("--dry-run", is_flag=True, help="Print what would be done, and estimates; do nothing.")
 @options.as_json
 @click.pass_context
-def train(ctx: click.Context, method: str, run_dir: Path, resume: bool, dry_run: bool, json_out: bool, **given: Any) -> None:
+def train(
+    ctx: click.Context, method: str, run_dir: Path, resume: bool, dry_run: bool, json_out: bool, **given: Any
+) -> None:
     """Train METHOD on a pool of teachers; with --data, validate, test and score `random` beside it."""
     from ray_dfml.runtime.driver import Machine, read_inputs
     from ray_dfml.runtime.launch import continue_run, new_run
@@ -43,7 +50,9 @@ def train(ctx: click.Context, method: str, run_dir: Path, resume: bool, dry_run:
         options.need_ray()
     if resume:
         if any(ctx.get_parameter_source(name) == click.core.ParameterSource.COMMANDLINE for name in _SETTINGS):
-            raise UsageError("--resume takes its settings from the run folder; give only METHOD, --run-dir and where to run")
+            raise UsageError(
+                "--resume takes its settings from the run folder; give only METHOD, --run-dir and where to run"
+            )
         rows = continue_run(run_dir, method, machine)
     else:
         config = _config(method, given)

@@ -13,7 +13,9 @@ from ray_dfml.core.norm import BatchNorm
 
 
 class ConvBlock(nn.Module):
-    """Conv 3x3 -> batch norm -> max-pool 2 -> ReLU. (ReLU and max-pool commute; pooling first is four times cheaper.)"""
+    """Conv 3x3 -> batch norm -> max-pool 2 -> ReLU. (ReLU and max-pool commute; pooling first is four times
+    cheaper.)
+    """
 
     def __init__(self, channels_in: int, channels: int) -> None:
         super().__init__()
@@ -26,9 +28,13 @@ class ConvBlock(nn.Module):
 
 
 class Conv4(nn.Module):
-    """Four blocks and a linear head ([Finn2017]). `adaptive` pools to 1x1 first, so that any input size fits one head."""
+    """Four blocks and a linear head ([Finn2017]). `adaptive` pools to 1x1 first, so that any input size fits one
+    head.
+    """
 
-    def __init__(self, channels_in: int, height: int, width: int, ways: int, *, hidden: int = 32, adaptive: bool = False):
+    def __init__(
+        self, channels_in: int, height: int, width: int, ways: int, *, hidden: int = 32, adaptive: bool = False
+    ):
         super().__init__()
         self.blocks = nn.Sequential(*[ConvBlock(channels_in if i == 0 else hidden, hidden) for i in range(4)])
         self.adaptive = adaptive
@@ -68,7 +74,9 @@ class ResNet(nn.Module):
     The released few-shot variant has no ReLU after the stem; `stem_relu` puts it back.
     """
 
-    def __init__(self, channels_in: int, ways: int, *, depths: tuple[int, int, int, int], stem_relu: bool = False) -> None:
+    def __init__(
+        self, channels_in: int, ways: int, *, depths: tuple[int, int, int, int], stem_relu: bool = False
+    ) -> None:
         super().__init__()
         self.stem = nn.Conv2d(channels_in, 64, 3, 1, 1, bias=False)
         self.stem_norm = BatchNorm(64)

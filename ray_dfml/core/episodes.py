@@ -1,4 +1,6 @@
-"""Evaluation episodes: index lists that depend on (seed, index) only, so that every method and worker sees the same ones."""
+"""Evaluation episodes: index lists that depend on (seed, index) only, so that every method and worker sees the same
+ones.
+"""
 
 from typing import NamedTuple
 
@@ -9,7 +11,9 @@ from ray_dfml.core import seeds
 
 
 class Episode(NamedTuple):
-    """Positions into a labelled image set: support [way*shot] and query [way*query], interleaved (labels 0..way-1 repeated)."""
+    """Positions into a labelled image set: support [way*shot] and query [way*query], interleaved (labels 0..way-1
+    repeated).
+    """
 
     support: np.ndarray
     query: np.ndarray
@@ -19,7 +23,8 @@ class Episode(NamedTuple):
 def draw(labels: np.ndarray, *, way: int, shot: int, query: int, seed: int, index: int) -> Episode:
     """Episode number `index`: `way` random classes of `labels` [n], `shot` support and `query` query images of each.
 
-    The stream depends on (seed, way, shot, query, index) alone. Raises ValueError if a class is too small, or classes are too few.
+    The stream depends on (seed, way, shot, query, index) alone. Raises ValueError if a class is too small, or classes
+    are too few.
     """
     classes, counts = np.unique(labels, return_counts=True)
     if len(classes) < way:

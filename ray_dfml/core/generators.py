@@ -16,10 +16,11 @@ from ray_dfml.core.weights import Layout
 
 
 def upsampled_conv_kernel(weight: Tensor) -> Tensor:
-    """The kernel [i o 4 4] of the transposed convolution (stride 2, padding 1) equal to nearest x2, then conv 3x3 [o i 3 3].
+    """The kernel [i o 4 4] of the transposed convolution (stride 2, padding 1) equal to nearest x2, then conv 3x3 [o
+    i 3 3].
 
-    Nearest upsampling repeats each pixel, so 9 products of the convolution fall on 4 distinct pixels: summing the kernel
-    instead of the image saves 5 of 9 multiply-accumulates, forward and backward.
+    Nearest upsampling repeats each pixel, so 9 products of the convolution fall on 4 distinct pixels: summing the
+    kernel instead of the image saves 5 of 9 multiply-accumulates, forward and backward.
     """
     full = F.pad(weight.flip(2, 3), (1, 1, 1, 1))
     summed = full[:, :, :-1, :-1] + full[:, :, 1:, :-1] + full[:, :, :-1, 1:] + full[:, :, 1:, 1:]

@@ -2,8 +2,8 @@
 
 [Finn2017] Model-Agnostic Meta-Learning, arXiv 1703.03400, Eq. 1 and Algorithm 1.
 
-The same functions serve both strategies: `LOOP` differentiates with autograd, task by task (fastest on a CPU); `BATCHED`
-uses `torch.func` under `vmap` (few launches, for accelerators). They agree to rounding; a test says so.
+The same functions serve both strategies: `LOOP` differentiates with autograd, task by task (fastest on a CPU);
+`BATCHED` uses `torch.func` under `vmap` (few launches, for accelerators). They agree to rounding; a test says so.
 """
 
 from collections.abc import Callable
@@ -43,7 +43,9 @@ def adapt(loss: Loss, theta: Tensor, *, lr: float, steps: int, grad_of: GradOf) 
 
 
 class Task(NamedTuple):
-    """One few-shot task: normalised images [s c h w], [u c h w] and local labels [s], [u]. Batched, a leading axis t."""
+    """One few-shot task: normalised images [s c h w], [u c h w] and local labels [s], [u]. Batched, a leading axis
+    t.
+    """
 
     support: Tensor
     support_y: Tensor
@@ -52,8 +54,8 @@ class Task(NamedTuple):
 
 
 class MetaGradient(NamedTuple):
-    """Of the query loss after adaptation: gradients [t p]; losses in nats [t]; query accuracy in [0, 1] [t]; the query's
-    batch-norm statistics [t k] under the adapted weights."""
+    """Of the query loss after adaptation: gradients [t p]; losses in nats [t]; query accuracy in [0, 1] [t]; the
+    query's batch-norm statistics [t k] under the adapted weights."""
 
     grad: Tensor
     loss: Tensor

@@ -17,8 +17,10 @@ def kl(teacher: Tensor, student: Tensor) -> Tensor:
 def distillation(teacher: Tensor, student: Tensor, *, form: str = "kl") -> Tensor:
     """Distillation loss (scalar) of student logits [n q] against teacher logits [n q], which get no gradient.
 
-    `kl`: mean KL ([Wei2024] Eq. 3). `probdot`: the released code's `kl_div` on probabilities, mean over all n*q entries,
-    t (log t - s): its gradient is minus the inner product <t, s> / (n q), bounded, and it vanishes where s is surely wrong.
+    `kl`: mean KL ([Wei2024] Eq. 3). `probdot`: the released code's `kl_div` on probabilities, mean over all n*q
+    entries,
+    t (log t - s): its gradient is minus the inner product <t, s> / (n q), bounded, and it vanishes where s is surely
+    wrong.
     """
     teacher = teacher.detach()
     if form == "kl":
@@ -30,7 +32,8 @@ def distillation(teacher: Tensor, student: Tensor, *, form: str = "kl") -> Tenso
 
 
 def disagreement(teacher: Tensor, student: Tensor, *, form: str = "kl", clamp: float = 10.0) -> Tensor:
-    """The adversarial term of [Wei2024] Eq. 1 (scalar, to be minimised), over images on which both predict the same class.
+    """The adversarial term of [Wei2024] Eq. 1 (scalar, to be minimised), over images on which both predict the same
+    class.
 
     `kl`: -mean_j 1[argmax t_j = argmax s_j] min(KL(t_j || s_j), clamp). The mask is a constant.
     `probdot`: the released code's form, mean of sum_c s (log s - t) on the same images: with s constant this is -<s, t>
@@ -46,7 +49,13 @@ def disagreement(teacher: Tensor, student: Tensor, *, form: str = "kl", clamp: f
 
 
 def inversion(
-    teacher: Tensor, labels: Tensor, student: Tensor | None, *, adversarial: float, form: str = "kl", clamp: float = 10.0
+    teacher: Tensor,
+    labels: Tensor,
+    student: Tensor | None,
+    *,
+    adversarial: float,
+    form: str = "kl",
+    clamp: float = 10.0,
 ) -> Tensor:
     """[Wei2024] Eq. 1 (scalar): CE of the teacher on the wished labels [n], plus `adversarial` x `disagreement`."""
     loss = F.cross_entropy(teacher, labels)

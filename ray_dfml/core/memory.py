@@ -1,6 +1,8 @@
-"""The memory bank: recovered images per class, first in first out, as a value ([Wei2024] section 4.2, cross task replay).
+"""The memory bank: recovered images per class, first in first out, as a value ([Wei2024] section 4.2, cross task
+replay).
 
-A bank is a dict from class key to uint8 images [n c h w], oldest first. Adding gives a new bank; nothing changes in place.
+A bank is a dict from class key to uint8 images [n c h w], oldest first. Adding gives a new bank; nothing changes in
+place.
 """
 
 from collections.abc import Mapping
@@ -27,8 +29,8 @@ def draw_task(
 ) -> tuple[list[str], np.ndarray, np.ndarray]:
     """An interpolated task: `way` ready classes, `shot` + `query` distinct images of each.
 
-    Returns the class keys in label order, and uint8 support [shot*way c h w] and query [query*way c h w], interleaved: the
-    labels are 0..way-1 repeated. Raises ValueError if fewer than `way` classes are ready.
+    Returns the class keys in label order, and uint8 support [shot*way c h w] and query [query*way c h w],
+    interleaved: the labels are 0..way-1 repeated. Raises ValueError if fewer than `way` classes are ready.
     """
     keys = ready(bank, shot + query)
     if len(keys) < way:

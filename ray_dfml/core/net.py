@@ -14,7 +14,8 @@ from ray_dfml.core.weights import Layout
 
 
 class Net:
-    """A classifier without weights. `net(theta, x)` normalises with the batch; `net(theta, x, stats)` with given statistics.
+    """A classifier without weights. `net(theta, x)` normalises with the batch; `net(theta, x, stats)` with given
+    statistics.
 
     `layout` names the parameters in a flat vector [p], `stats_layout` the running means and variances in another.
     Images are normalised `[n c h w]`; logits are `[n q]`.
@@ -53,7 +54,9 @@ class Net:
         return logits, torch.cat(found) if found else torch.zeros(0)
 
     def init(self, generator: torch.Generator, *, zero_head_bias: bool = False) -> Tensor:
-        """Fresh weights [p] (METHODS 1.5): conv N(0, sqrt(2 / (9 fan_out))), batch norm 1 and 0, head uniform by fan-in."""
+        """Fresh weights [p] (METHODS 1.5): conv N(0, sqrt(2 / (9 fan_out))), batch norm 1 and 0, head uniform by
+        fan-in.
+        """
         parts: dict[str, Tensor] = {}
         for name, shape in self.layout.shapes.items():
             if len(shape) == 4:

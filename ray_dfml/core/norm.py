@@ -1,7 +1,8 @@
 """Batch normalisation written with mean and variance.
 
-The built-in layer returned wrong second-order gradients under `vmap` in torch 2.13; this one is exact in a loop, batched,
-and twice differentiated. It never writes its buffers: running statistics are values, passed in and returned (`net.Net`).
+The built-in layer returned wrong second-order gradients under `vmap` in torch 2.13; this one is exact in a loop,
+batched, and twice differentiated. It never writes its buffers: running statistics are values, passed in and returned
+(`net.Net`).
 """
 
 import torch

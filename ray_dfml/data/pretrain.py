@@ -1,7 +1,7 @@
 """Training of one teacher on one task, the pool's recipe ([Wei2024] section 5.1; METHODS 1.3). The `pretrain` op.
 
-[Wei2024] FREE, arXiv 2405.00984. Unlike the released code, which saves the last epoch under the best epoch's accuracy, the
-best weights are copied, and both accuracies are kept.
+[Wei2024] FREE, arXiv 2405.00984. Unlike the released code, which saves the last epoch under the best epoch's
+accuracy, the best weights are copied, and both accuracies are kept.
 """
 
 from collections.abc import Sequence
@@ -23,14 +23,16 @@ class PretrainConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    epochs: int = Field(60, ge=1, description="Passes over a teacher's training images.")
-    batch: int = Field(128, ge=2, description="Images per step.")
-    lr: float = Field(0.01, gt=0, description="Step size of Adam (Conv4), or of SGD (ResNets).")
-    clip: float = Field(50.0, gt=0, description="Bound on the gradient's L2 norm.")
-    momentum: float = Field(0.9, ge=0, lt=1, description="SGD momentum (ResNets).")
-    weight_decay: float = Field(5e-4, ge=0, description="SGD weight decay (ResNets).")
-    milestones: tuple[int, ...] = Field((30, 50, 80), description="Epochs at which SGD's step size falls (ResNets).")
-    decay: float = Field(0.2, gt=0, le=1, description="Factor of each fall.")
+    epochs: int = Field(default=60, ge=1, description="Passes over a teacher's training images.")
+    batch: int = Field(default=128, ge=2, description="Images per step.")
+    lr: float = Field(default=0.01, gt=0, description="Step size of Adam (Conv4), or of SGD (ResNets).")
+    clip: float = Field(default=50.0, gt=0, description="Bound on the gradient's L2 norm.")
+    momentum: float = Field(default=0.9, ge=0, lt=1, description="SGD momentum (ResNets).")
+    weight_decay: float = Field(default=5e-4, ge=0, description="SGD weight decay (ResNets).")
+    milestones: tuple[int, ...] = Field(
+        default=(30, 50, 80), description="Epochs at which SGD's step size falls (ResNets)."
+    )
+    decay: float = Field(default=0.2, gt=0, le=1, description="Factor of each fall.")
 
 
 def pretrain(worker: object, jobs: Sequence[Job], shared: Arrays) -> list[Arrays]:

@@ -51,7 +51,9 @@ class Worker(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class World:
-    """What every method knows: the pool's cards, the learner's shape, the run's seed, and real images only for the ceiling."""
+    """What every method knows: the pool's cards, the learner's shape, the run's seed, and real images only for the
+    ceiling.
+    """
 
     cards: tuple[TeacherCard, ...]
     arch: str
@@ -72,7 +74,7 @@ class MethodConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    rounds: int = Field(1, ge=1, description="Outer iterations.")
+    rounds: int = Field(default=1, ge=1, description="Outer iterations.")
 
 
 class ReplayConfig(BaseModel):
@@ -80,23 +82,33 @@ class ReplayConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    shot: int = Field(5, ge=1, description="Support images per class of a replayed task.")
-    query: int = Field(15, ge=1, description="Query images per class of a replayed task.")
-    tasks: int = Field(10, ge=1, description="Tasks per meta-update.")
-    inner_steps: int = Field(5, ge=0, description="SGD steps on the support.")
-    inner_lr: float = Field(0.01, gt=0, description="Their step size.")
-    lr: float = Field(1e-3, gt=0, description="Adam step size of the meta-update.")
-    reduction: Literal["mean", "sum"] = Field("mean", description="Over the tasks of an update; the released code sums.")
-    patience: int = Field(10, ge=1, description="Stop after this many updates without a new best training accuracy.")
-    max_updates: int = Field(50, ge=1, description="Stop after this many updates in any case.")
+    shot: int = Field(default=5, ge=1, description="Support images per class of a replayed task.")
+    query: int = Field(default=15, ge=1, description="Query images per class of a replayed task.")
+    tasks: int = Field(default=10, ge=1, description="Tasks per meta-update.")
+    inner_steps: int = Field(default=5, ge=0, description="SGD steps on the support.")
+    inner_lr: float = Field(default=0.01, gt=0, description="Their step size.")
+    lr: float = Field(default=1e-3, gt=0, description="Adam step size of the meta-update.")
+    reduction: Literal["mean", "sum"] = Field(
+        default="mean", description="Over the tasks of an update; the released code sums."
+    )
+    patience: int = Field(
+        default=10, ge=1, description="Stop after this many updates without a new best training accuracy."
+    )
+    max_updates: int = Field(default=50, ge=1, description="Stop after this many updates in any case.")
 
 
 class Method(Protocol):
     """The shape of a method module. A type checker reads it; nothing inherits it."""
 
-    Config: type[MethodConfig]
-    READINGS: tuple[str, ...]
-    """Ways to read predictions from the final weights: `finetune`, `direct`, `assign` (see `ray_dfml.evaluate`)."""
+    @property
+    def Config(self) -> type[MethodConfig]:
+        """Its settings."""
+        ...
+
+    @property
+    def READINGS(self) -> tuple[str, ...]:
+        """Ways to read predictions from the final weights: `finetune`, `direct`, `assign` (see `ray_dfml.evaluate`)."""
+        ...
 
     def init(self, cfg: Any, world: World) -> State:
         """State before the first round."""
@@ -129,4 +141,4 @@ def initial_learner(world: World, *, zero_head_bias: bool = False) -> State:
 
 def image_values(image: ImageSpec) -> Arrays:
     """Shape and normalisation of an image spec as shippable values."""
-    return {"shape": image.shape, "mean": np.float32(image.mean), "std": np.float32(image.std)}
+    return {"shape": image.shape, "mean": np.array(image.mean, np.float32), "std": np.array(image.std, np.float32)}

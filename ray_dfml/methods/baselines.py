@@ -13,7 +13,7 @@ from ray_dfml.methods.base import MethodConfig, Metrics, Send, State, Worker, Wo
 from ray_dfml.types import Arrays, Job, TeacherCard
 
 
-class Config(MethodConfig):
+class BaselineConfig(MethodConfig):
     """No settings beyond the number of rounds, which is one."""
 
 
@@ -37,7 +37,8 @@ def _average(world: World, state: State, send: Send) -> State:
     if wrong:
         raise UsageError(
             f"average: needs teachers of one architecture and number of classes, {world.arch} with {world.way}; "
-            f"{wrong[0].id} is {wrong[0].arch} with {len(wrong[0].classes)}; use a method that learns from outputs (free)"
+            f"{wrong[0].id} is {wrong[0].arch} with {len(wrong[0].classes)}; "
+            f"use a method that learns from outputs, such as free"
         )
     theta, stats = torch.zeros_like(state["theta"]), torch.zeros_like(state["stats"])
     for one_theta, one_stats in _fetch(world.cards, send):
@@ -54,7 +55,14 @@ def _best_model(world: World, state: State, send: Send) -> State:
     if len(best.classes) < world.way:
         raise UsageError(f"best-model: {best.id} has {len(best.classes)} classes, episodes need {world.way}")
     ((theta, stats),) = _fetch([best], send)
-    return {**state, "theta": theta, "stats": stats, "arch": best.arch, "outputs": len(best.classes), "teacher": best.id}
+    return {
+        **state,
+        "theta": theta,
+        "stats": stats,
+        "arch": best.arch,
+        "outputs": len(best.classes),
+        "teacher": best.id,
+    }
 
 
 @dataclass(frozen=True)
@@ -63,17 +71,17 @@ class Baseline:
 
     make: Callable[[World, State, Send], State]
     READINGS: tuple[str, ...]
-    Config: type[Config] = Config
+    Config: type[MethodConfig] = BaselineConfig
 
-    def init(self, cfg: Config, world: World) -> State:
+    def init(self, cfg: MethodConfig, world: World) -> State:
         """A fresh learner."""
         return initial_learner(world, zero_head_bias=True)
 
-    def plan(self, cfg: Config, world: World, state: State, r: int) -> list[Job]:
+    def plan(self, cfg: MethodConfig, world: World, state: State, r: int) -> list[Job]:
         """Nothing is recovered."""
         return []
 
-    def shared(self, cfg: Config, world: World, state: State, r: int) -> Arrays:
+    def shared(self, cfg: MethodConfig, world: World, state: State, r: int) -> Arrays:
         """Nothing is shared."""
         return {}
 
@@ -82,7 +90,7 @@ class Baseline:
         return []
 
     def learn(
-        self, cfg: Config, world: World, state: State, r: int, results: list[Arrays], send: Send
+        self, cfg: MethodConfig, world: World, state: State, r: int, results: list[Arrays], send: Send
     ) -> tuple[State, Metrics]:
         """The baseline's weights."""
         return self.make(world, state, send), {}

@@ -1,8 +1,9 @@
 """BELL: better generalisation via the meta-learner, by sequential distillation of the recovered tasks.
 
-[Wei2024] arXiv 2405.00984, Eq. 3, Algorithm 2, Theorem 1. Sequential by definition: step i starts where step i - 1 ended.
-With plain SGD inside and a small alpha, E[theta - theta~] over task orders is
-alpha sum_i g_i - (alpha^2 / 2) sum_{i<j} grad(g_i . g_j) + O(alpha^3): descent on every loss, ascent on the inner products.
+[Wei2024] arXiv 2405.00984, Eq. 3, Algorithm 2, Theorem 1. Sequential by definition: step i starts where step i - 1
+ended. With plain SGD inside and a small alpha, E[theta - theta~] over task orders is
+alpha sum_i g_i - (alpha^2 / 2) sum_{i<j} grad(g_i . g_j) + O(alpha^3): descent on every loss, ascent on the inner
+products.
 """
 
 from collections.abc import Callable, Sequence
@@ -39,7 +40,9 @@ def distill_loss(net: Net, task: DistillSet, form: str) -> Callable[[Tensor], Te
 def inner_path(
     loss_fns: Sequence[Callable[[Tensor], Tensor]], theta: Tensor, *, lr: float, optimizer: str
 ) -> tuple[Tensor, list[Tensor]]:
-    """theta~ [p] after one step per loss, in order ([Wei2024] Algorithm 2, lines 4-6), and the gradients g_i on the way."""
+    """theta~ [p] after one step per loss, in order ([Wei2024] Algorithm 2, lines 4-6), and the gradients g_i on the
+    way.
+    """
     adam, grads = optim.Adam.zeros(theta), []
     for loss in loss_fns:
         grads.append(plain_grad(loss)(theta))
@@ -62,7 +65,9 @@ def alignment(grads: Sequence[Tensor]) -> tuple[float, float]:
 
 
 def update(cfg: "Config", world: World, state: State, tasks: Sequence[DistillSet], r: int) -> tuple[State, Metrics]:
-    """One outer step on the learner ([Wei2024] Algorithm 2), or the ERM ablation: one step on the summed losses at theta."""
+    """One outer step on the learner ([Wei2024] Algorithm 2), or the ERM ablation: one step on the summed losses at
+    theta.
+    """
     theta = state["theta"]
     loss_fns = [distill_loss(world.net, task, cfg.distill) for task in tasks]
     metrics: Metrics = {}

@@ -1,4 +1,5 @@
-"""FREE: faster inversion via a meta-generator (FIVE), better generalisation via a meta-learner (BELL), cross-task replay.
+"""FREE: faster inversion via a meta-generator (FIVE), better generalisation via a meta-learner (BELL), cross-task
+replay.
 
 [Wei2024] FREE: Faster and Better Data-Free Meta-Learning, arXiv 2405.00984 (CVPR 2024), Eq. 1-4, Algorithms 1-3.
 Deviations of the released code and of this implementation are rows of docs/methods.md.
@@ -7,7 +8,6 @@ Deviations of the released code and of this implementation are rows of docs/meth
 from collections.abc import Callable, Sequence
 from typing import Literal
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from pydantic import Field
@@ -42,52 +42,80 @@ Judge = Callable[[Tensor], Tensor]
 class Config(MethodConfig):
     """FREE's hyper-parameters. The defaults are the `fixed` profile; METHODS section 2.1 has all three side by side."""
 
-    rounds: int = Field(1000, ge=1, description="Outer iterations (epochs in the paper).")
-    warmup: int = Field(19, ge=0, description="First rounds that train the generator only, without the adversarial term.")
-    teachers_per_round: int = Field(4, ge=1, description="b: teachers inverted in a round, drawn with replacement.")
-    steps: int = Field(5, ge=0, description="k: adaptation steps of (Z, theta_G) to one teacher.")
-    images_per_class: int = Field(20, ge=2, description="Images recovered per class of a teacher.")
-    latent: int = Field(256, ge=1, description="d_z: length of a latent code.")
-    width: int = Field(64, ge=4, description="Channels of the generator's last hidden layer.")
-    lr_generator: float = Field(1e-3, ge=0, description="Inner Adam step size of theta_G.")
-    lr_latent: float = Field(1e-3, ge=0, description="Inner Adam step size of Z.")
-    lr_meta: float = Field(1e-3, ge=0, description="gamma: outer step size of theta_G.")
-    meta_optimizer: Literal["adam", "adam-fresh", "sgd"] = Field(
-        "adam", description="Outer optimiser of theta_G: persistent Adam; Adam re-created every round (code); SGD (paper)."
+    rounds: int = Field(default=1000, ge=1, description="Outer iterations (epochs in the paper).")
+    warmup: int = Field(
+        default=19, ge=0, description="First rounds that train the generator only, without the adversarial term."
     )
-    meta_reduction: Literal["mean", "sum"] = Field("mean", description="Of the b meta-gradients; the released code sums.")
+    teachers_per_round: int = Field(
+        default=4, ge=1, description="b: teachers inverted in a round, drawn with replacement."
+    )
+    steps: int = Field(default=5, ge=0, description="k: adaptation steps of (Z, theta_G) to one teacher.")
+    images_per_class: int = Field(default=20, ge=2, description="Images recovered per class of a teacher.")
+    latent: int = Field(default=256, ge=1, description="d_z: length of a latent code.")
+    width: int = Field(default=64, ge=4, description="Channels of the generator's last hidden layer.")
+    lr_generator: float = Field(default=1e-3, ge=0, description="Inner Adam step size of theta_G.")
+    lr_latent: float = Field(default=1e-3, ge=0, description="Inner Adam step size of Z.")
+    lr_meta: float = Field(default=1e-3, ge=0, description="gamma: outer step size of theta_G.")
+    meta_optimizer: Literal["adam", "adam-fresh", "sgd"] = Field(
+        "adam",
+        description="Outer optimiser of theta_G: persistent Adam; Adam re-created every round (code); SGD (paper).",
+    )
+    meta_reduction: Literal["mean", "sum"] = Field(
+        default="mean", description="Of the b meta-gradients; the released code sums."
+    )
     generator_sharing: Literal["meta", "sequential"] = Field(
-        "meta", description="FIVE, or one generator trained on teacher after teacher (ablation)."
+        default="meta", description="FIVE, or one generator trained on teacher after teacher (ablation)."
     )
     final_pass: bool = Field(
-        True, description="k updates, then one pass for images and meta-gradient; the released code takes both from pass k."
+        True,
+        description="k updates, then one pass for images and meta-gradient; the released code takes both from pass k.",
     )
-    adversarial: float = Field(1.0, ge=0, description="Weight of the disagreement term of Eq. 1.")
-    adversarial_form: Literal["kl", "probdot"] = Field("kl", description="True KL, or the released code's product form.")
-    kl_clamp: float = Field(10.0, gt=0, description="Bound on one image's KL in the disagreement term, nats.")
-    bn_weight: float = Field(0.0, ge=0, description="Weight of the teacher's batch-norm statistics in the inversion loss.")
-    tv_weight: float = Field(0.0, ge=0, description="Weight of the total variation in the inversion loss.")
-    crop_pad: int = Field(4, ge=0, description="Padding of the random crop between generator and teacher, pixels.")
+    adversarial: float = Field(default=1.0, ge=0, description="Weight of the disagreement term of Eq. 1.")
+    adversarial_form: Literal["kl", "probdot"] = Field(
+        default="kl", description="True KL, or the released code's product form."
+    )
+    kl_clamp: float = Field(default=10.0, gt=0, description="Bound on one image's KL in the disagreement term, nats.")
+    bn_weight: float = Field(
+        default=0.0, ge=0, description="Weight of the teacher's batch-norm statistics in the inversion loss."
+    )
+    tv_weight: float = Field(default=0.0, ge=0, description="Weight of the total variation in the inversion loss.")
+    crop_pad: int = Field(
+        default=4, ge=0, description="Padding of the random crop between generator and teacher, pixels."
+    )
     crop_fill: Literal["edge", "zero"] = Field(
-        "edge", description="Padding: repeated border, or black (released code), which no teacher of white pages has seen."
+        "edge",
+        description="Padding: repeated border, or black (released code), which no teacher of white pages has seen.",
     )
     flip: Literal["auto", "on", "off"] = Field(
-        "auto", description="Random mirror: auto mirrors colour images only, since a mirrored character is another one."
+        default="auto",
+        description="Random mirror: auto mirrors colour images only, since a mirrored character is another one.",
     )
-    learner_update: Literal["bell", "erm", "none"] = Field("bell", description="Distillation of the b tasks: BELL, or ablations.")
-    bell_inner: Literal["adam", "sgd"] = Field("adam", description="Inner optimiser of BELL.")
-    bell_lr: float = Field(1e-3, gt=0, description="alpha: inner step size of BELL.")
+    learner_update: Literal["bell", "erm", "none"] = Field(
+        default="bell", description="Distillation of the b tasks: BELL, or ablations."
+    )
+    bell_inner: Literal["adam", "sgd"] = Field(default="adam", description="Inner optimiser of BELL.")
+    bell_lr: float = Field(default=1e-3, gt=0, description="alpha: inner step size of BELL.")
     bell_outer: Literal["adam", "interpolate", "shared-adam"] = Field(
-        "adam", description="Outer step: own Adam on theta - theta~; theta += eps (theta~ - theta); the replay's Adam (code)."
+        "adam",
+        description="Outer step: own Adam on theta - theta~; theta += eps (theta~ - theta); the replay's Adam (code).",
     )
-    bell_outer_lr: float = Field(1e-3, gt=0, le=1.0, description="epsilon: outer step size of BELL.")
-    bell_scale: float = Field(1.0, gt=0, description="Factor on the pseudo-gradient theta - theta~; the released code has 67.")
-    distill: Literal["kl", "probdot", "hard"] = Field("kl", description="BELL's loss: KL, the code's form, or CE on labels.")
-    alignment_every: int = Field(10, ge=0, description="Rounds between gradient products with all g_i at theta; 0 is never.")
-    bank_capacity: int = Field(400, ge=1, description="Images kept per class, first in first out.")
-    bank_adds: Literal["all", "last"] = Field("all", description="Recovered tasks stored per round; the released code: last.")
+    bell_outer_lr: float = Field(default=1e-3, gt=0, le=1.0, description="epsilon: outer step size of BELL.")
+    bell_scale: float = Field(
+        default=1.0, gt=0, description="Factor on the pseudo-gradient theta - theta~; the released code has 67."
+    )
+    distill: Literal["kl", "probdot", "hard"] = Field(
+        default="kl", description="BELL's loss: KL, the code's form, or CE on labels."
+    )
+    alignment_every: int = Field(
+        default=10, ge=0, description="Rounds between gradient products with all g_i at theta; 0 is never."
+    )
+    bank_capacity: int = Field(default=400, ge=1, description="Images kept per class, first in first out.")
+    bank_adds: Literal["all", "last"] = Field(
+        default="all", description="Recovered tasks stored per round; the released code: last."
+    )
     bank_key: Literal["class", "teacher"] = Field(
-        "class", description="A bank class is a class name (side information of the cards), or a (teacher, unit) pair."
+        default="class",
+        description="A bank class is a class name (side information of the cards), or a (teacher, unit) pair.",
     )
     replay: ReplayConfig = ReplayConfig()
 
@@ -106,8 +134,8 @@ def init(cfg: Config, world: World) -> State:
 
 
 def plan(cfg: Config, world: World, state: State, r: int) -> list[Job]:
-    """b teachers drawn with replacement. A sequential generator makes the b teachers one job, since each starts where the
-    one before ended."""
+    """b teachers drawn with replacement. A sequential generator makes the b teachers one job, since each starts where
+    the one before ended."""
     rng = seeds.generator(world.seed, r, "plan")
     picks = torch.randint(len(world.cards), (cfg.teachers_per_round,), generator=rng).tolist()
     slots = [(world.cards[i].id, seeds.derive(world.seed, r, "recover", j)) for j, i in enumerate(picks)]
@@ -132,13 +160,15 @@ def recover(worker: Worker, jobs: Sequence[Job], shared: Arrays) -> list[Arrays]
     cfg = Config.model_validate(shared["cfg"])
     net_g = generator(tuple(shared["shape"]), cfg.latent, cfg.width)
     sequential = cfg.generator_sharing == "sequential"
-    judge = None
+    judge: Judge | None = None
     if shared["theta"] is not None:
         learner = net(shared["arch"], tuple(shared["shape"]), shared["way"])
         theta, mean, std = (torch.tensor(shared[k], device=worker.device) for k in ("theta", "mean", "std"))
 
-        def judge(pixels: Tensor) -> Tensor:
+        def ask(pixels: Tensor) -> Tensor:
             return learner(theta, normalise(pixels, mean, std))
+
+        judge = ask
 
     out = []
     for job in jobs:
@@ -153,7 +183,9 @@ def recover(worker: Worker, jobs: Sequence[Job], shared: Arrays) -> list[Arrays]
             tasks.append(found | {"teacher": id})
             if sequential:
                 theta_g = adapted
-        out.append({"tasks": tasks, "theta_g": theta_g.cpu().numpy() if sequential else None, "rejected_teachers": rejected})
+        out.append(
+            {"tasks": tasks, "theta_g": theta_g.cpu().numpy() if sequential else None, "rejected_teachers": rejected}
+        )
     return out
 
 
@@ -162,9 +194,11 @@ def five(
 ) -> tuple[Arrays, Tensor]:
     """Faster inversion via the meta-generator, one teacher ([Wei2024] Algorithm 1, lines 4-7; Eq. 1 and 2).
 
-    From theta_g [p] and Z ~ N(0, 1) [n d], k Adam steps on both; then images, losses and the first-order meta-gradient at
+    From theta_g [p] and Z ~ N(0, 1) [n d], k Adam steps on both; then images, losses and the first-order
+    meta-gradient at
     the adapted weights. `judge` is the learner of the disagreement term, None to leave it out. Returns the recovered
-    task as arrays (uint8 images [n c h w], labels, a view of them with the teacher's logits [n q]) and the adapted theta_g.
+    task as arrays (uint8 images [n c h w], labels, a view of them with the teacher's logits [n q]) and the adapted
+    theta_g.
     """
     card = teacher.card
     device = theta_g.device
@@ -195,14 +229,14 @@ def five(
         return loss, images, logits
 
     adam_g, adam_z = optim.Adam.zeros(theta_g), optim.Adam.zeros(z)
-    first: Tensor | None = None
+    first = torch.zeros(())
     passes = cfg.steps + 1 if cfg.final_pass or cfg.steps == 0 else cfg.steps
     for i in range(passes):
         offsets = draw_view(rng, pad=cfg.crop_pad, flip=mirror)
         leaf_g, leaf_z = theta_g.detach().requires_grad_(), z.detach().requires_grad_()
         loss, images, logits = loss_of(leaf_g, leaf_z, offsets)
         grad_g, grad_z = torch.autograd.grad(loss, (leaf_g, leaf_z))
-        first = loss.detach() if first is None else first
+        first = loss.detach() if i == 0 else first
         if i < cfg.steps:
             betas = (0.5, 0.999)
             theta_g, adam_g = optim.adam_step(theta_g, grad_g, adam_g, lr=cfg.lr_generator, betas=betas)
@@ -232,14 +266,13 @@ def five(
     return task, theta_g
 
 
-def learn(
-    cfg: Config, world: World, state: State, r: int, results: list[Arrays], send: Send
-) -> tuple[State, Metrics]:
+def learn(cfg: Config, world: World, state: State, r: int, results: list[Arrays], send: Send) -> tuple[State, Metrics]:
     """One round at the learner ([Wei2024] Algorithm 3, lines 6-10): theta_G, bank, BELL, replay until a plateau."""
     tasks = [task for result in results for task in result["tasks"]]
     if not tasks:
         return state, {"recover/tasks": 0}
-    metrics: Metrics = {"recover/tasks": len(tasks)} | {
+    metrics: Metrics = {"recover/tasks": len(tasks)}
+    metrics |= {
         f"recover/{name}": sum(task[name] for task in tasks) / len(tasks)
         for name in ("loss_first", "loss_last", "ce", "accuracy", "spread")
     }

@@ -17,8 +17,8 @@ READINGS = ("finetune",)
 class Config(MethodConfig):
     """Number of meta-updates = `rounds` x `updates_per_round`."""
 
-    rounds: int = Field(100, ge=1, description="Outer iterations.")
-    updates_per_round: int = Field(10, ge=1, description="Meta-updates in a round.")
+    rounds: int = Field(default=100, ge=1, description="Outer iterations.")
+    updates_per_round: int = Field(default=10, ge=1, description="Meta-updates in a round.")
     replay: ReplayConfig = ReplayConfig()
 
 
@@ -42,9 +42,7 @@ def recover(worker: Worker, jobs: Sequence[Job], shared: Arrays) -> list[Arrays]
     return []
 
 
-def learn(
-    cfg: Config, world: World, state: State, r: int, results: list[Arrays], send: Send
-) -> tuple[State, Metrics]:
+def learn(cfg: Config, world: World, state: State, r: int, results: list[Arrays], send: Send) -> tuple[State, Metrics]:
     """`updates_per_round` meta-updates on tasks of real images."""
     metrics: Metrics = {}
     for u in range(cfg.updates_per_round):

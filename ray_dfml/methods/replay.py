@@ -28,9 +28,7 @@ def grad(worker: Worker, jobs: Sequence[Job], shared: Arrays) -> list[Arrays]:
         for i, name in enumerate(("support", "query")):
             images = job.values[name]
             parts[2 * i].append(normalise(to_pixels(images, worker.device), mean, std))
-            parts[2 * i + 1].append(
-                memory.interleaved(shared["way"], len(images) // shared["way"]).to(worker.device)
-            )
+            parts[2 * i + 1].append(memory.interleaved(shared["way"], len(images) // shared["way"]).to(worker.device))
     tasks = Task(*(torch.stack(column) for column in parts))
     found = meta_gradient(
         network, theta, tasks, lr=shared["inner_lr"], steps=shared["inner_steps"], batched=worker.batched
@@ -43,7 +41,12 @@ def grad(worker: Worker, jobs: Sequence[Job], shared: Arrays) -> list[Arrays]:
 
 
 def update(
-    cfg: ReplayConfig, world: World, state: State, bank: Mapping[str, np.ndarray], tag: tuple[int | str, ...], send: Send
+    cfg: ReplayConfig,
+    world: World,
+    state: State,
+    bank: Mapping[str, np.ndarray],
+    tag: tuple[int | str, ...],
+    send: Send,
 ) -> tuple[State, Metrics]:
     """One meta-update: draw `cfg.tasks` tasks, let the shards differentiate them, one Adam step on the mean (or sum).
 

@@ -1,7 +1,7 @@
 """`pool build`: train many teachers on the backend, each on its own classes, and put them in a pool.
 
-METHODS 1.3: a uniform random subset of the meta-train classes per teacher; the first 80 % of each class train, the last 20 %
-are held out for the accuracies that the pool reports.
+METHODS 1.3: a uniform random subset of the meta-train classes per teacher; the first 80 % of each class train, the
+last 20 % are held out for the accuracies that the pool reports.
 """
 
 from collections.abc import Callable, Sequence
@@ -45,8 +45,8 @@ def plan(
         values: Arrays = {
             "arch": arch,
             "shape": image.shape,
-            "mean": np.float32(image.mean),
-            "std": np.float32(image.std),
+            "mean": np.array(image.mean, np.float32),
+            "std": np.array(image.std, np.float32),
             "way": way,
             "images": np.ascontiguousarray(train.images[rows]),
             "labels": labels,
@@ -69,7 +69,9 @@ def build(
     path: Pool, spec: str, image: ImageSpec, planned: Sequence[tuple[str, str, tuple[str, ...], Job]],
     cfg: PretrainConfig, *, workers: int, seed: int, on_teacher: Callable[[str, float], None],
 ) -> list[float]:  # fmt: skip
-    """Train the planned teachers that the pool lacks and add each as it is done. Returns held-out accuracies in percent."""
+    """Train the planned teachers that the pool lacks and add each as it is done. Returns held-out accuracies in
+    percent.
+    """
     have = {card.id: card for card in path.cards}
     todo = [item for item in planned if item[0] not in have]
     accuracies = [card.accuracy for card in have.values() if card.accuracy is not None]

@@ -1,4 +1,6 @@
-"""A run's whole state in one safetensors file: tensors as tensors, the rest as JSON in the header. Atomic, no pickle."""
+"""A run's whole state in one safetensors file: tensors as tensors, the rest as JSON in the header. Atomic, no
+pickle.
+"""
 
 import json
 import os
@@ -17,7 +19,9 @@ KEEP = 2
 
 
 def save(folder: Path, round: int, state: dict[str, Any]) -> Path:
-    """Write `state` (nested dicts of tensors, arrays, numbers, strings) as the checkpoint after `round`, then drop old ones."""
+    """Write `state` (nested dicts of tensors, arrays, numbers, strings) as the checkpoint after `round`, then drop
+    old ones.
+    """
     tensors: dict[str, torch.Tensor] = {}
     tree = _strip(state, (), tensors)
     path = folder / f"round-{round:06d}.safetensors"
@@ -48,7 +52,9 @@ def load(path: Path) -> tuple[int, dict[str, Any]]:
             tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
         return int(meta["round"]), _fill(json.loads(meta["tree"]), tensors)
     except Exception as error:
-        raise RejectedError(f"{path}: not a readable checkpoint ({error}); delete it to go on from the one before") from None
+        raise RejectedError(
+            f"{path}: not a readable checkpoint ({error}); delete it to go on from the one before"
+        ) from None
 
 
 def _strip(value: Any, path: tuple[str, ...], tensors: dict[str, torch.Tensor]) -> Any:

@@ -1,13 +1,14 @@
 """The Ray backend: shard actors, the learner actor, and the only code that knows of them.
 
-Shards and the learner are plain classes wrapped here. The driver owns the shards and the pool's arrays, so that they outlive
+Shards and the learner are plain classes wrapped here. The driver owns the shards and the pool's arrays, so that they
+outlive
 a learner that dies; the learner dispatches jobs to the shards and puts shared values in the object store once per call.
 Delivery is at least once: a shard that dies is restarted by Ray, and the job it held is sent again. Ops depend on (job,
 shared) only, so a job that ran twice gives the same bits.
 """
 
+import logging
 import os
-import secrets
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,12 +16,12 @@ from typing import Any
 
 import numpy as np
 import ray
-from ray.actor import ActorHandle
 from ray.exceptions import ActorDiedError, OutOfMemoryError, RayActorError, RayTaskError
 
 from ray_dfml.errors import DfmlError, LearnerLost, ResourceError
 from ray_dfml.methods.base import State, World
 from ray_dfml.pipeline import Labelled, Trainer
+from ray_dfml.runtime import _ray_environment  # noqa: F401  (before ray)
 from ray_dfml.runtime.shard import Shard, pin
 from ray_dfml.types import Arrays, Job, TeacherCard
 
@@ -36,13 +37,8 @@ OBJECT_STORE_BYTES = 512 * 2**20
 def connect(workers: int, gpus_per_worker: float) -> None:
     """Join the cluster of RAY_ADDRESS, or start a private one on 127.0.0.1. Raises ResourceError if it is too small."""
     if not ray.is_initialized():
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
-        options: dict[str, Any] = {"log_to_driver": False, "logging_level": "error"}
+        options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
         if not os.environ.get("RAY_ADDRESS"):
-            if "RAY_AUTH_MODE" not in os.environ:
-                os.environ["RAY_AUTH_MODE"] = "token"
-                os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
             options |= {
                 "address": "local",
                 "include_dashboard": False,
@@ -71,7 +67,7 @@ class PoolStore:
         return ray.get(self._refs[id])
 
 
-def start_shards(store: PoolStore, *, workers: int, gpus_per_worker: float, threads: int) -> list[ActorHandle]:
+def start_shards(store: PoolStore, *, workers: int, gpus_per_worker: float, threads: int) -> list[Any]:
     """Shard actors that Ray restarts for ever; their calls are retried by the dispatcher, which knows what to blame."""
     shard = ray.remote(num_cpus=1, num_gpus=gpus_per_worker, max_restarts=-1, max_task_retries=0)(Shard)
     return [shard.remote(store, threads=threads) for _ in range(workers)]
@@ -80,7 +76,7 @@ def start_shards(store: PoolStore, *, workers: int, gpus_per_worker: float, thre
 class RayBackend:
     """`Backend` over shard actors: dynamic dispatch, results in job order, lost jobs sent again."""
 
-    def __init__(self, shards: Sequence[ActorHandle], *, batched: bool) -> None:
+    def __init__(self, shards: Sequence[Any], *, batched: bool) -> None:
         self._shards = list(shards)
         self._batched = batched
 
@@ -138,7 +134,7 @@ class LearnerActor(Trainer):
         config: dict[str, Any],
         world: World,
         sets: Sequence[Labelled],
-        shards: Sequence[ActorHandle],
+        shards: Sequence[Any],
         batched: bool,
         threads: int,
         state: State | None,
@@ -148,7 +144,9 @@ class LearnerActor(Trainer):
 
 
 class RaySession:
-    """A trainer in the cluster, called by method name. `LearnerLost` tells the driver to begin again from a checkpoint."""
+    """A trainer in the cluster, called by method name. `LearnerLost` tells the driver to begin again from a
+    checkpoint.
+    """
 
     def __init__(
         self,
@@ -165,7 +163,7 @@ class RaySession:
         self._store = PoolStore(teachers)
         self.shards = start_shards(self._store, workers=workers, gpus_per_worker=gpus_per_worker, threads=threads)
         self._arguments = (config, ray.put(world), ray.put(list(sets)), self.shards, gpus_per_worker > 0, threads)
-        self._learner: ActorHandle | None = None
+        self._learner: Any = None
 
     def start(self, state: State | None) -> None:
         """A new learner actor, from a state or from the seed."""

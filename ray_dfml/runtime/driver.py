@@ -1,7 +1,8 @@
-"""The driver: starts a session, watches it, logs, checkpoints, and begins again from a checkpoint where the learner died.
+"""The driver: starts a session, watches it, logs, checkpoints, and begins again from a checkpoint where the learner
+died.
 
-It holds no mathematics and takes under 1 % of a round. Whatever the session is, the sequence of calls is the same, so the
-final weights are the same bits.
+It holds no mathematics and takes under 1 % of a round. Whatever the session is, the sequence of calls is the same, so
+the final weights are the same bits.
 """
 
 import math
@@ -88,7 +89,9 @@ class Inputs:
 
 
 def read_inputs(config: RunConfig) -> Inputs:
-    """Open pools and data. Raises RejectedError or UsageError, one line, where they do not fit the method or each other."""
+    """Open pools and data. Raises RejectedError or UsageError, one line, where they do not fit the method or each
+    other.
+    """
     teachers: Teachers = {}
     rejected: dict[str, str] = {}
     pools = []
@@ -104,7 +107,9 @@ def read_inputs(config: RunConfig) -> Inputs:
             except RejectedError as error:
                 rejected[id] = str(error)
     if config.pool and not teachers:
-        raise RejectedError(f"no usable teacher in {', '.join(config.pool)}: {next(iter(rejected.values()), 'it is empty')}")
+        raise RejectedError(
+            f"no usable teacher in {', '.join(config.pool)}: {next(iter(rejected.values()), 'it is empty')}"
+        )
     loaded = {spec: datasets.load(spec) for spec in config.data}
     cards = tuple(card for card, _, _ in teachers.values())
     image, way = _shape(config, cards, loaded)
@@ -123,7 +128,10 @@ def read_inputs(config: RunConfig) -> Inputs:
             part = one.subset("train")
             real |= {f"{spec}/{c}": part.images[part.labels == i] for i, c in enumerate(part.class_names)}
     world = World(cards=cards, arch=config.learner.arch, image=image, way=way, seed=config.seed, real=real)
-    data = [{"spec": spec, "md5": one.source.get("md5"), "licence": one.source.get("licence")} for spec, one in loaded.items()]
+    data = [
+        {"spec": spec, "md5": one.source.get("md5"), "licence": one.source.get("licence")}
+        for spec, one in loaded.items()
+    ]
     return Inputs(world, sets, teachers, rejected, pools, data)
 
 
@@ -168,24 +176,30 @@ def _interruptible() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def run(config: RunConfig, inputs: Inputs, folder: RunFolder, machine: Machine, progress: Progress) -> list[dict[str, Any]]:
+def run(
+    config: RunConfig, inputs: Inputs, folder: RunFolder, machine: Machine, progress: Progress
+) -> list[dict[str, Any]]:
     """Train to the end (from the last checkpoint, if there is one), test, export. Returns the rows of `scores.json`.
 
-    Raises Interrupted after Ctrl-C or SIGTERM (resumable), LearnerLost when the learner keeps dying, and whatever a method
-    raises; `status.json` says which.
+    Raises Interrupted after Ctrl-C or SIGTERM (resumable), LearnerLost when the learner keeps dying, and whatever a
+    method raises; `status.json` says which.
     """
     try:
         with _interruptible():
             return _run(config, inputs, folder, machine, progress)
     except KeyboardInterrupt:
         folder.status(state="interrupted", last_error="stopped by the user")
-        raise Interrupted(f"interrupted; continue with: ray-dfml train {config.name} --run-dir {folder.path} --resume") from None
+        raise Interrupted(
+            f"interrupted; continue with: ray-dfml train {config.name} --run-dir {folder.path} --resume"
+        ) from None
     except Exception as error:
         folder.status(state="failed", last_error=f"{type(error).__name__}: {error}".splitlines()[0])
         raise
 
 
-def _run(config: RunConfig, inputs: Inputs, folder: RunFolder, machine: Machine, progress: Progress) -> list[dict[str, Any]]:
+def _run(
+    config: RunConfig, inputs: Inputs, folder: RunFolder, machine: Machine, progress: Progress
+) -> list[dict[str, Any]]:
     rounds = config.method.rounds
     every = config.eval.every or max(1, math.ceil(rounds / 20))
     folder.status(state="starting", rounds=rounds, rejected=inputs.rejected)
@@ -249,8 +263,8 @@ def _last(folder: RunFolder) -> tuple[int, State | None]:
 
 
 def _test(session: Session) -> list[Score]:
-    """Scores of the selected weights, of the last ones, on request of the best on test; then `random`. Equal weights are
-    scored once."""
+    """Scores of the selected weights, of the last ones, on request of the best on test; then `random`. Equal weights
+    are scored once."""
     state = session.call("snapshot")
     best = state["best"]
     scores: list[Score] = session.call("test", "val") if best else []

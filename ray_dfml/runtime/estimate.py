@@ -24,7 +24,12 @@ def estimate(config: RunConfig, inputs: Inputs, machine: Machine) -> dict[str, A
     world = inputs.world
     cfg = config.method
     rate = _macs_per_second()
-    plan: dict[str, Any] = {"method": config.name, "profile": config.profile, "rounds": cfg.rounds, "teachers": len(world.cards)}
+    plan: dict[str, Any] = {
+        "method": config.name,
+        "profile": config.profile,
+        "rounds": cfg.rounds,
+        "teachers": len(world.cards),
+    }
     low = high = 0.0
     parameters = world.net.layout.numel
     if isinstance(cfg, free.Config):
@@ -32,7 +37,9 @@ def estimate(config: RunConfig, inputs: Inputs, machine: Machine) -> dict[str, A
         least, most = min(cfg.replay.patience + 1, cfg.replay.max_updates), cfg.replay.max_updates
         net_g = generator(world.image.shape, cfg.latent, cfg.width)
         images = cfg.images_per_class * world.way
-        image_macs = _generator_macs(world.image.shape, cfg.width) + max((_macs(world, c.arch) for c in world.cards), default=0)
+        image_macs = _generator_macs(world.image.shape, cfg.width) + max(
+            (_macs(world, c.arch) for c in world.cards), default=0
+        )
         recover = cfg.rounds * cfg.teachers_per_round * images * (cfg.steps + 1) * 3 * image_macs
         plan["recovered images"] = cfg.rounds * cfg.teachers_per_round * images
         plan["meta-updates"] = f"{learning * least} to {learning * most}"

@@ -1,10 +1,13 @@
-"""From a configuration, or an existing run folder, to a finished run: what the command line and `ray_dfml.train` call."""
+"""From a configuration, or an existing run folder, to a finished run: what the command line and `ray_dfml.train`
+call.
+"""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from ray_dfml import report
-from ray_dfml.config import RunConfig
+from ray_dfml.config import RunConfig, resolve
 from ray_dfml.errors import UsageError
 from ray_dfml.runtime import driver, rundir
 from ray_dfml.runtime.driver import Machine
@@ -12,8 +15,35 @@ from ray_dfml.runtime.progress import Progress
 from ray_dfml.runtime.rundir import RunFolder
 
 
+def train(
+    method: str,
+    *,
+    pool: str | Path | Sequence[str | Path] = (),
+    data: str | Sequence[str] = (),
+    run_dir: str | Path,
+    profile: str = "fixed",
+    preset: str | None = None,
+    sets: Sequence[str] = (),
+    seed: int = 0,
+    backend: str = "local",
+    workers: int = 1,
+) -> list[dict[str, Any]]:
+    """`ray-dfml train` from Python: the rows of `scores.json`; everything else is in `run_dir`.
+
+    Raises UsageError, RejectedError, ResourceError or Interrupted, as the command's exit codes 2, 3, 5 and 130.
+    """
+    pools = (pool,) if isinstance(pool, str | Path) else tuple(pool)
+    specs = (data,) if isinstance(data, str) else tuple(data)
+    config = resolve(
+        method, profile=profile, preset=preset, sets=sets, seed=seed, pool=tuple(str(p) for p in pools), data=specs
+    )
+    return new_run(config, Path(run_dir), Machine(backend=backend, workers=workers))
+
+
 def new_run(config: RunConfig, path: Path, machine: Machine, *, quiet: bool = False) -> list[dict[str, Any]]:
-    """Make the run folder, train, test, report. Returns the rows of `scores.json`. Raises UsageError if `path` exists."""
+    """Make the run folder, train, test, report. Returns the rows of `scores.json`. Raises UsageError if `path`
+    exists.
+    """
     if path.exists():
         raise UsageError(f"{path}: exists already; add --resume to continue that run, or choose another --run-dir")
     inputs = driver.read_inputs(config)

@@ -23,8 +23,7 @@ def meta_test(
     seed: int, workers: int, backend: str,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Rows as in `scores.json`. Raises UsageError where the data or `way` do not fit the learner."""
-    loaded = Learner.load(weights)
-    learner, network = loaded.card, loaded.net
+    learner = Learner.load(weights)
     part = datasets.load(spec).subset(split)
     if part.shape != learner.image.shape:
         raise UsageError(f"--data {spec}: images are {part.shape}, the learner takes {learner.image.shape}")
@@ -35,10 +34,10 @@ def meta_test(
         {"episodes": episodes, "shots": tuple(shots), "bn": bn or learner.bn, "seed": seed,
          "steps": learner.steps, "lr": learner.lr}
     )  # fmt: skip
-    fresh = network.init(seeds.generator(learner.seed, "theta"), zero_head_bias=True)
+    fresh = learner.net.init(seeds.generator(learner.seed, "theta"), zero_head_bias=True)
     candidates = [
-        (learner.method, learner.selection, learner.profile, loaded.theta, loaded.stats),
-        ("random", "last", "fixed", fresh, network.initial_stats()),
+        (learner.method, learner.selection, learner.profile, learner.theta, learner.stats),
+        ("random", "last", "fixed", fresh, learner.net.initial_stats()),
     ]
     if backend == "ray":
         from ray_dfml.runtime.cluster import shards_of
@@ -52,7 +51,8 @@ def meta_test(
             for shot in cfg.shots:
                 shared = evaluate.shared(
                     cfg, arch=learner.arch, image=learner.image, outputs=learner.way, theta=theta.numpy(),
-                    stats=stats.numpy(), reading="finetune", images=np.ascontiguousarray(part.images), labels=part.labels,
+                    stats=stats.numpy(), reading="finetune", images=np.ascontiguousarray(part.images),
+                    labels=part.labels,
                 )  # fmt: skip
                 results = here.map("evaluate", evaluate.jobs(cfg, way=way, shot=shot, count=episodes), shared)
                 score = Score(

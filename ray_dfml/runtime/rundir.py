@@ -1,7 +1,7 @@
 """The run folder: made atomically, never overwritten, and the record of everything a run did.
 
-`status.json` is authoritative. Every file but the two logs is replaced whole (temporary file, then rename); the logs are
-appended line by line, and lines past the checkpoint a run resumes from are dropped.
+`status.json` is authoritative. Every file but the two logs is replaced whole (temporary file, then rename); the logs
+are appended line by line, and lines past the checkpoint a run resumes from are dropped.
 """
 
 import datetime
@@ -114,7 +114,9 @@ class RunFolder:
     def write_scores(self, scores: Sequence[Score], profile: str) -> list[dict[str, Any]]:
         """Write `scores.json`, and the accuracy of every episode to `episodes.parquet`, for paired comparisons."""
         rows = [as_row(score, profile) for score in scores]
-        columns: dict[str, list[Any]] = {name: [] for name in ("method", "data", "shot", "selection", "episode", "accuracy")}
+        columns: dict[str, list[Any]] = {
+            name: [] for name in ("method", "data", "shot", "selection", "episode", "accuracy")
+        }
         for score in scores:
             for index, accuracy in enumerate(score.accuracies):
                 for name, value in zip(
@@ -128,7 +130,9 @@ class RunFolder:
         return rows
 
 
-def manifest(config: RunConfig, *, pools: Sequence[Mapping[str, Any]], data: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def manifest(
+    config: RunConfig, *, pools: Sequence[Mapping[str, Any]], data: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
     """What a reader needs to repeat the run: command, versions, git state, seed, hardware, hashes of pool and data."""
     packages = ("ray-dfml", "torch", "torchvision", "numpy", "pyarrow", "ray")
     return {

@@ -1,4 +1,5 @@
-"""A shard: one process on a slice of a device that hosts teachers and does the ops. A plain class; it knows of no cluster.
+"""A shard: one process on a slice of a device that hosts teachers and does the ops. A plain class; it knows of no
+cluster.
 
 Stateless between jobs but for a cache of teachers keyed by content: any shard may run, or re-run, any job.
 """

@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ray_dfml.core import losses
-from ray_dfml.core.images import normalise
 from ray_dfml.core.generators import Generator
 from ray_dfml.core.images import normalise, to_bytes, to_pixels, view
 from ray_dfml.core.memory import interleaved

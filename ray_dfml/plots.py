@@ -1,0 +1,167 @@
+"""Plots of a run's metrics as SVG, to inline in a page."""
+
+import html
+import io
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import matplotlib
+import numpy as np
+from markupsafe import Markup
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#a3498b", "#8a6d00", "#56b4e9", "#666666")
+_STYLE: dict[Any, Any] = {
+    "svg.fonttype": "none",
+    "font.family": ["sans-serif"],
+    "font.size": 10,
+    "text.parse_math": False,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": "#8a94a0",
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#e3e7eb",
+    "xtick.color": "#48525c",
+    "ytick.color": "#48525c",
+    "axes.labelcolor": "#48525c",
+}
+_SMOOTH_FROM = 120  # rounds: longer series are drawn thin under their moving average
+_BARS_TO = 60  # rounds: longer time series are drawn as areas
+_BINS = 200
+
+
+class Panel(NamedTuple):
+    """A plot: title, y label, what it says, and metric keys with their legends."""
+
+    title: str
+    unit: str
+    about: str
+    series: Mapping[str, str]
+
+
+_PANELS = (
+    Panel("Validation accuracy", "%", "On validation episodes of the largest shot; the best is kept.",
+          {"validation": "validation"}),
+    Panel("Teachers on their recovered images", "accuracy, %",
+          "Share of recovered images to which the teacher gives the intended class.", {"recover/accuracy": "teacher"}),
+    Panel("Inversion loss", "nats", "Mean over the round's tasks, before and after adapting to the teacher.",
+          {"recover/loss_first": "first step", "recover/loss_last": "last step", "recover/ce": "last cross-entropy"}),
+    Panel("Distillation loss", "nats per image", "Mean over the round's tasks, before the learner's step.",
+          {"bell/loss": "distillation"}),
+    Panel("Replay loss", "nats per image", "On the queries of recovered tasks, after adaptation.",
+          {"replay/loss_first": "first update", "replay/loss_last": "last update"}),
+    Panel("Replay accuracy", "%", "Best mean query accuracy of a round, on recovered images.",
+          {"replay/accuracy_best": "best of the round"}),
+    Panel("Replay updates", "updates per round", "Meta-updates until the accuracy no longer rises.",
+          {"replay/updates": "updates"}),
+    Panel("Gradient alignment: cosine", "mean pairwise cosine",
+          "Between the tasks' gradients: along the inner path, and at the starting weights. Above 0 the tasks agree.",
+          {"align/path_cosine": "along the path", "align/base_cosine": "at the start"}),
+    Panel("Gradient alignment: product", "mean pairwise product", "The same, not divided by the gradients' lengths.",
+          {"align/path_product": "along the path", "align/base_product": "at the start"}),
+)  # fmt: skip
+
+
+def number(value: object) -> float | None:
+    """A finite number, or None for anything else."""
+    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
+
+
+def series(metrics: Sequence[Mapping[str, Any]], key: str) -> tuple[np.ndarray, np.ndarray]:
+    """Rounds [m] and values [m] of a metric, where it is a finite number."""
+    pairs = [(row["round"], value) for row in metrics if (value := number(row.get(key))) is not None]
+    return np.array([r for r, _ in pairs], dtype=float), np.array([v for _, v in pairs], dtype=float)
+
+
+def _line_panel(panel: Panel, metrics: Sequence[Mapping[str, Any]]) -> Callable[[Axes], None] | None:
+    found = [(legend, *series(metrics, key)) for key, legend in panel.series.items()]
+    found = [(legend, x, y) for legend, x, y in found if len(x)]
+    if not found:
+        return None
+
+    def draw(axes: Axes) -> None:
+        for colour, (legend, x, y) in zip(_COLOURS, found, strict=False):
+            if len(x) < _SMOOTH_FROM:
+                marker = "o" if len(x) <= 30 else None
+                axes.plot(x, y, color=colour, lw=1.8, marker=marker, markersize=4, label=legend)
+                continue
+            window = max(3, len(x) // 40) | 1
+            padded = np.pad(y, window // 2, mode="edge")
+            axes.plot(x, y, color=colour, lw=0.6, alpha=0.3)
+            axes.plot(x, np.convolve(padded, np.ones(window) / window, "valid"), color=colour, lw=1.8, label=legend)
+        values = np.concatenate([y for _, _, y in found])
+        if values.min() > 0 and values.max() > 100 * values.min():
+            axes.set_yscale("log")
+        elif values.min() < 0 < values.max():
+            axes.axhline(0, color="#8a94a0", lw=0.8)
+        axes.set_ylabel(panel.unit)
+
+    return draw
+
+
+def stages(metrics: Sequence[Mapping[str, Any]]) -> dict[str, np.ndarray]:
+    """Seconds of each stage [rounds], longest in all first; `seconds/round` is their sum and is left out."""
+    names = {key.removeprefix("seconds/") for row in metrics for key in row if key.startswith("seconds/")} - {"round"}
+    spent = {n: np.array([number(row.get(f"seconds/{n}")) or 0.0 for row in metrics]) for n in names}
+    return dict(sorted(spent.items(), key=lambda item: (-item[1].sum(), item[0])))
+
+
+def _stage_panel(metrics: Sequence[Mapping[str, Any]]) -> Callable[[Axes], None] | None:
+    spent = stages(metrics)
+    if not spent or len(metrics) < 2:
+        return None
+    rounds = np.array([row["round"] for row in metrics], dtype=float)
+
+    def draw(axes: Axes) -> None:
+        colours = [_COLOURS[i % len(_COLOURS)] for i in range(len(spent))]
+        if len(rounds) <= _BARS_TO:
+            below = np.zeros(len(rounds))
+            for colour, (name, values) in zip(colours, spent.items(), strict=True):
+                axes.bar(rounds, values, bottom=below, color=colour, width=0.8, label=name)
+                below += values
+        else:
+            cuts = np.linspace(0, len(rounds), min(_BINS, len(rounds)), endpoint=False).astype(int)
+            widths = np.diff(np.append(cuts, len(rounds)))
+            means = [np.add.reduceat(values, cuts) / widths for values in spent.values()]
+            axes.stackplot(rounds[cuts], means, colors=colours, labels=list(spent), lw=0)
+        axes.set_ylabel("seconds per round")
+
+    return draw
+
+
+def _svg(slug: str, label: str, draw: Callable[[Axes], None]) -> Markup:
+    """An SVG element to inline: no metadata, ids of its own, the same bytes for the same data."""
+    style: dict[Any, Any] = {**_STYLE, "svg.hashsalt": slug}
+    with matplotlib.rc_context(style):
+        figure = Figure(figsize=(5.4, 2.9), layout="constrained")
+        axes = figure.add_subplot()
+        draw(axes)
+        axes.set_xlabel("round")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
+        axes.margins(x=0.02)
+        names = axes.get_legend_handles_labels()[1]
+        if len(names) > 1:
+            figure.legend(loc="outside upper left", ncols=min(3, len(names)), frameon=False, fontsize=9)
+        buffer = io.StringIO()
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    text = buffer.getvalue()
+    text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
+    text = re.sub(r'( id="|url\(#|href="#)', rf"\g<1>{slug}-", text)
+    return Markup(text.replace("<svg ", f'<svg role="img" aria-label="{html.escape(label)}" ', 1))
+
+
+def draw(metrics: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The plots that the metrics allow: `title about svg` each."""
+    about = "Seconds of each round; with many rounds, means of neighbours."
+    drawn = [(panel.title, panel.about, _line_panel(panel, metrics)) for panel in _PANELS]
+    drawn.append(("Time per stage", about, _stage_panel(metrics)))
+    return [
+        {"title": title, "about": about, "svg": _svg(f"plot{i}", title, plot)}
+        for i, (title, about, plot) in enumerate(drawn)
+        if plot is not None
+    ]

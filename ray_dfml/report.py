@@ -1,0 +1,306 @@
+"""A run folder as `report.html`, one self-contained page, and `MODEL_CARD.md`: from files, after the run or during it.
+
+A file that is absent leaves its part out; only `config.yaml` is needed. Everything that is shown is escaped.
+"""
+
+import hashlib
+import html
+import json
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import yaml
+from markupsafe import Markup
+
+from ray_dfml import plots
+from ray_dfml.data import weights_file
+from ray_dfml.data.pool import Pool
+from ray_dfml.errors import DfmlError, RejectedError, UsageError
+from ray_dfml.plots import number
+
+
+@dataclass(frozen=True)
+class Record:
+    """What a run folder says."""
+
+    path: Path
+    config: dict[str, Any]
+    manifest: dict[str, Any]
+    status: dict[str, Any]
+    scores: list[dict[str, Any]]
+    metrics: list[dict[str, Any]]
+    """One per round, in order of rounds."""
+    unread: int
+    """Lines of `metrics.jsonl` that are no JSON objects."""
+    queries: dict[str, int]
+    """Teacher -> images asked of it, from `ledger.jsonl`."""
+
+    @property
+    def name(self) -> str:
+        """The method."""
+        return str(self.config.get("name", "unknown"))
+
+    @property
+    def rounds(self) -> int:
+        """Rounds done."""
+        done = self.status.get("round")
+        return done if isinstance(done, int) else len(self.metrics)
+
+    @property
+    def rejected(self) -> dict[str, Any]:
+        """Teacher -> why it was not used."""
+        found = self.status.get("rejected")
+        return found if isinstance(found, dict) else {}
+
+    @property
+    def seconds(self) -> float | None:
+        """Time of all rounds, resumed ones included; without metrics, what the status says."""
+        spent = plots.series(self.metrics, "seconds/round")[1]
+        return float(spent.sum()) if len(spent) else number(self.status.get("seconds"))
+
+
+def read(run: Path) -> Record:
+    """The files of a run folder. Raises UsageError where there is no run, RejectedError for a file that is not what it
+    should be."""
+    if not (run / "config.yaml").is_file():
+        raise UsageError(f"{run}: not a run folder (no config.yaml); name the --run-dir of a run")
+    try:
+        config = yaml.safe_load((run / "config.yaml").read_bytes())
+    except (OSError, yaml.YAMLError, ValueError):
+        raise RejectedError(f"{run / 'config.yaml'}: not YAML; restore the file") from None
+    if not isinstance(config, dict):
+        raise RejectedError(f"{run / 'config.yaml'}: expected a mapping; restore the file")
+    lines, unread = _lines(run / "metrics.jsonl")
+    by_round = {line["round"]: line for line in lines if isinstance(line.get("round"), int)}
+    queries: Counter[str] = Counter()
+    for line in _lines(run / "ledger.jsonl")[0]:
+        queries[str(line.get("teacher"))] += int(number(line.get("images")) or 0)
+    return Record(
+        path=run,
+        config=config,
+        manifest=_json(run / "manifest.json", dict) or {},
+        status=_json(run / "status.json", dict) or {},
+        scores=[row for row in _json(run / "scores.json", list) or [] if isinstance(row, dict)],
+        metrics=[by_round[r] for r in sorted(by_round)],
+        unread=unread,
+        queries=dict(queries),
+    )
+
+
+def _json(path: Path, kind: type) -> Any:
+    if not path.exists():
+        return None
+    try:
+        value = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        raise RejectedError(f"{path}: not JSON; restore the file, or remove it to report without it") from None
+    if not isinstance(value, kind):
+        raise RejectedError(f"{path}: expected a JSON {'object' if kind is dict else 'list'}; restore the file")
+    return value
+
+
+def _lines(path: Path) -> tuple[list[dict[str, Any]], int]:
+    """Objects of a JSON-lines file, and how many lines hold none: a run that was killed may leave half a line."""
+    found, bad = [], 0
+    for line in path.read_text("utf-8", errors="replace").splitlines() if path.exists() else []:
+        try:
+            value = json.loads(line)
+        except (ValueError, RecursionError):
+            value = None
+        if isinstance(value, dict):
+            found.append(value)
+        elif line.strip():
+            bad += 1
+    return found, bad
+
+
+# -------------------------------------------------------------------------------------------------------------- scores
+
+
+def verdict(row: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> tuple[bool | None, float | None]:
+    """Whether a score is above `random` on the same episodes by more than both intervals, and by how many points.
+
+    (None, None) for `random` itself and where it was not scored on these episodes.
+    """
+    same = ("data", "split", "way", "shot", "episodes", "bn")
+    for other in rows:
+        if other.get("method") == "random" != row.get("method") and all(other.get(k) == row.get(k) for k in same):
+            mean, base = number(row.get("mean")), number(other.get("mean"))
+            if mean is not None and base is not None:
+                margin = (number(row.get("ci95")) or 0.0) + (number(other.get("ci95")) or 0.0)
+                return mean - base > margin, mean - base
+    return None, None
+
+
+def summary_rows(run: Path) -> list[dict[str, Any]]:
+    """Each row of a run's `scores.json` with `run preset seed state rounds seconds rejected above_random` beside it.
+
+    `seconds` is the time of all rounds (null if unknown), `rejected` counts teachers, `above_random` is null without a
+    `random` on the same episodes. A run without scores gives no rows.
+    """
+    record = read(run)
+    about = {
+        "run": run.name,
+        "preset": record.config.get("preset"),
+        "seed": record.config.get("seed"),
+        "state": record.status.get("state"),
+        "rounds": record.rounds,
+        "seconds": record.seconds,
+        "rejected": len(record.rejected),
+    }
+    return [row | about | {"above_random": verdict(row, record.scores)[0]} for row in record.scores]
+
+
+def _own(record: Record, row: Mapping[str, Any]) -> bool:
+    """Whether a score is of the run's method (in any reading) and not of a baseline beside it."""
+    method = str(row.get("method"))
+    return method == record.name or method.startswith(f"{record.name}-")
+
+
+def _table(record: Record) -> list[dict[str, Any]]:
+    """Rows for display: the run's own first within each set of episodes, `random` last."""
+    selections = ["val", "last", "test-best"]
+
+    def place(row: Mapping[str, Any]) -> tuple[Any, ...]:
+        method, selection = str(row.get("method")), row.get("selection")
+        where = [str(row.get(k)) for k in ("data", "split")] + [number(row.get(k)) or 0 for k in ("way", "shot")]
+        order = selections.index(selection) if selection in selections else len(selections)
+        return (*where, method == "random", not _own(record, row), method, order)
+
+    rows, last = [], None
+    for row in sorted(record.scores, key=place):
+        above, gain = verdict(row, record.scores)
+        task = f"{row.get('way')}-way {row.get('shot')}-shot" if row.get("shot") is not None else "top-1"
+        episodes = (row.get("data"), row.get("split"), task)
+        if row.get("method") == "random":
+            against = "the reference"
+        elif above is None:
+            against = "not compared: no random on these episodes"
+        else:
+            against = f"{gain:+.2f}" if above else f"not above random ({gain:+.2f})"
+        mean, ci95 = number(row.get("mean")), number(row.get("ci95"))
+        rows.append(
+            {k: row.get(k) for k in ("method", "data", "split", "bn", "selection", "profile", "episodes")}
+            | {"task": task, "mean": mean, "ci95": ci95, "against": against, "below": above is False}
+            | {"own": _own(record, row), "first": episodes != last}
+        )
+        last = episodes
+    return rows
+
+
+# --------------------------------------------------------------------------------------------------------------- pages
+
+
+def _pools(record: Record) -> list[dict[str, Any]]:
+    """The manifest's pools; one that is still there, unchanged, with its architectures, sources and rights."""
+    pools = []
+    for noted in _dicts(record.manifest.get("pool")):
+        one: dict[str, Any] = {key: noted.get(key) for key in ("path", "sha256", "teachers")}
+        one |= {"archs": [], "sources": [], "authorizations": [], "unstated": 0, "note": ""}
+        try:
+            pool = Pool.open(str(noted.get("path")))
+            if pool.sha256() != noted.get("sha256"):
+                raise RejectedError("the pool has changed since this run")
+            entries = [pool.entry(card.id) for card in pool.cards]
+            for key, of in (("archs", "arch"), ("sources", "source"), ("authorizations", "authorization")):
+                one[key] = Counter(text for entry in entries if (text := getattr(entry, of))).most_common(10)
+            one["unstated"] = sum(not entry.authorization for entry in entries)
+        except (DfmlError, OSError) as error:
+            one["note"] = f"Its manifest could not be used for this page: {error}."
+        pools.append(one)
+    return pools
+
+
+def _dicts(value: object) -> list[dict[str, Any]]:
+    return [one for one in value if isinstance(one, dict)] if isinstance(value, list) else []
+
+
+def _duration(seconds: float | None) -> str:
+    if seconds is None:
+        return "not recorded"
+    if seconds < 1:
+        return f"{seconds:.2g} s"
+    if seconds < 120:
+        return f"{seconds:.1f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def _facts(value: object, prefix: str = "") -> list[tuple[str, str]]:
+    """A nested mapping as (dotted key, text) pairs."""
+    if isinstance(value, dict) and value:
+        return [fact for key, inner in value.items() for fact in _facts(inner, f"{prefix}.{key}".removeprefix("."))]
+    if isinstance(value, list):
+        value = ", ".join(str(item) for item in value)
+    return [(prefix, "none" if value in (None, "", {}) else str(value))] if prefix else []
+
+
+def _values(record: Record) -> dict[str, Any]:
+    """All that the templates show."""
+    spent = {name: float(values.sum()) for name, values in plots.stages(record.metrics).items()}
+    total = sum(spent.values()) or 1.0
+    learner, weights = _json(record.path / "learner.json", dict), record.path / "learner.safetensors"
+    selections = {row.get("selection") for row in record.scores} | ({learner.get("selection")} if learner else set())
+    return {
+        "run": record.path.resolve().name,
+        "name": record.name,
+        "config": record.config,
+        "settings": _facts({k: record.config.get(k) for k in ("learner", "method", "eval")}),
+        "manifest": record.manifest,
+        "versions": _facts(record.manifest.get("versions")) + _facts(record.manifest.get("git"), "git"),
+        "hardware": _facts(record.manifest.get("hardware")),
+        "status": record.status,
+        "state": record.status.get("state", "unknown"),
+        "started": str(record.manifest.get("started") or "not recorded").replace("T", " "),
+        "rejected": record.rejected,
+        "rounds": record.rounds,
+        "duration": _duration(record.seconds),
+        "selection": (learner or {}).get("selection") or ("val" if "val" in selections else "last"),
+        "test_best": "test-best" in selections,
+        "table": _table(record),
+        "stages": [(name, _duration(seconds), 100 * seconds / total) for name, seconds in spent.items()],
+        "unread": record.unread,
+        "queries": sorted(record.queries.items()),
+        "pools": _pools(record),
+        "data": _dicts(record.manifest.get("data")),
+        "learner": learner,
+        "weights_sha256": hashlib.sha256(weights.read_bytes()).hexdigest() if weights.is_file() else None,
+    }
+
+
+def _markdown(value: object) -> Markup:
+    """Text that Markdown shows as it is: one line, no markup, no HTML."""
+    if isinstance(value, Markup):
+        return value
+    text = html.escape(" ".join(str(value).split()), quote=False)
+    return Markup(re.sub(r"([\\`*_\[\]|#~])", r"\\\1", text))
+
+
+def _code(value: object) -> Markup:
+    """A Markdown code span of any text."""
+    text = " ".join(str(value).split()).replace("`", "'").replace("|", "\\|")
+    return Markup(f"`{text}`")
+
+
+def write(run: Path) -> None:
+    """Make `report.html` and `MODEL_CARD.md` in a run folder, from its files; each is replaced whole.
+
+    Raises as `read` does.
+    """
+    record = read(run)
+    values = _values(record)
+    loader = jinja2.PackageLoader("ray_dfml", "templates")
+    page = jinja2.Environment(
+        loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    card = page.overlay(autoescape=False, finalize=_markdown)
+    card.filters["code"] = _code
+    text = page.get_template("report.html").render(values, plots=plots.draw(record.metrics))
+    weights_file.write_bytes(run / "report.html", text.encode())
+    text = card.get_template("MODEL_CARD.md").render(values)
+    weights_file.write_bytes(run / "MODEL_CARD.md", text.encode())
