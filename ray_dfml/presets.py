@@ -57,6 +57,7 @@ CHARACTERS: dict[str, Any] = {
     "lr_generator": 3e-3,
     "lr_latent": 3e-2,
     "lr_meta": 2e-3,
+    "bn_weight": 1.0,
     "replay": {"shot": 1, "max_updates": 20},
 }
 

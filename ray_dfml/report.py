@@ -256,7 +256,7 @@ def _values(record: Record) -> dict[str, Any]:
         "hardware": _facts(record.manifest.get("hardware")),
         "status": record.status,
         "state": record.status.get("state", "unknown"),
-        "started": str(record.manifest.get("started") or "not recorded").replace("T", " "),
+        "started": str(record.manifest.get("started") or "not recorded").replace("T", " ").replace("+00:00", " UTC"),
         "rejected": record.rejected,
         "rounds": record.rounds,
         "duration": _duration(record.seconds),
