@@ -19,7 +19,7 @@ import numpy as np
 from ray_dfml.errors import DfmlError, LearnerLost, ResourceError
 from ray_dfml.methods.base import State, World
 from ray_dfml.pipeline import Labelled, Trainer
-from ray_dfml.runtime.ray_environment import ray
+from ray_dfml.runtime.ray_environment import exceptions, ray
 from ray_dfml.runtime.shard import Shard, pin
 from ray_dfml.types import Arrays, Job, TeacherCard
 
@@ -107,8 +107,8 @@ class RayBackend:
             try:
                 for job, result in zip(chunk, ray.get(ref), strict=True):
                     done[job.index] = result
-            except (ray.exceptions.RayActorError, ray.exceptions.OutOfMemoryError) as error:
-                if isinstance(error, ray.exceptions.ActorDiedError):
+            except (exceptions.RayActorError, exceptions.OutOfMemoryError) as error:
+                if isinstance(error, exceptions.ActorDiedError):
                     load.pop(i, None)
                 for job in reversed(chunk):
                     strikes[job.index] = strikes.get(job.index, 0) + guilty
@@ -118,7 +118,7 @@ class RayBackend:
                         waiting.appendleft([job])
                 if not load:
                     raise ResourceError(f"no shard is left: {str(error).splitlines()[0]}") from None
-            except ray.exceptions.RayTaskError as error:
+            except exceptions.RayTaskError as error:
                 raise error.as_instanceof_cause() from None
             fill()
         return [done[job.index] for job in jobs]
@@ -175,9 +175,9 @@ class RaySession:
         assert self._learner is not None
         try:
             return ray.get(getattr(self._learner, name).remote(*args))
-        except ray.exceptions.RayActorError as error:
+        except exceptions.RayActorError as error:
             raise LearnerLost(str(error).splitlines()[0]) from None
-        except ray.exceptions.RayTaskError as error:
+        except exceptions.RayTaskError as error:
             raise (error.cause if isinstance(error.cause, DfmlError) else error.as_instanceof_cause()) from None
 
     def close(self) -> None:

@@ -240,10 +240,10 @@ def _run(
             progress.round(r, eta, row)
         progress.note("testing")
         try:
-            scores = _test(session)
+            scores = _test(session, config.name)
         except LearnerLost:
             session.start(_last(folder)[1])
-            scores = _test(session)
+            scores = _test(session, config.name)
         state = session.call("snapshot")
         rows = folder.write_scores(scores, config.profile)
         _export(config, inputs.world, folder.path, state)
@@ -262,7 +262,7 @@ def _last(folder: RunFolder) -> tuple[int, State | None]:
     return done + 1, state
 
 
-def _test(session: Session) -> list[Score]:
+def _test(session: Session, method: str) -> list[Score]:
     """Scores of the selected weights, of the last ones, on request of the best on test; then `random`. Equal weights
     are scored once."""
     state = session.call("snapshot")
@@ -274,7 +274,7 @@ def _test(session: Session) -> list[Score]:
         scores += session.call("test", "last")
     if state["test_best"]:
         scores += session.call("test", "test-best")
-    return scores + session.call("baseline")
+    return scores if method == "random" else scores + session.call("baseline")
 
 
 def _export(config: RunConfig, world: World, folder: Path, state: State) -> None:

@@ -53,7 +53,8 @@ def new_run(config: RunConfig, path: Path, machine: Machine, *, quiet: bool = Fa
 
 
 def continue_run(path: Path, method: str, machine: Machine, *, quiet: bool = False) -> list[dict[str, Any]]:
-    """Continue a run from its last checkpoint, with its own configuration; any machine will do.
+    """Continue a run from its last checkpoint, with its own configuration; any machine will do. A run that is done stays
+    as it is.
 
     Raises UsageError where there is no such run, or the pool or data are not the ones it began with.
     """
@@ -61,6 +62,8 @@ def continue_run(path: Path, method: str, machine: Machine, *, quiet: bool = Fal
     config = folder.config()
     if config.name != method:
         raise UsageError(f"{path}: is a run of {config.name}, not of {method}")
+    if folder.read_status().get("state") == "done":
+        return folder.read_scores()
     inputs = driver.read_inputs(config)
     began = folder.manifest()
     for kind, now in (("pool", inputs.pools), ("data", inputs.data)):

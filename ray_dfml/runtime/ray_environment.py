@@ -15,4 +15,4 @@ os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
 
 import ray
 
-__all__ = ["ray"]
+__all__ = ["exceptions", "ray"]

@@ -89,10 +89,17 @@ class RunFolder:
 
     def status(self, **fields: Any) -> None:
         """Update `status.json` with fields; the others keep their values."""
+        known = self.read_status() | fields | {"updated": _now()}
+        write_text(self.path / "status.json", json.dumps(known, indent=2) + "\n")
+
+    def read_status(self) -> dict[str, Any]:
+        """What `status.json` says."""
         path = self.path / "status.json"
-        known = json.loads(path.read_text()) if path.exists() else {}
-        known |= fields | {"updated": _now()}
-        write_text(path, json.dumps(known, indent=2) + "\n")
+        return json.loads(path.read_text()) if path.exists() else {}
+
+    def read_scores(self) -> list[dict[str, Any]]:
+        """The rows of `scores.json`."""
+        return json.loads((self.path / "scores.json").read_text())
 
     def log(self, row: Mapping[str, Any]) -> None:
         """Append one object to `metrics.jsonl`."""
