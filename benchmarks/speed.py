@@ -1,8 +1,10 @@
 """Local against one shard against two, same work, same bits: seconds of recover + grad, whole rounds, driver share.
 
-Usage: python benchmarks/speed.py POOL OUT [--rounds N] [--repeats N]     (POOL: Conv4 teachers, such as benchmarks/omniglot.sh builds)
+Usage: python benchmarks/speed.py POOL OUT [--rounds N] [--repeats N]     (POOL: Conv4 teachers, such as
+benchmarks/omniglot.sh builds)
 
-Each repeat runs `ray-dfml train free --preset characters` three times, in turn, on the same pool. Prints one JSON object.
+Each repeat runs `ray-dfml train free --preset characters` three times, in turn, on the same pool. Prints one JSON
+object.
 """
 
 import argparse
@@ -22,7 +24,12 @@ KINDS = {
 
 def one(pool: Path, run: Path, where: list[str], rounds: int) -> dict[str, float | str]:
     """Train once; sums over the learning rounds but the first, which warms up."""
-    settings = [f"method.rounds={rounds}", "method.warmup=1", "method.replay.patience=100", "method.replay.max_updates=10"]
+    settings = [
+        f"method.rounds={rounds}",
+        "method.warmup=1",
+        "method.replay.patience=100",
+        "method.replay.max_updates=10",
+    ]
     command = [sys.executable, "-m", "ray_dfml", "train", "free", "--preset", "characters", "--pool", str(pool)]
     command += ["--run-dir", str(run), *where, *(word for s in settings for word in ("--set", s))]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -57,7 +64,9 @@ def main() -> None:
     print(
         json.dumps(
             {
-                "seconds": {kind: {p: work(kind, p) for p in ("recover", "grad", "learner", "round")} for kind in KINDS},
+                "seconds": {
+                    kind: {p: work(kind, p) for p in ("recover", "grad", "learner", "round")} for kind in KINDS
+                },
                 "one shard / local, whole rounds": work("1 shard", "round") / work("local", "round"),
                 "one shard / two shards, recover + grad": work("1 shard", "recover", "grad")
                 / work("2 shards", "recover", "grad"),

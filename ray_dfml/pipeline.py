@@ -191,4 +191,7 @@ class Trainer:
             labels=one.labels,
         )
         results = self._backend.map("evaluate", evaluate.jobs(cfg, way=world.way, shot=shot, count=count), shared)
+        for result in results:
+            if "rejected" in result:
+                raise DfmlError(f"evaluation failed: {result['rejected']}")
         return np.concatenate([result["accuracies"] for result in results])

@@ -62,7 +62,8 @@ def _strip(value: Any, path: tuple[str, ...], tensors: dict[str, torch.Tensor]) 
         return {key: _strip(item, (*path, key), tensors) for key, item in value.items()}
     if isinstance(value, torch.Tensor | np.ndarray):
         name = json.dumps(path)
-        tensors[name] = torch.as_tensor(value).contiguous().clone()
+        copy = torch.tensor(value) if isinstance(value, np.ndarray) else value.detach().clone()
+        tensors[name] = copy.contiguous()
         return {"__tensor__": name, "numpy": isinstance(value, np.ndarray)}
     return value
 

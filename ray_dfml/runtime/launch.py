@@ -53,8 +53,8 @@ def new_run(config: RunConfig, path: Path, machine: Machine, *, quiet: bool = Fa
 
 
 def continue_run(path: Path, method: str, machine: Machine, *, quiet: bool = False) -> list[dict[str, Any]]:
-    """Continue a run from its last checkpoint, with its own configuration; any machine will do. A run that is done stays
-    as it is.
+    """Continue a run from its last checkpoint, with its own configuration; any machine will do. A run that is done
+    stays as it is.
 
     Raises UsageError where there is no such run, or the pool or data are not the ones it began with.
     """

@@ -1,4 +1,5 @@
-"""The one place that imports Ray, after the variables that Ray reads once, at import: authentication on, telemetry off.
+"""The one place that imports Ray, after the variables that Ray reads once, at import: authentication on, telemetry
+off.
 
 Without RAY_ADDRESS a private cluster is started on 127.0.0.1, guarded by a token that lives as long as this process. A
 cluster that exists already sets RAY_AUTH_MODE and its token itself; what the user has set is never changed.
@@ -13,6 +14,7 @@ if "RAY_AUTH_MODE" not in os.environ and not os.environ.get("RAY_ADDRESS"):
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
 
-import ray
+import ray  # noqa: E402
+from ray import exceptions  # noqa: E402
 
 __all__ = ["exceptions", "ray"]
