@@ -64,13 +64,18 @@ def finetune(
     [s].
     """
     fixed = stats if bn == "running" else None
+    way = int(labels.max()) + 1
     phi = adapt(
-        lambda w: F.cross_entropy(network(w, support, fixed), labels), theta, lr=lr, steps=steps, grad_of=plain_grad
+        lambda w: F.cross_entropy(network(w, support, fixed)[:, :way], labels),
+        theta,
+        lr=lr,
+        steps=steps,
+        grad_of=plain_grad,
     )
     with torch.no_grad():
         if bn == "support":
             fixed = network.with_stats(phi, support)[1]
-        return network(phi, query, fixed)
+        return network(phi, query, fixed)[:, :way]
 
 
 def jobs(cfg: EvalConfig, *, way: int, shot: int, count: int) -> list[Job]:

@@ -5,17 +5,17 @@ replay.
 Deviations of the released code and of this implementation are rows of docs/methods.md.
 """
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from ray_dfml.core import losses, memory, optim, seeds
-from ray_dfml.core.generators import Generator, generator
-from ray_dfml.core.images import draw_view, normalise, to_bytes, to_pixels, view
+from ray_dfml.core import memory, optim, seeds
+from ray_dfml.core.generators import generator
+from ray_dfml.core.images import normalise, to_pixels, view
 from ray_dfml.core.net import net
 from ray_dfml.errors import RejectedError
 from ray_dfml.methods import bell, replay
@@ -31,12 +31,10 @@ from ray_dfml.methods.base import (
     image_values,
     initial_learner,
 )
+from ray_dfml.methods.five import Judge, five
 from ray_dfml.types import Arrays, Job
 
 READINGS = ("finetune",)
-
-Judge = Callable[[Tensor], Tensor]
-"""The learner as the disagreement term sees it: pixels [n c h w] in [0, 1] to logits [n q]."""
 
 
 class Config(MethodConfig):
@@ -156,10 +154,13 @@ def shared(cfg: Config, world: World, state: State, r: int) -> Arrays:
 
 
 def recover(worker: Worker, jobs: Sequence[Job], shared: Arrays) -> list[Arrays]:
-    """The `free.recover` op: FIVE on the slots (teacher, seed) of each job."""
+    """The `free.recover` op: FIVE on the slots (teacher, seed) of each job.
+
+    Slots of a sequential generator go one after another, each from the generator the one before left. The others all
+    start from the shared generator: one by one on a CPU, those of one architecture and input at once elsewhere.
+    """
     cfg = Config.model_validate(shared["cfg"])
     net_g = generator(tuple(shared["shape"]), cfg.latent, cfg.width)
-    sequential = cfg.generator_sharing == "sequential"
     judge: Judge | None = None
     if shared["theta"] is not None:
         learner = net(shared["arch"], tuple(shared["shape"]), shared["way"])
@@ -170,100 +171,40 @@ def recover(worker: Worker, jobs: Sequence[Job], shared: Arrays) -> list[Arrays]
 
         judge = ask
 
-    out = []
-    for job in jobs:
-        theta_g = torch.tensor(shared["theta_g"], device=worker.device)
-        tasks, rejected = [], {}
+    results: list[Arrays] = [{"tasks": [], "theta_g": None, "rejected_teachers": {}} for _ in jobs]
+    slots: list[tuple[Arrays, Teacher, int]] = []
+    for result, job in zip(results, jobs, strict=True):
         for id, seed in job.values["slots"]:
             try:
-                found, adapted = five(cfg, net_g, worker.teacher(id), theta_g, judge, seed)
+                slots.append((result, worker.teacher(id), seed))
             except RejectedError as error:
-                rejected[id] = str(error)
+                result["rejected_teachers"][id] = str(error)
+
+    start = torch.tensor(shared["theta_g"], device=worker.device)
+    sequential = cfg.generator_sharing == "sequential"
+    for group in _groups(slots, batched=worker.batched and not sequential):
+        teachers, seeds_ = [t for _, t, _ in group], [s for _, _, s in group]
+        tasks, adapted = five(cfg, net_g, teachers, start.expand(len(group), -1), judge, seeds_, batched=len(group) > 1)
+        for (result, teacher, _), task in zip(group, tasks, strict=True):
+            if not math.isfinite(task["loss_last"]):
+                result["rejected_teachers"][teacher.card.id] = "the inversion loss is not finite"
                 continue
-            tasks.append(found | {"teacher": id})
+            result["tasks"].append(task)
             if sequential:
-                theta_g = adapted
-        out.append(
-            {"tasks": tasks, "theta_g": theta_g.cpu().numpy() if sequential else None, "rejected_teachers": rejected}
-        )
-    return out
+                start = adapted[0]
+                result["theta_g"] = start.cpu().numpy()
+    return results
 
 
-def five(
-    cfg: Config, net_g: Generator, teacher: Teacher, theta_g: Tensor, judge: Judge | None, seed: int
-) -> tuple[Arrays, Tensor]:
-    """Faster inversion via the meta-generator, one teacher ([Wei2024] Algorithm 1, lines 4-7; Eq. 1 and 2).
-
-    From theta_g [p] and Z ~ N(0, 1) [n d], k Adam steps on both; then images, losses and the first-order
-    meta-gradient at
-    the adapted weights. `judge` is the learner of the disagreement term, None to leave it out. Returns the recovered
-    task as arrays (uint8 images [n c h w], labels, a view of them with the teacher's logits [n q]) and the adapted
-    theta_g.
-    """
-    card = teacher.card
-    device = theta_g.device
-    way = len(card.classes)
-    rng = torch.Generator().manual_seed(seed)
-    labels = memory.interleaved(way, cfg.images_per_class).to(device)
-    z = torch.randn(len(labels), cfg.latent, generator=rng).to(device)
-    mean, std = (torch.tensor(v, device=device) for v in (card.image.mean, card.image.std))
-    mirror = cfg.flip == "on" or (cfg.flip == "auto" and card.image.channels == 3)
-
-    def loss_of(weights: Tensor, codes: Tensor, offsets: tuple[int, int, bool]) -> tuple[Tensor, Tensor, Tensor]:
-        images = net_g(weights, codes)
-        pixels = view(images, offsets, pad=cfg.crop_pad, fill=cfg.crop_fill)
-        seen = normalise(pixels, mean, std)
-        if cfg.bn_weight:
-            logits, found = teacher.net.with_stats(teacher.theta, seen, teacher.stats)
-        else:
-            logits, found = teacher.net(teacher.theta, seen, teacher.stats), None
-        with torch.no_grad():
-            student = None if judge is None else judge(pixels)
-        loss = losses.inversion(
-            logits, labels, student, adversarial=cfg.adversarial, form=cfg.adversarial_form, clamp=cfg.kl_clamp
-        )
-        if found is not None:
-            loss = loss + cfg.bn_weight * losses.batch_norm_distance(found, teacher.stats)
-        if cfg.tv_weight:
-            loss = loss + cfg.tv_weight * losses.total_variation(images)
-        return loss, images, logits
-
-    adam_g, adam_z = optim.Adam.zeros(theta_g), optim.Adam.zeros(z)
-    first = torch.zeros(())
-    passes = cfg.steps + 1 if cfg.final_pass or cfg.steps == 0 else cfg.steps
-    for i in range(passes):
-        offsets = draw_view(rng, pad=cfg.crop_pad, flip=mirror)
-        leaf_g, leaf_z = theta_g.detach().requires_grad_(), z.detach().requires_grad_()
-        loss, images, logits = loss_of(leaf_g, leaf_z, offsets)
-        grad_g, grad_z = torch.autograd.grad(loss, (leaf_g, leaf_z))
-        first = loss.detach() if i == 0 else first
-        if i < cfg.steps:
-            betas = (0.5, 0.999)
-            theta_g, adam_g = optim.adam_step(theta_g, grad_g, adam_g, lr=cfg.lr_generator, betas=betas)
-            z, adam_z = optim.adam_step(z, grad_z, adam_z, lr=cfg.lr_latent, betas=betas)
-
-    if not torch.isfinite(loss):
-        raise RejectedError(f"{card.id}: the inversion loss is not finite")
-    stored = to_bytes(images)
-    offsets = draw_view(rng, pad=cfg.crop_pad, flip=mirror)
-    with torch.no_grad():
-        seen = view(to_pixels(stored, device), offsets, pad=cfg.crop_pad, fill=cfg.crop_fill)
-        soft = teacher.net(teacher.theta, normalise(seen, mean, std), teacher.stats)
-        flat = images.detach().flatten(1)
-        spread = torch.stack([torch.pdist(flat[labels == c]).mean() for c in range(way)]).mean() / flat.shape[1] ** 0.5
-    task: Arrays = {
-        "images": stored,
-        "labels": labels.cpu().numpy(),
-        "view": offsets,
-        "logits": soft.cpu().numpy(),
-        "grad": grad_g.cpu().numpy(),
-        "loss_first": float(first),
-        "loss_last": float(loss.detach()),
-        "ce": float(F.cross_entropy(logits.detach(), labels)),
-        "accuracy": 100.0 * float((logits.detach().argmax(-1) == labels).float().mean()),
-        "spread": float(spread),
-    }
-    return task, theta_g
+def _groups(slots: list[tuple[Arrays, Teacher, int]], *, batched: bool) -> list[list[tuple[Arrays, Teacher, int]]]:
+    """Slots that one call inverts: each alone, or all of one architecture, input size and number of classes."""
+    if not batched:
+        return [[slot] for slot in slots]
+    groups: dict[tuple[object, ...], list[tuple[Arrays, Teacher, int]]] = {}
+    for slot in slots:
+        card = slot[1].card
+        groups.setdefault((card.arch, card.image.shape, len(card.classes)), []).append(slot)
+    return list(groups.values())
 
 
 def learn(cfg: Config, world: World, state: State, r: int, results: list[Arrays], send: Send) -> tuple[State, Metrics]:

@@ -51,9 +51,9 @@ class Case:
         def judge(pixels: Tensor) -> Tensor:
             return self.teacher.net(self.theta, normalise(pixels, mean, std))
 
-        return free.five(
-            small_config(**changes), self.net_g, self.teacher, self.theta_g, judge if learner else None, seed
-        )
+        cfg, asked = small_config(**changes), judge if learner else None
+        (task,), adapted = free.five(cfg, self.net_g, [self.teacher], self.theta_g[None], asked, [seed], batched=False)
+        return task, adapted[0]
 
 
 def codes(n: int, latent: int, seed: int) -> Tensor:
@@ -273,7 +273,8 @@ def test_a_sequential_generator_continues_where_the_teacher_before_left_it():
     theta_g, worker = state["theta_g"], FakeWorker(world)
     net_g = Generator(world.image.shape, cfg.latent, cfg.width)
     for (id, seed), task in zip(job.values["slots"], found["tasks"], strict=True):
-        expected, theta_g = free.five(cfg, net_g, worker.teacher(id), theta_g, None, seed)
+        teachers = [worker.teacher(id)]
+        (expected,), (theta_g,) = free.five(cfg, net_g, teachers, theta_g[None], None, [seed], batched=False)
         assert np.array_equal(task["images"], expected["images"])
     assert np.array_equal(found["theta_g"], theta_g.numpy())
 
@@ -285,3 +286,38 @@ def test_a_learner_may_judge_images_of_a_teacher_with_another_architecture():
     assert world.arch == "conv4"
     (found,) = run_jobs(world, state, cfg, free.plan(cfg, world, state, 1))
     assert np.isfinite(found["tasks"][0]["grad"]).all()
+
+
+@pytest.mark.parametrize("bn_weight", [0.0, 0.5])
+def test_batched_slots_equal_slots_one_by_one(bn_weight: float):
+    world = small_world(cards=3)
+    cfg = small_config(steps=2, bn_weight=bn_weight)
+    worker, net_g = FakeWorker(world), Generator(world.image.shape, cfg.latent, cfg.width)
+    teachers = [worker.teacher(c.id).double() for c in world.cards]
+    theta_g = net_g.init(torch.Generator().manual_seed(1)).double()
+    learner = world.net.init(torch.Generator().manual_seed(2)).double()
+
+    def judge(pixels: Tensor) -> Tensor:
+        return world.net(learner, pixels)
+
+    with double_by_default():
+        batched, weights = free.five(cfg, net_g, teachers, theta_g.expand(3, -1), judge, [5, 6, 7], batched=True)
+        for j, seed in enumerate((5, 6, 7)):
+            (task,), alone = free.five(cfg, net_g, [teachers[j]], theta_g[None], judge, [seed], batched=False)
+            torch.testing.assert_close(weights[j], alone[0], rtol=0, atol=1e-8)
+            np.testing.assert_allclose(batched[j]["grad"], task["grad"], rtol=0, atol=1e-8)
+            assert np.abs(batched[j]["images"].astype(int) - task["images"].astype(int)).max() <= 1
+
+
+def test_an_accelerator_batches_and_gives_the_same_tasks_within_rounding():
+    world = small_world(cards=3)
+    cfg = small_config(teachers_per_round=3)
+    state = free.init(cfg, world)
+    jobs = free.plan(cfg, world, state, 1)
+    alone, together = FakeWorker(world), FakeWorker(world)
+    together.batched = True
+    one = free.recover(alone, jobs, free.shared(cfg, world, state, 1))
+    all_ = free.recover(together, jobs, free.shared(cfg, world, state, 1))
+    for a, b in zip(one, all_, strict=True):
+        assert a["tasks"][0]["teacher"] == b["tasks"][0]["teacher"]
+        np.testing.assert_allclose(a["tasks"][0]["logits"], b["tasks"][0]["logits"], atol=1e-2)
