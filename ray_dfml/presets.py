@@ -75,8 +75,14 @@ PRESETS: dict[str, Preset] = {
         "free",
         "`ray-dfml quickstart`: `characters` for two minutes of two cores",
         {
-            "method": {**CHARACTERS, "rounds": 9, "warmup": 3, "width": 16},
-            "eval": {"shots": (1,), "every": 100, "val_episodes": 50},
+            "method": {
+                **CHARACTERS,
+                "rounds": 8,
+                "warmup": 2,
+                "width": 16,
+                "replay": {"shot": 1, "max_updates": 12, "tasks": 6},
+            },
+            "eval": {"shots": (1,), "every": 100, "val_episodes": 50, "steps": 5},
         },
     ),
     "baseline": _free(

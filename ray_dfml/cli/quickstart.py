@@ -1,5 +1,6 @@
 """`ray-dfml quickstart`: the whole way on embedded data, in minutes, without network."""
 
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -10,13 +11,14 @@ from ray_dfml.cli import options
 from ray_dfml.errors import UsageError
 
 POOL = {"models": 12, "way": 5, "seed": 0}
-SETS = ("method.rounds=9",)
 
 
 @click.command(epilog="\b\nExample:\n  ray-dfml quickstart --run-dir runs/first")
 @click.option("--run-dir", type=click.Path(path_type=Path), help="Run folder; default: runs/quickstart-TIME.")
-@click.option("--backend", type=click.Choice(["ray", "local"]), default="local", show_default=True)
-@options.workers
+@click.option("--backend", type=click.Choice(["ray", "local"]), default="ray", show_default=True)
+@click.option(
+    "--workers", type=click.IntRange(min=1), default=lambda: min(2, os.cpu_count() or 1), show_default="up to 2"
+)
 @options.sets
 @options.as_json
 def quickstart(run_dir: Path | None, backend: str, workers: int, sets: tuple[str, ...], json_out: bool) -> None:
@@ -41,7 +43,7 @@ def quickstart(run_dir: Path | None, backend: str, workers: int, sets: tuple[str
     refused = [row for row in pool.check() if not row["ok"]]
     options.say(f"[2/4] check: {len(accuracies) - len(refused)} ok, {len(refused)} rejected")
     config = resolve(
-        "free", preset="quickstart", sets=[*SETS, *(text for text in sets if text not in own)],
+        "free", preset="quickstart", sets=[text for text in sets if text not in own],
         pool=(str(pool.path),), data=("glyphs",),
     )  # fmt: skip
     options.say(f"[3/4] train: FREE, {config.method.rounds} rounds, backend {backend}; [4/4] test follows")

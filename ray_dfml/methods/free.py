@@ -17,7 +17,7 @@ from ray_dfml.core import memory, optim, seeds
 from ray_dfml.core.generators import generator
 from ray_dfml.core.images import normalise, to_pixels, view
 from ray_dfml.core.net import net
-from ray_dfml.errors import RejectedError
+from ray_dfml.errors import RejectedError, UsageError
 from ray_dfml.methods import bell, replay
 from ray_dfml.methods.base import (
     MethodConfig,
@@ -119,8 +119,14 @@ class Config(MethodConfig):
 
 
 def init(cfg: Config, world: World) -> State:
-    """Learner and generator from the run's seed, fresh optimisers, an empty bank."""
-    net_g = generator(world.image.shape, cfg.latent, cfg.width)
+    """Learner and generator from the run's seed, fresh optimisers, an empty bank.
+
+    Raises UsageError for an input size that the generator cannot make.
+    """
+    try:
+        net_g = generator(world.image.shape, cfg.latent, cfg.width)
+    except ValueError as error:
+        raise UsageError(f"free: {error}; use teachers of another input size") from None
     theta_g = net_g.init(seeds.generator(world.seed, "theta_g"))
     learner = replay.with_optimiser(initial_learner(world))
     return learner | {

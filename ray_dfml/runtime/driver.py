@@ -247,7 +247,7 @@ def _run(
         state = session.call("snapshot")
         rows = folder.write_scores(scores, config.profile)
         _export(config, inputs.world, folder.path, state)
-        folder.status(state="done", rejected=inputs.rejected | state["rejected"])
+        folder.status(state="done", last_error=None, rejected=inputs.rejected | state["rejected"])
         return rows
     finally:
         progress.stop()

@@ -1,0 +1,180 @@
+"""README and docs against the package: commands parse, tables equal the code, names and links exist. Nothing is run."""
+
+import ast
+import importlib
+import re
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+
+from ray_dfml import errors
+from ray_dfml.cli import cli
+from ray_dfml.config import resolve
+from ray_dfml.presets import CHARACTERS
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text("utf-8")
+PAGES = ("README.md", "docs/architecture.md", "docs/methods.md", "docs/CHANGELOG.md")
+SETUP = 'pip install -e ".[dev]"'
+
+
+def fences(text: str, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", text, flags=re.M | re.S)
+
+
+def shell_lines() -> list[str]:
+    """Commands of README's `sh` blocks, with continued lines joined."""
+    text = "\n".join(fences(README, "sh")).replace("\\\n", " ")
+    return [line for line in text.splitlines() if line.strip()]
+
+
+def words_after_name(line: str) -> list[list[str]]:
+    """Arguments of every `ray-dfml` called in a line, also behind `&&` and in `ray job submit -- ray-dfml ...`."""
+    words = shlex.split(line, comments=True)
+    starts = [i for i, word in enumerate(words) if word == "ray-dfml"]
+    found = []
+    for i in starts:
+        rest = words[i + 1 :]
+        found.append(rest[: rest.index("&&")] if "&&" in rest else rest)
+    return found
+
+
+COMMANDS = [words for line in shell_lines() for words in words_after_name(line)]
+INLINE = [shlex.split(span)[1:] for span in re.findall(r"`(ray-dfml [^`]*)`", README)]
+
+
+def find(words: list[str]) -> tuple[click.Command, list[str]]:
+    """The command that words name, and its arguments."""
+    command: click.Command = cli
+    rest = list(words)
+    while isinstance(command, click.Group):
+        assert rest, f"{words}: a command is missing"
+        name = rest.pop(0)
+        found = command.get_command(click.Context(command), name)
+        assert found is not None, f"no command {name!r}"
+        command = found
+    return command, rest
+
+
+def test_readme_has_the_lines_that_others_rely_on():
+    assert "pip install . && ray-dfml quickstart" in README
+    assert f"{SETUP} && pytest" in README
+    for marker in ("<!-- results:begin -->", "<!-- results:end -->"):
+        assert README.count(marker) == 1
+    assert README.index("results:begin") < README.index("results:end")
+
+
+def test_commands_are_found_at_all():
+    names = {find(words)[0].name for words in COMMANDS}
+    assert {"quickstart", "train", "evaluate", "adapt", "build", "add", "check"} <= names
+
+
+@pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
+def test_a_command_of_readme_parses(words):
+    command, rest = find(words)
+    command.make_context(command.name, rest)  # options, values and required arguments; the command is not invoked
+
+
+@pytest.mark.parametrize("words", INLINE, ids=" ".join)
+def test_a_command_named_in_passing_exists(words):
+    command, rest = find(words)
+    known = {flag for param in command.params for flag in param.opts}
+    assert {word.split("=")[0] for word in rest if word.startswith("--")} <= known
+
+
+def test_options_named_in_passing_exist():
+    known = {"--json", "--debug"}
+    for name in cli.list_commands(click.Context(cli)):
+        command = cli.get_command(click.Context(cli), name)
+        members = command.commands.values() if isinstance(command, click.Group) else [command]
+        known |= {flag for member in members for param in member.params for flag in param.opts}
+    spans = re.findall(r"`([^`\n]*)`", re.sub(r"^```.*?^```", "", README, flags=re.M | re.S))
+    named = {word for span in spans for word in re.findall(r"--[a-z][a-z-]*", span)}
+    assert named
+    assert named <= known
+
+
+def test_settings_of_readme_are_settings():
+    sets = [words[i + 1] for words in COMMANDS for i, word in enumerate(words) if word == "--set"]
+    assert sets
+    resolve("free", sets=sets)
+
+
+def test_exit_codes_are_those_of_the_errors():
+    def below(cls: type[errors.DfmlError]) -> set[int]:
+        return {cls.exit_code}.union(*(below(sub) for sub in cls.__subclasses__()))
+
+    section = README.split("## Exit codes")[1].split("\n## ")[0]
+    rows = re.findall(r"^\| (\d+) \| (.*) \|$", section, flags=re.M)
+    assert len(rows) == len({code for code, _ in rows})
+    used = {int(code) for code, meaning in rows if "not used" not in meaning}
+    assert used == {0} | below(errors.DfmlError)
+
+
+def test_python_of_readme_is_five_lines_and_imports_what_exists():
+    (block,) = fences(README, "python")
+    tree = ast.parse(block)
+    assert len(tree.body) == 5
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom):
+            module = importlib.import_module(str(node.module))
+            assert all(hasattr(module, alias.name) for alias in node.names)
+
+
+def test_continuous_integration_uses_the_set_up_of_readme():
+    script = ROOT / ".ci" / "run"
+    if not script.exists():
+        pytest.skip("no .ci/run in this copy")
+    assert SETUP in script.read_text("utf-8")
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_relative_links_lead_somewhere(page):
+    text = (ROOT / page).read_text("utf-8")
+    links = [link for link in re.findall(r"\]\(([^)\s]+)\)", text) if not re.match(r"[a-z]+:", link)]
+    for link in links:
+        assert ((ROOT / page).parent / link.split("#")[0]).exists(), link
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_functions_that_a_page_names_exist(page):
+    for file, name in re.findall(r"`([\w/]+\.py):([\w.]+)`", (ROOT / page).read_text("utf-8")):
+        assert (ROOT / "ray_dfml" / file).is_file(), file
+        parts = [part for part in file.removesuffix(".py").split("/") if part != "__init__"]
+        if file == "runtime/cluster.py":  # not imported here: it would load Ray
+            assert f"class {name}" in (ROOT / "ray_dfml" / file).read_text("utf-8")
+            continue
+        found: object = importlib.import_module(".".join(["ray_dfml", *parts]))
+        for attribute in name.split("."):
+            found = getattr(found, attribute)
+
+
+def rows_of(section: str) -> list[list[str]]:
+    """Cells of the table rows of a section of docs/methods.md that begin with a name in backticks."""
+    text = (ROOT / "docs" / "methods.md").read_text("utf-8").split(f"\n## {section}\n")[1].split("\n## ")[0]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line[:3] == "| `"]
+
+
+def flat(values: Mapping[str, Any]) -> dict[str, str]:
+    """Settings of FREE as the tables show them, with `replay.` before those of the replay."""
+    merged = {**values} | {f"replay.{name}": value for name, value in values["replay"].items()}
+    del merged["replay"]
+    return {name: f"{value:g}" if isinstance(value, float) else str(value) for name, value in merged.items()}
+
+
+def test_the_table_of_settings_equals_the_profiles():
+    header, *rows = rows_of("Settings")
+    profiles = [cell.strip("`") for cell in header[-3:]]
+    assert profiles == ["paper", "code", "fixed"]
+    for i, profile in enumerate(profiles, start=-3):
+        said = {row[0].strip("`"): row[i] for row in rows}
+        assert said == flat(resolve("free", profile=profile).method.model_dump())
+
+
+def test_the_table_of_the_characters_preset_equals_it():
+    said = {row[0].strip("`"): row[1] for row in rows_of("The preset `characters`")}
+    assert said == flat(CHARACTERS)
