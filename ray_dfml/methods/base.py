@@ -29,12 +29,27 @@ Send = Callable[[str, Sequence[Job], Arrays], list[Arrays]]
 
 
 class Teacher(Protocol):
-    """A pool member as an op sees it: frozen weights [p] and batch-norm statistics, on the worker's device."""
+    """A pool member as an op sees it, frozen, on the worker's device."""
 
-    card: TeacherCard
-    net: Net
-    theta: Tensor
-    stats: Tensor
+    @property
+    def card(self) -> TeacherCard:
+        """What is known of it."""
+        ...
+
+    @property
+    def net(self) -> Net:
+        """Its network."""
+        ...
+
+    @property
+    def theta(self) -> Tensor:
+        """Its weights [p]."""
+        ...
+
+    @property
+    def stats(self) -> Tensor:
+        """Its running batch-norm statistics [k]."""
+        ...
 
 
 class Worker(Protocol):

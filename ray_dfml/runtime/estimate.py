@@ -1,92 +1,104 @@
-"""`train --dry-run`: what a run would do, from multiply-accumulate counts and a short probe of this machine."""
+"""`train --dry-run`: what a run would do, and how long, from one pass of each kind of work on this machine."""
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 from ray_dfml.config import RunConfig
+from ray_dfml.core import memory
 from ray_dfml.core.generators import generator
+from ray_dfml.core.inner_loop import Task, meta_gradient
+from ray_dfml.evaluate import finetune
 from ray_dfml.methods import free, oracle
+from ray_dfml.methods.base import ReplayConfig, World
+from ray_dfml.methods.five import five
 from ray_dfml.runtime.driver import Inputs, Machine
-from ray_dfml.runtime.shard import pin
+from ray_dfml.runtime.shard import Shard
 
-SECOND_ORDER_PASSES = 6
-"""Forward-equivalents of one support image and step under a second-order meta-gradient (METHODS section 8)."""
+PROCESS_BYTES = 600e6
+"""Proportional memory of a process with torch that has trained a Conv4."""
 
-PROCESS_BYTES = 450e6
-"""Resident memory of a worker process with torch that has done convolutions."""
+DAEMON_BYTES = 250e6
+"""The same of Ray's own processes on one node."""
 
 
 def estimate(config: RunConfig, inputs: Inputs, machine: Machine) -> dict[str, Any]:
-    """Rounds, teachers, images, meta-updates, seconds and memory. Updates are a range where a plateau decides."""
-    world = inputs.world
-    cfg = config.method
-    rate = _macs_per_second()
+    """Rounds, teachers, images, meta-updates, minutes and memory; a range where a plateau decides."""
+    world, cfg = inputs.world, config.method
+    shard = Shard(inputs.teachers.__getitem__)
     plan: dict[str, Any] = {
         "method": config.name,
         "profile": config.profile,
         "rounds": cfg.rounds,
         "teachers": len(world.cards),
+        "rejected teachers": len(inputs.rejected),
+        "learner parameters": world.net.layout.numel,
+        "queries": 0,
     }
     low = high = 0.0
-    parameters = world.net.layout.numel
     if isinstance(cfg, free.Config):
         learning = max(cfg.rounds - cfg.warmup, 0)
         least, most = min(cfg.replay.patience + 1, cfg.replay.max_updates), cfg.replay.max_updates
-        net_g = generator(world.image.shape, cfg.latent, cfg.width)
-        images = cfg.images_per_class * world.way
-        image_macs = _generator_macs(world.image.shape, cfg.width) + max(
-            (_macs(world, c.arch) for c in world.cards), default=0
-        )
-        recover = cfg.rounds * cfg.teachers_per_round * images * (cfg.steps + 1) * 3 * image_macs
-        plan["recovered images"] = cfg.rounds * cfg.teachers_per_round * images
+        plan["recovered images"] = cfg.rounds * cfg.teachers_per_round * cfg.images_per_class * world.way
         plan["meta-updates"] = f"{learning * least} to {learning * most}"
-        task = _task_macs(world.net.macs, world.way, cfg.replay) * cfg.replay.tasks
-        low, high = recover + learning * least * task, recover + learning * most * task
-        parameters += net_g.layout.numel
+        recover = cfg.rounds * cfg.teachers_per_round * (cfg.steps + 1) * _inversion_pass(cfg, world, shard)
+        update = _meta_update(cfg.replay, world)
+        low, high = recover + learning * least * update, recover + learning * most * update
     elif isinstance(cfg, oracle.Config):
-        updates = cfg.rounds * cfg.updates_per_round
-        plan["meta-updates"] = updates
-        low = high = updates * cfg.replay.tasks * _task_macs(world.net.macs, world.way, cfg.replay)
-    tests = sum(s * world.way * config.eval.steps * 3 + config.eval.query * world.way for s in config.eval.shots)
-    test = 2 * config.eval.episodes * tests * world.net.macs * len([s for s in inputs.sets if s.split == "test"])
-    speed = rate * (machine.workers if machine.backend == "ray" else 1)
-    processes = (machine.workers + 2) if machine.backend == "ray" else 1
-    plan["parameters"] = parameters
-    plan["queries"] = 0
-    plan["training minutes"] = f"{low / speed / 60:.1f} to {high / speed / 60:.1f}"
-    plan["test minutes"] = f"{test / speed / 60:.1f}"
-    plan["memory GiB, all processes"] = round((processes * PROCESS_BYTES + (600e6 if processes > 1 else 0)) / 2**30, 1)
-    plan["rejected teachers"] = len(inputs.rejected)
-    return plan
+        plan["meta-updates"] = cfg.rounds * cfg.updates_per_round
+        low = high = cfg.rounds * cfg.updates_per_round * _meta_update(cfg.replay, world)
+    tested = len([one for one in inputs.sets if one.split == "test"])
+    test = (
+        2 * tested * config.eval.episodes * sum(_episode(config, world, shot) for shot in config.eval.shots if tested)
+    )
+    share = machine.workers if machine.backend == "ray" else 1
+    processes = machine.workers + 2 if machine.backend == "ray" else 1
+    memory_bytes = processes * PROCESS_BYTES + (DAEMON_BYTES if machine.backend == "ray" else 0.0)
+    return plan | {
+        "training minutes": f"{low / share / 60:.1f} to {high / share / 60:.1f}",
+        "test minutes": f"{test / share / 60:.1f}",
+        "memory GiB, all processes": round(memory_bytes / 2**30, 1),
+    }
 
 
-def _macs(world: Any, arch: str) -> int:
-    from ray_dfml.core.net import net
-
-    return net(arch, world.image.shape, world.way).macs
-
-
-def _task_macs(macs: int, way: int, replay: Any) -> float:
-    support = replay.shot * way * replay.inner_steps * SECOND_ORDER_PASSES
-    return macs * (support + 3 * replay.query * way)
-
-
-def _generator_macs(shape: tuple[int, int, int], width: int) -> float:
-    channels, height, breadth = shape
-    area = height * breadth
-    return area / 4 * (4 * width * width) * 4 + area * (2 * width * width) * 4 + area * width * channels * 9
-
-
-def _macs_per_second() -> float:
-    pin(1)
-    x, w = torch.randn(100, 32, 14, 14), torch.randn(32, 32, 3, 3)
-    F.conv2d(x, w, padding=1)
+def _seconds(work: Callable[[], object]) -> float:
+    work()
     began = time.perf_counter()
-    count = 0
-    while time.perf_counter() - began < 0.3:
-        F.conv2d(x, w, padding=1)
-        count += 1
-    return count * 100 * 14 * 14 * w.numel() / (time.perf_counter() - began)
+    work()
+    return time.perf_counter() - began
+
+
+def _inversion_pass(cfg: free.Config, world: World, shard: Shard) -> float:
+    net_g = generator(world.image.shape, cfg.latent, cfg.width)
+    theta_g = net_g.init(torch.Generator().manual_seed(0)).to(shard.device)[None]
+    one = cfg.model_copy(update={"steps": 0})
+    teacher = shard.teacher(world.cards[0].id)
+    return _seconds(lambda: five(one, net_g, [teacher], theta_g, None, [0], batched=False))
+
+
+def _images(world: World, per_class: int) -> tuple[torch.Tensor, torch.Tensor]:
+    rng = torch.Generator().manual_seed(per_class)
+    return torch.rand(per_class * world.way, *world.image.shape, generator=rng), memory.interleaved(
+        world.way, per_class
+    )
+
+
+def _meta_update(cfg: ReplayConfig, world: World) -> float:
+    theta = world.net.init(torch.Generator().manual_seed(0))
+    parts = [part[None] for part in (*_images(world, cfg.shot), *_images(world, cfg.query))]
+    steps = cfg.inner_steps
+    return cfg.tasks * _seconds(
+        lambda: meta_gradient(world.net, theta, Task(*parts), lr=cfg.inner_lr, steps=steps, batched=False)
+    )
+
+
+def _episode(config: RunConfig, world: World, shot: int) -> float:
+    theta, stats = world.net.init(torch.Generator().manual_seed(0)), world.net.initial_stats()
+    support, labels = _images(world, shot)
+    query, _ = _images(world, config.eval.query)
+    cfg = config.eval
+    return _seconds(
+        lambda: finetune(world.net, theta, stats, support, labels, query, steps=cfg.steps, lr=cfg.lr, bn=cfg.bn)
+    )
