@@ -111,6 +111,10 @@ class Config(MethodConfig):
     bank_adds: Literal["all", "last"] = Field(
         default="all", description="Recovered tasks stored per round; the released code: last."
     )
+    bank_keeps: Literal["agreed", "all"] = Field(
+        default="agreed",
+        description="Images stored: those that the teacher itself gives the wished class, or all (paper, code).",
+    )
     bank_key: Literal["class", "teacher"] = Field(
         default="class",
         description="A bank class is a class name (side information of the cards), or a (teacher, unit) pair.",
@@ -232,15 +236,22 @@ def learn(cfg: Config, world: World, state: State, r: int, results: list[Arrays]
     for task in tasks if cfg.bank_adds == "all" else tasks[-1:]:
         for local, name in enumerate(cards[task["teacher"]].classes):
             key = name if cfg.bank_key == "class" else f"{task['teacher']}#{local}"
-            bank = memory.add(bank, key, task["images"][task["labels"] == local], cfg.bank_capacity)
+            chosen = task["labels"] == local
+            if cfg.bank_keeps == "agreed":
+                chosen = chosen & (task["logits"].argmax(-1) == local)
+            if chosen.any():
+                bank = memory.add(bank, key, task["images"][chosen], cfg.bank_capacity)
     state = {**state, "bank": bank}
 
     if cfg.learner_update != "none":
         state, found = bell.update(cfg, world, state, [_distill_set(cfg, world, task) for task in tasks], r)
         metrics |= found
     per_class = cfg.replay.shot + cfg.replay.query
-    metrics["bank/classes"] = len(memory.ready(bank, per_class))
+    ready = len(memory.ready(bank, per_class))
+    metrics["bank/classes"] = ready
     metrics["bank/images"] = sum(len(images) for images in bank.values())
+    if ready < world.way:
+        return state, metrics | {"replay/updates": 0}
     state, found = replay.until_plateau(cfg.replay, world, state, bank, r, send)
     return state, metrics | found
 
