@@ -47,11 +47,17 @@ class RunConfig(BaseModel):
     )
 
 
+SECTIONS = ("method", "eval", "learner", "pretrain")
+"""Parts of a RunConfig that `--set` may change; what a run is stamped with has options of its own."""
+
+
 def parse_set(text: str) -> tuple[list[str], Any]:
     """`a.b=c` as (["a", "b"], value); the value is read as YAML. Raises UsageError without an `=`."""
     key, equals, value = text.partition("=")
     if not equals or not key.strip():
         raise UsageError(f"--set {text}: expected key=value, for example --set method.rounds=100")
+    if value.strip().lower() in ("on", "off", "yes", "no"):  # booleans in YAML 1.1, but words of our settings
+        return key.strip().split("."), value.strip()
     try:
         return key.strip().split("."), yaml.safe_load(value)
     except yaml.YAMLError:
@@ -76,6 +82,8 @@ def resolve(
         _merge(tree, PRESETS[preset].values)
     for text in sets:
         path, value = parse_set(text)
+        if path[0] in RunConfig.model_fields and path[0] not in SECTIONS:
+            raise UsageError(f"--set {text}: {path[0]} has an option of its own; --set takes {', '.join(SECTIONS)}")
         for key in reversed(path):
             value = {key: value}
         _merge(tree, value)
@@ -84,6 +92,8 @@ def resolve(
 
 def build(tree: Mapping[str, Any]) -> RunConfig:
     """A RunConfig from a nested mapping, as `config.yaml` holds it. Raises UsageError, one line."""
+    if not isinstance(tree, Mapping):
+        raise UsageError(f"config: expected keys and values, got {tree!r}")
     tree = dict(tree)
     name = str(tree.get("name"))
     if name not in METHODS:

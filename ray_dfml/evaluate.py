@@ -1,10 +1,9 @@
 """Meta-test: accuracy on fixed real episodes (METHODS 1.4). The `evaluate` op, and the jobs that cover a set of
 episodes.
 
-[Finn2017] arXiv 1703.03400. The adaptation is plain SGD on all weights with the support's cross-entropy.
-Batch norm at test: `transductive` uses the statistics of the current batch for support and query (the query's own
-images
-help to classify it; the field's published numbers are of this kind); `support` normalises the query with the support's
+[Finn2017] arXiv 1703.03400. The adaptation is plain SGD on all weights with the support's cross-entropy. Batch norm at
+test: `transductive` uses the statistics of the current batch for support and query (the query's own images help to
+classify it; the field's published numbers are of this kind); `support` normalises the query with the support's
 statistics; `running` uses the statistics kept from training, for both.
 """
 
@@ -99,9 +98,7 @@ def shared(
     images: np.ndarray,
     labels: np.ndarray,
 ) -> Arrays:
-    """Values all evaluate jobs read: weights [p], statistics [k], uint8 images [n c h w] with labels [n], and how to
-    read.
-    """
+    """Values all evaluate jobs read: weights [p], statistics [k], uint8 images [n c h w], labels [n], the reading."""
     return {
         "arch": arch,
         "shape": image.shape,

@@ -20,9 +20,7 @@ from ray_dfml.methods.base import Metrics, State, World
 from ray_dfml.types import Arrays, Backend, Job
 
 KEPT = ("rejected", "best", "test_best")
-"""Parts of the state that belong to the loop, not to the method: teachers found bad, and the weights selected so
-far.
-"""
+"""Parts of the state that belong to the loop, not to the method: teachers found bad, weights selected so far."""
 
 
 @dataclass(frozen=True)

@@ -26,9 +26,7 @@ class ImageSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class TeacherCard:
-    """What is known of a pool member without its data. Accuracies are the owner's claims, in percent, and not
-    trusted.
-    """
+    """What is known of a pool member without its data. Accuracies are the owner's claims, in percent."""
 
     id: str
     arch: str

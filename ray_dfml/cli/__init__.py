@@ -1,6 +1,4 @@
-"""The command line. Results go to stdout, progress and errors to stderr; a failure is one line and the contract's
-exit code.
-"""
+"""The command line. Results go to stdout, progress to stderr; a failure is one line and a documented exit code."""
 
 import importlib
 import importlib.metadata
@@ -47,9 +45,7 @@ def cli(ctx: click.Context, debug: bool) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Entry point of the console script. Exits with 0, 1 failed, 2 usage, 3 rejected, 4 budget, 5 resources, 130
-    interrupted.
-    """
+    """Entry point of the console script. Exits with 0, or with the exit code of `ray_dfml.errors`."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in words
     words = [word for word in words if word != "--debug"]
@@ -57,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         result: Any = cli.main(words, prog_name="ray-dfml", standalone_mode=False)
         code = result if isinstance(result, int) else 0
     except click.ClickException as error:
-        error.show()
+        _show(error)
         code = 2
     except (click.Abort, KeyboardInterrupt):
         print("ray-dfml: interrupted", file=sys.stderr)
@@ -81,3 +77,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"ray-dfml: {type(error).__name__}: {error} (--debug shows where)".replace("\n", " "), file=sys.stderr)
         code = 1
     sys.exit(code)
+
+
+def _show(error: click.ClickException) -> None:
+    """A refused command line in one line; the help where there was nothing to refuse."""
+    if isinstance(error, getattr(click.exceptions, "NoArgsIsHelpError", ())):
+        error.show()
+        return
+    context = getattr(error, "ctx", None)
+    command = context.command_path if context else "ray-dfml"
+    print(f"ray-dfml: {' '.join(error.format_message().split())} (see {command} --help)", file=sys.stderr)

@@ -13,9 +13,7 @@ from ray_dfml.core.norm import BatchNorm
 
 
 class ConvBlock(nn.Module):
-    """Conv 3x3 -> batch norm -> max-pool 2 -> ReLU. (ReLU and max-pool commute; pooling first is four times
-    cheaper.)
-    """
+    """Conv 3x3 -> batch norm -> max-pool 2 -> ReLU. (ReLU and max-pool commute; pooling first is cheaper.)"""
 
     def __init__(self, channels_in: int, channels: int) -> None:
         super().__init__()
@@ -28,9 +26,7 @@ class ConvBlock(nn.Module):
 
 
 class Conv4(nn.Module):
-    """Four blocks and a linear head ([Finn2017]). `adaptive` pools to 1x1 first, so that any input size fits one
-    head.
-    """
+    """Four blocks and a linear head ([Finn2017]). `adaptive` pools to 1x1 first: one head for any input size."""
 
     def __init__(
         self, channels_in: int, height: int, width: int, ways: int, *, hidden: int = 32, adaptive: bool = False

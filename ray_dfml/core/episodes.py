@@ -1,6 +1,4 @@
-"""Evaluation episodes: index lists that depend on (seed, index) only, so that every method and worker sees the same
-ones.
-"""
+"""Evaluation episodes: index lists that depend on (seed, index) only, so that all methods and workers see the same."""
 
 from typing import NamedTuple
 
@@ -11,9 +9,7 @@ from ray_dfml.core import seeds
 
 
 class Episode(NamedTuple):
-    """Positions into a labelled image set: support [way*shot] and query [way*query], interleaved (labels 0..way-1
-    repeated).
-    """
+    """Positions in a labelled set: support [way*shot] and query [way*query], interleaved (0..way-1 repeated)."""
 
     support: np.ndarray
     query: np.ndarray

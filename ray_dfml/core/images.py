@@ -7,9 +7,7 @@ from torch import Tensor
 
 
 def to_bytes(x: Tensor) -> np.ndarray:
-    """Pixels [n c h w] in [0, 1] to uint8, rounded to nearest; a bank image differs from its source by at most
-    1/510.
-    """
+    """Pixels [n c h w] in [0, 1] to uint8, rounded to nearest: at most 1/510 from the source."""
     return (x.detach().clamp(0, 1) * 255).round().to(torch.uint8).cpu().numpy()
 
 
@@ -24,9 +22,7 @@ def normalise(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
 
 
 def draw_view(generator: torch.Generator, *, pad: int, flip: bool) -> tuple[int, int, bool]:
-    """Offsets of a random crop after padding by `pad` pixels, each in 0..2 pad, and whether to mirror (if `flip`
-    allows).
-    """
+    """Offsets of a random crop after padding by `pad` pixels, each in 0..2 pad, and whether to mirror."""
     dy, dx, mirror = (int(v) for v in torch.randint(0, 2**31 - 1, (3,), generator=generator))
     return dy % (2 * pad + 1), dx % (2 * pad + 1), flip and bool(mirror & 1)
 

@@ -43,9 +43,7 @@ def adapt(loss: Loss, theta: Tensor, *, lr: float, steps: int, grad_of: GradOf) 
 
 
 class Task(NamedTuple):
-    """One few-shot task: normalised images [s c h w], [u c h w] and local labels [s], [u]. Batched, a leading axis
-    t.
-    """
+    """One few-shot task: normalised images [s c h w], [u c h w], local labels [s], [u]; many have a leading axis t."""
 
     support: Tensor
     support_y: Tensor

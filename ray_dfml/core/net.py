@@ -54,9 +54,7 @@ class Net:
         return logits, torch.cat(found) if found else torch.zeros(0)
 
     def init(self, generator: torch.Generator, *, zero_head_bias: bool = False) -> Tensor:
-        """Fresh weights [p] (METHODS 1.5): conv N(0, sqrt(2 / (9 fan_out))), batch norm 1 and 0, head uniform by
-        fan-in.
-        """
+        """Fresh weights [p]: conv N(0, sqrt(2 / (9 fan_out))), batch norm 1 and 0, head uniform by fan-in."""
         parts: dict[str, Tensor] = {}
         for name, shape in self.layout.shapes.items():
             if len(shape) == 4:

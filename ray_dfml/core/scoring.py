@@ -5,9 +5,7 @@ from scipy.optimize import linear_sum_assignment
 
 
 def mean_ci95(accuracies: np.ndarray) -> tuple[float, float]:
-    """Mean and half-width 1.96 std / sqrt(n) of per-episode accuracies [n] (population std, as the field reports
-    it).
-    """
+    """Mean and half-width 1.96 std / sqrt(n) of per-episode accuracies [n], with the population std."""
     values = np.asarray(accuracies, dtype=np.float64)
     if values.size == 0:
         raise ValueError("no episodes to average")

@@ -15,9 +15,7 @@ class Layout:
         self.numel = sum(self.sizes)
 
     def flatten(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        """Copy named tensors into one vector `[p]`. Raises KeyError or ValueError where a part is missing or
-        misshapen.
-        """
+        """Copy named tensors into one vector `[p]`. KeyError or ValueError: a part is missing or misshapen."""
         for name, shape in self.shapes.items():
             if tensors[name].shape != shape:
                 raise ValueError(f"{name}: expected shape {tuple(shape)}, got {tuple(tensors[name].shape)}")

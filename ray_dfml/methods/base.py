@@ -66,9 +66,7 @@ class Worker(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class World:
-    """What every method knows: the pool's cards, the learner's shape, the run's seed, and real images only for the
-    ceiling.
-    """
+    """What every method knows: the pool's cards, the learner's shape, the seed; real images only for the ceiling."""
 
     cards: tuple[TeacherCard, ...]
     arch: str

@@ -40,9 +40,7 @@ def distill_loss(net: Net, task: DistillSet, form: str) -> Callable[[Tensor], Te
 def inner_path(
     loss_fns: Sequence[Callable[[Tensor], Tensor]], theta: Tensor, *, lr: float, optimizer: str
 ) -> tuple[Tensor, list[Tensor]]:
-    """theta~ [p] after one step per loss, in order ([Wei2024] Algorithm 2, lines 4-6), and the gradients g_i on the
-    way.
-    """
+    """theta~ [p] after one step per loss, in order ([Wei2024] Algorithm 2, lines 4-6), and the gradients g_i met."""
     adam, grads = optim.Adam.zeros(theta), []
     for loss in loss_fns:
         grads.append(plain_grad(loss)(theta))
@@ -65,9 +63,7 @@ def alignment(grads: Sequence[Tensor]) -> tuple[float, float]:
 
 
 def update(cfg: "Config", world: World, state: State, tasks: Sequence[DistillSet], r: int) -> tuple[State, Metrics]:
-    """One outer step on the learner ([Wei2024] Algorithm 2), or the ERM ablation: one step on the summed losses at
-    theta.
-    """
+    """One outer step on the learner ([Wei2024] Algorithm 2), or for ERM one step on the summed losses at theta."""
     theta = state["theta"]
     loss_fns = [distill_loss(world.net, task, cfg.distill) for task in tasks]
     metrics: Metrics = {}

@@ -69,9 +69,7 @@ def build(
     path: Pool, spec: str, image: ImageSpec, planned: Sequence[tuple[str, str, tuple[str, ...], Job]],
     cfg: PretrainConfig, *, workers: int, seed: int, on_teacher: Callable[[str, float], None],
 ) -> list[float]:  # fmt: skip
-    """Train the planned teachers that the pool lacks and add each as it is done. Returns held-out accuracies in
-    percent.
-    """
+    """Train the planned teachers that the pool lacks, adding each when done. Returns held-out accuracies, percent."""
     have = {card.id: card for card in path.cards}
     todo = [item for item in planned if item[0] not in have]
     accuracies = [card.accuracy for card in have.values() if card.accuracy is not None]

@@ -1,6 +1,4 @@
-"""A run's whole state in one safetensors file: tensors as tensors, the rest as JSON in the header. Atomic, no
-pickle.
-"""
+"""A run's whole state in one safetensors file: tensors as tensors, the rest as JSON in the header. No pickle."""
 
 import json
 import os
@@ -19,9 +17,7 @@ KEEP = 2
 
 
 def save(folder: Path, round: int, state: dict[str, Any]) -> Path:
-    """Write `state` (nested dicts of tensors, arrays, numbers, strings) as the checkpoint after `round`, then drop
-    old ones.
-    """
+    """Write `state` (nested dicts of tensors, arrays, numbers, strings) as of `round`, then drop old checkpoints."""
     tensors: dict[str, torch.Tensor] = {}
     tree = _strip(state, (), tensors)
     path = folder / f"round-{round:06d}.safetensors"

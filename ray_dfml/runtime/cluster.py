@@ -1,14 +1,14 @@
 """The Ray backend: shard actors, the learner actor, and the only code that knows of them.
 
 Shards and the learner are plain classes wrapped here. The driver owns the shards and the pool's arrays, so that they
-outlive
-a learner that dies; the learner dispatches jobs to the shards and puts shared values in the object store once per call.
-Delivery is at least once: a shard that dies is restarted by Ray, and the job it held is sent again. Ops depend on (job,
-shared) only, so a job that ran twice gives the same bits.
+outlive a learner that dies; the learner dispatches jobs to the shards and puts shared values in the object store once
+per call. Delivery is at least once: a shard that dies is restarted by Ray, and the job it held is sent again. Ops
+depend on (job, shared) only, so a job that ran twice gives the same bits.
 """
 
 import logging
 import os
+import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from ray_dfml.errors import DfmlError, LearnerLost, ResourceError
+from ray_dfml.errors import LearnerLost, ResourceError
 from ray_dfml.methods.base import State, World
 from ray_dfml.pipeline import Labelled, Trainer
 from ray_dfml.runtime.ray_environment import exceptions, ray
@@ -29,12 +29,20 @@ STRIKES = 2
 IN_FLIGHT = 2
 """Jobs queued per shard: the next one is there when the last one ends."""
 
+WAKE_SECONDS = 0.1
+"""Between two questions whether a shard that died is up again. Until it is, Ray fails every call to it at once."""
+
 OBJECT_STORE_BYTES = 512 * 2**20
 
 
-def connect(workers: int, gpus_per_worker: float) -> None:
-    """Join the cluster of RAY_ADDRESS, or start a private one on 127.0.0.1. Raises ResourceError if it is too small."""
-    if not ray.is_initialized():
+def connect(workers: int, gpus_per_worker: float) -> bool:
+    """Join the cluster of RAY_ADDRESS, or start a private one on 127.0.0.1, unless this process is connected already.
+
+    Returns whether the connection is new, and so the caller's to close. Raises ResourceError if the cluster is too
+    small.
+    """
+    new = not ray.is_initialized()
+    if new:
         options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
         if not os.environ.get("RAY_ADDRESS"):
             options |= {
@@ -50,9 +58,12 @@ def connect(workers: int, gpus_per_worker: float) -> None:
     have = ray.cluster_resources()
     for name, wanted in (("CPU", float(workers)), ("GPU", workers * gpus_per_worker)):
         if wanted > have.get(name, 0.0):
+            if new:
+                ray.shutdown()
             raise ResourceError(
                 f"{workers} shards need {wanted:g} {name}, the cluster has {have.get(name, 0.0):g}; lower --workers"
             )
+    return new
 
 
 class PoolStore:
@@ -85,43 +96,63 @@ class RayBackend:
         waiting = deque(jobs[i : i + size] for i in range(0, len(jobs), size))
         flying: dict[ray.ObjectRef, tuple[int, Sequence[Job]]] = {}
         load: dict[int, list[ray.ObjectRef]] = {i: [] for i in range(len(self._shards))}
+        waking: set[int] = set()
         done: dict[int, Arrays] = {}
         strikes: dict[int, int] = {}
 
         def fill() -> None:
             for depth in range(1, IN_FLIGHT + 1):
                 for i, queue in load.items():
-                    if waiting and len(queue) < depth:
+                    if waiting and i not in waking and len(queue) < depth:
                         chunk = waiting.popleft()
                         ref = self._shards[i].run.remote(op, list(chunk), shared_ref)
                         flying[ref] = (i, chunk)
                         queue.append(ref)
 
+        def lost(i: int, ref: ray.ObjectRef, error: Exception) -> None:
+            """Shard `i` died, or is not up again: whatever ran gets a strike once, what was queued is sent again."""
+            queue, chunk = load.get(i, []), flying[ref][1]
+            if queue and i not in waking:
+                for job in flying[queue[0]][1]:
+                    strikes[job.index] = strikes.get(job.index, 0) + 1
+            for job in reversed(chunk):
+                if strikes.get(job.index, 0) >= STRIKES and len(chunk) == 1:
+                    done[job.index] = {"rejected": f"its process died {STRIKES} times"}
+                else:
+                    waiting.appendleft([job])
+            if isinstance(error, exceptions.ActorDiedError):
+                load.pop(i, None)
+            elif i in load and (i not in waking or not chunk):
+                time.sleep(WAKE_SECONDS if i in waking else 0.0)
+                waking.add(i)
+                flying[self._shards[i].__ray_ready__.remote()] = (i, ())
+
         fill()
         while flying:
             (ref,), _ = ray.wait(list(flying), num_returns=1)
-            i, chunk = flying.pop(ref)
-            guilty = load.get(i, [ref])[0] == ref
-            if i in load:
-                load[i].remove(ref)
+            i, chunk = flying[ref]
             try:
-                for job, result in zip(chunk, ray.get(ref), strict=True):
-                    done[job.index] = result
+                results = ray.get(ref)
+                if chunk:
+                    done.update((job.index, result) for job, result in zip(chunk, results, strict=True))
+                else:
+                    waking.discard(i)
             except (exceptions.RayActorError, exceptions.OutOfMemoryError) as error:
-                if isinstance(error, exceptions.ActorDiedError):
-                    load.pop(i, None)
-                for job in reversed(chunk):
-                    strikes[job.index] = strikes.get(job.index, 0) + guilty
-                    if strikes[job.index] >= STRIKES and len(chunk) == 1:
-                        done[job.index] = {"rejected": f"its process died {STRIKES} times"}
-                    else:
-                        waiting.appendleft([job])
+                lost(i, ref, error)
                 if not load:
                     raise ResourceError(f"no shard is left: {str(error).splitlines()[0]}") from None
             except exceptions.RayTaskError as error:
-                raise error.as_instanceof_cause() from None
+                raise _cause(error) from error
+            del flying[ref]
+            if ref in load.get(i, []):
+                load[i].remove(ref)
             fill()
         return [done[job.index] for job in jobs]
+
+
+def _cause(error: exceptions.RayTaskError) -> Exception:
+    """What the remote code raised: its message is one line, Ray's holds a traceback."""
+    return error.cause if isinstance(error.cause, Exception) else error
 
 
 class LearnerActor(Trainer):
@@ -142,9 +173,7 @@ class LearnerActor(Trainer):
 
 
 class RaySession:
-    """A trainer in the cluster, called by method name. `LearnerLost` tells the driver to begin again from a
-    checkpoint.
-    """
+    """A trainer in the cluster, called by method name. LearnerLost: begin again from a checkpoint."""
 
     def __init__(
         self,
@@ -157,7 +186,7 @@ class RaySession:
         gpus_per_worker: float,
         threads: int,
     ) -> None:
-        connect(workers, gpus_per_worker)
+        self._connected = connect(workers, gpus_per_worker)
         self._store = PoolStore(teachers)
         self.shards = start_shards(self._store, workers=workers, gpus_per_worker=gpus_per_worker, threads=threads)
         self._arguments = (config, ray.put(world), ray.put(list(sets)), self.shards, gpus_per_worker > 0, threads)
@@ -178,23 +207,25 @@ class RaySession:
         except exceptions.RayActorError as error:
             raise LearnerLost(str(error).splitlines()[0]) from None
         except exceptions.RayTaskError as error:
-            raise (error.cause if isinstance(error.cause, DfmlError) else error.as_instanceof_cause()) from None
+            raise _cause(error) from error
 
     def close(self) -> None:
-        """Stop the actors, and Ray where this process started it."""
+        """Stop the actors, and the connection to Ray where this session made it."""
         for actor in [*self.shards, *([self._learner] if self._learner is not None else [])]:
             ray.kill(actor)
-        ray.shutdown()
+        if self._connected:
+            ray.shutdown()
 
 
 @contextmanager
 def shards_of(workers: int) -> Iterator[RayBackend]:
     """A backend of `workers` shards of one thread and no teachers, for work that needs no pool. Stopped at the end."""
-    connect(workers, 0.0)
+    connected = connect(workers, 0.0)
     shards = start_shards(PoolStore({}), workers=workers, gpus_per_worker=0.0, threads=1)
     try:
         yield RayBackend(shards, batched=False)
     finally:
         for shard in shards:
             ray.kill(shard)
-        ray.shutdown()
+        if connected:
+            ray.shutdown()

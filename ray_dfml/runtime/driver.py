@@ -89,9 +89,7 @@ class Inputs:
 
 
 def read_inputs(config: RunConfig) -> Inputs:
-    """Open pools and data. Raises RejectedError or UsageError, one line, where they do not fit the method or each
-    other.
-    """
+    """Open pools and data. Raises RejectedError or UsageError where they do not fit the method or each other."""
     teachers: Teachers = {}
     rejected: dict[str, str] = {}
     pools = []

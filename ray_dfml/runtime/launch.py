@@ -1,6 +1,4 @@
-"""From a configuration, or an existing run folder, to a finished run: what the command line and `ray_dfml.train`
-call.
-"""
+"""From a configuration, or an existing run folder, to a finished run: behind the command line and `ray_dfml.train`."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -41,9 +39,7 @@ def train(
 
 
 def new_run(config: RunConfig, path: Path, machine: Machine, *, quiet: bool = False) -> list[dict[str, Any]]:
-    """Make the run folder, train, test, report. Returns the rows of `scores.json`. Raises UsageError if `path`
-    exists.
-    """
+    """Make the run folder, train, test, report. Returns the rows of `scores.json`. UsageError: `path` exists."""
     if path.exists():
         raise UsageError(f"{path}: exists already; add --resume to continue that run, or choose another --run-dir")
     inputs = driver.read_inputs(config)

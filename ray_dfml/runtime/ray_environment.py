@@ -14,7 +14,7 @@ if "RAY_AUTH_MODE" not in os.environ and not os.environ.get("RAY_ADDRESS"):
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
 
-import ray  # noqa: E402
-from ray import exceptions  # noqa: E402
+import ray
+from ray import exceptions
 
 __all__ = ["exceptions", "ray"]
