@@ -37,6 +37,7 @@ class Conv4(nn.Module):
         self.head = nn.Linear(hidden if adaptive else hidden * (height // 16) * (width // 16), ways)
 
     def features(self, x: Tensor) -> Tensor:
+        """Features [n f] before the head."""
         x = self.blocks(x)
         return x.amax((2, 3)) if self.adaptive else x.flatten(1)
 
@@ -86,6 +87,7 @@ class ResNet(nn.Module):
         self.head = nn.Linear(512, ways)
 
     def features(self, x: Tensor) -> Tensor:
+        """Features [n f] before the head."""
         x = self.stem_norm(self.stem(x))
         return self.blocks(F.relu(x) if self.stem_relu else x).mean((2, 3))
 

@@ -36,7 +36,8 @@ OBJECT_STORE_BYTES = 512 * 2**20
 
 
 def connect(workers: int, gpus_per_worker: float) -> bool:
-    """Join the cluster of RAY_ADDRESS, or start a private one on 127.0.0.1, unless this process is connected already.
+    """Join the cluster of RAY_ADDRESS, or start a private one on this machine, unless this process is connected
+    already.
 
     Returns whether the connection is new, and so the caller's to close. Raises ResourceError if the cluster is too
     small.
@@ -49,7 +50,6 @@ def connect(workers: int, gpus_per_worker: float) -> bool:
                 "address": "local",
                 "include_dashboard": False,
                 "object_store_memory": OBJECT_STORE_BYTES,
-                "_node_ip_address": "127.0.0.1",
             }
         try:
             ray.init(**options)

@@ -160,18 +160,23 @@ def _size(shape: Sequence[int]) -> str:
 @contextmanager
 def _interruptible() -> Iterator[None]:
     """SIGTERM acts as Ctrl-C, so that a cluster's grace period ends in a clean stop."""
-    if threading.current_thread() is not threading.main_thread():
+    before = signal.getsignal(signal.SIGTERM)
+    _arm()
+    try:
         yield
-        return
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, before)
+
+
+def _arm() -> None:
+    """Take SIGTERM, also after a session was made: Ray installs a handler of its own that ends the process at once."""
 
     def stop(_signal: int, _frame: object) -> None:
         raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, stop)
 
 
 def run(
@@ -202,6 +207,7 @@ def _run(
     every = config.eval.every or max(1, math.ceil(rounds / 20))
     folder.status(state="starting", rounds=rounds, rejected=inputs.rejected)
     session = machine.session(config, inputs.world, inputs.sets, inputs.teachers)
+    _arm()
     try:
         r, state = _last(folder)
         session.start(state)

@@ -59,6 +59,8 @@ def continue_run(path: Path, method: str, machine: Machine, *, quiet: bool = Fal
     if config.name != method:
         raise UsageError(f"{path}: is a run of {config.name}, not of {method}")
     if folder.read_status().get("state") == "done":
+        if not (path / "report.html").exists():
+            report.write(path)
         return folder.read_scores()
     inputs = driver.read_inputs(config)
     began = folder.manifest()

@@ -1,8 +1,10 @@
 """The one place that imports Ray, after the variables that Ray reads once, at import: authentication on, telemetry
 off.
 
-Without RAY_ADDRESS a private cluster is started on 127.0.0.1, guarded by a token that lives as long as this process. A
-cluster that exists already sets RAY_AUTH_MODE and its token itself; what the user has set is never changed.
+Without RAY_ADDRESS a private cluster is started on this machine. Ray's own processes listen on every interface,
+whatever
+address they are given, so it is guarded by a token that lives as long as this process. A cluster that exists already
+sets RAY_AUTH_MODE and its token itself; what the user has set is never changed.
 """
 
 import os

@@ -1,0 +1,76 @@
+"""Shared by all tests: an environment of our own, a toy world, and one Ray for the whole session."""
+
+import os
+
+# before anything imports ray, which reads these once
+os.environ["RAY_AUTH_MODE"] = "disabled"
+os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+os.environ["RAY_ENABLE_UV_RUN_RUNTIME_ENV"] = "0"
+os.environ.pop("RAY_ADDRESS", None)
+os.environ.pop("RAY_AUTH_TOKEN", None)
+
+import logging
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.runtime import toy
+
+
+@pytest.fixture(scope="session", autouse=True)
+def array_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Decoded images are cached in a temporary folder, never in the user's."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_DFML_CACHE", str(tmp_path_factory.mktemp("arrays")))
+        yield
+
+
+@pytest.fixture(scope="session")
+def toy_data(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Spec of 12 + 6 + 8 classes of 20 separable 16x16 grey images, split by class."""
+    root = tmp_path_factory.mktemp("images")
+    toy.write_images(root)
+    return f"folder:{root}"
+
+
+@pytest.fixture(scope="session")
+def toy_pool(tmp_path_factory: pytest.TempPathFactory, toy_data: str) -> Path:
+    """Four 2-way Conv4 teachers of the toy images."""
+    return toy.build_pool(tmp_path_factory.mktemp("pools") / "toy", toy_data, models=4, way=2)
+
+
+@pytest.fixture(scope="session")
+def free_run(tmp_path_factory: pytest.TempPathFactory, toy_pool: Path, toy_data: str) -> Path:
+    """A finished FREE run of one process: the reference of every other way to run it. Read only."""
+    path = tmp_path_factory.mktemp("runs") / "free"
+    toy.train(toy.config("free", toy_pool, toy_data), path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[None]:
+    """One Ray of two logical CPUs for the session; only what is started here is stopped."""
+    import ray
+
+    ray.init(
+        address="local", num_cpus=2, include_dashboard=False, object_store_memory=200 * 2**20,
+        log_to_driver=False, logging_level=logging.ERROR,
+    )  # fmt: skip
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture
+def command(capsys: pytest.CaptureFixture[str]) -> Callable[..., toy.Done]:
+    """command(*words) -> exit code, stdout and stderr of `ray-dfml words`, in this process."""
+    from ray_dfml.cli import main
+
+    def run(*words: object) -> toy.Done:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stopped:
+            main([str(word) for word in words])
+        text = capsys.readouterr()
+        return toy.Done(int(stopped.value.code or 0), text.out, text.err)
+
+    return run

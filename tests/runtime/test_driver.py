@@ -1,0 +1,100 @@
+"""The driver: a learner that keeps dying, teachers that are bad, and inputs that do not fit each other."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ray_dfml.errors import LearnerLost, RejectedError, UsageError
+from ray_dfml.runtime import driver
+from tests.runtime import toy
+
+
+def test_a_learner_that_keeps_dying_fails_the_run(
+    tmp_path: Path, toy_data: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    starts: list[Any] = []
+
+    class Dying:
+        def start(self, state: Any) -> None:
+            starts.append(state)
+
+        def call(self, name: str, *_: Any) -> Any:
+            raise LearnerLost("its process ended")
+
+        def close(self) -> None:
+            starts.append("closed")
+
+    monkeypatch.setattr(driver.Machine, "session", lambda *_: Dying())
+    with pytest.raises(LearnerLost):
+        toy.train(toy.config("random", None, toy_data), tmp_path / "run")
+    assert starts == [None] * driver.LEARNER_LIVES + ["closed"]
+    assert toy.status(tmp_path / "run")["state"] == "failed"
+    assert "its process ended" in toy.status(tmp_path / "run")["last_error"]
+
+
+def test_a_teacher_with_nan_weights_is_quarantined_before_the_run(
+    tmp_path: Path, toy_pool: Path, toy_data: str
+) -> None:
+    id = toy.damage(toy_pool, tmp_path / "pool", 1, float("nan"))
+    toy.train(toy.config("free", tmp_path / "pool", toy_data, "method.rounds=2"), tmp_path / "run")
+    found = toy.status(tmp_path / "run")
+    assert found["state"] == "done"
+    assert list(found["rejected"]) == [id]
+    assert found["rejected"][id].startswith(f"{id}: ")
+    assert "NaN" in found["rejected"][id]
+
+
+def test_a_teacher_that_fails_at_work_is_quarantined_in_its_round(
+    tmp_path: Path, toy_pool: Path, toy_data: str
+) -> None:
+    """Finite weights so large that its outputs are not."""
+    id = toy.damage(toy_pool, tmp_path / "pool", 1, 1e30)
+    toy.train(toy.config("free", tmp_path / "pool", toy_data), tmp_path / "run")
+    found = toy.status(tmp_path / "run")
+    assert (found["state"], found["round"]) == ("done", 6)
+    assert found["rejected"] == {id: "the inversion loss is not finite"}
+    assert toy.last_state(tmp_path / "run")["rejected"] == found["rejected"]
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert min(row["recover/tasks"] for row in rows) < 2, "the round that found it went on with the other tasks"
+
+
+def test_a_pool_without_a_usable_teacher_is_rejected(tmp_path: Path, toy_pool: Path, toy_data: str) -> None:
+    toy.build_pool(tmp_path / "one", toy_data, models=1, way=2)
+    toy.damage(tmp_path / "one", tmp_path / "bad", 0, float("inf"))
+    with pytest.raises(RejectedError, match=r"no usable teacher in .*(infinite|NaN)"):
+        driver.read_inputs(toy.config("free", tmp_path / "bad", toy_data))
+
+
+def test_pools_of_one_run_are_told_apart(toy_pool: Path, toy_data: str) -> None:
+    config = toy.config("free", toy_pool, toy_data).model_copy(update={"pool": (str(toy_pool), str(toy_pool))})
+    found = driver.read_inputs(config)
+    assert len(found.teachers) == len({card.id for card in found.world.cards}) == 8
+    assert {id.split(":")[0] for id in found.teachers} == {"0", "1"}
+
+
+def test_data_must_fit_the_teachers(toy_pool: Path) -> None:
+    with pytest.raises(UsageError, match="--data glyphs: images are 1x28x28, the learner takes 1x16x16"):
+        driver.read_inputs(toy.config("free", toy_pool, "glyphs"))
+
+
+def test_teachers_of_one_run_must_agree(tmp_path: Path, toy_pool: Path, toy_data: str) -> None:
+    other = toy.build_pool(tmp_path / "three", toy_data, models=1, way=3)
+    config = toy.config("free", toy_pool, toy_data).model_copy(update={"pool": (str(toy_pool), str(other))})
+    with pytest.raises(UsageError, match=r"must agree .* has 2 classes, .* has 3; split the pool"):
+        driver.read_inputs(config)
+
+
+def test_the_oracle_needs_data_and_gets_only_the_training_classes(toy_data: str) -> None:
+    with pytest.raises(UsageError, match="--data"):
+        driver.read_inputs(toy.config("maml-oracle", None, None))
+    found = driver.read_inputs(toy.config("maml-oracle", None, toy_data))
+    assert len(found.world.real) == 12
+    assert all(key.startswith(f"{toy_data}/train") for key in found.world.real)
+    assert [(one.split, len(one.images)) for one in found.sets] == [("val", 120), ("test", 160)]
+
+
+def test_no_other_method_sees_real_training_images(toy_pool: Path, toy_data: str) -> None:
+    for method in ("free", "average", "best-model", "random"):
+        assert dict(driver.read_inputs(toy.config(method, toy_pool, toy_data)).world.real) == {}

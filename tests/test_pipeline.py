@@ -1,0 +1,198 @@
+"""The round loop's body: quarantine, selection, and what is scored under which name."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from ray_dfml.config import resolve
+from ray_dfml.errors import DfmlError, RejectedError
+from ray_dfml.methods import METHODS
+from ray_dfml.pipeline import KEPT, Labelled, Trainer
+from ray_dfml.runtime.local import LocalBackend
+from ray_dfml.scores import KEYS, as_row
+from ray_dfml.types import Arrays, Job
+from tests.runtime import toy
+from tests.support import FakeWorker, random_teacher, small_world
+
+WORLD = small_world(channels=1)
+TEACHERS = {c.id: (c, random_teacher(c).theta.numpy(), random_teacher(c).stats.numpy()) for c in WORLD.cards}
+
+
+class Spoiled(LocalBackend):
+    """The local backend, with results that a test replaces: op -> position -> result."""
+
+    def __init__(self, spoil: dict[str, dict[int, Arrays]]) -> None:
+        super().__init__(TEACHERS.__getitem__)
+        self.spoil, self.sent = spoil, []
+
+    def map(self, op: str, jobs: Sequence[Job], shared: Arrays) -> list[Arrays]:
+        """As the local one, but spoiled."""
+        self.sent.append((op, len(jobs)))
+        bad = self.spoil.get(op, {})
+        return [bad.get(i) or super(Spoiled, self).map(op, [job], shared)[0] for i, job in enumerate(jobs)]
+
+
+def sets() -> list[Labelled]:
+    """Validation and test images of three classes."""
+    rng = np.random.default_rng(0)
+    return [
+        Labelled("toy", split, rng.integers(0, 256, (24, 1, 16, 16), dtype=np.uint8), np.repeat(np.arange(3), 8))
+        for split in ("val", "test")
+    ]
+
+
+def trainer(
+    method: str = "free", *more: str, spoil: dict[str, dict[int, Arrays]] | None = None, data: bool = True
+) -> Trainer:
+    config = resolve(method, sets=[*toy.SETS.get(method, toy.EVAL), *more])
+    return Trainer(config.model_dump(mode="json"), WORLD, sets() if data else [], Spoiled(spoil or {}), None)
+
+
+def test_a_teacher_whose_job_failed_is_left_out_from_then_on() -> None:
+    one = trainer(spoil={"free.recover": {0: {"rejected": "its process died 2 times"}}})
+    jobs = one.method.plan(one.config.method, one.world, one.state, 0)
+    metrics = one.round(0)
+    assert one.state["rejected"] == {jobs[0].teacher: "its process died 2 times"}
+    assert metrics["recover/tasks"] == 1
+    assert [card.id for card in one.world.cards] == [c.id for c in WORLD.cards if c.id != jobs[0].teacher]
+    later = one.method.plan(one.config.method, one.world, one.state, 1)
+    assert jobs[0].teacher not in {job.teacher for job in later}
+
+
+def test_a_teacher_found_bad_within_a_job_is_left_out() -> None:
+    result = {"tasks": [], "theta_g": None, "rejected_teachers": {"conv4-1": "the loss is not finite"}}
+    one = trainer(spoil={"free.recover": {1: result}})
+    one.round(0)
+    assert one.state["rejected"] == {"conv4-1": "the loss is not finite"}
+
+
+def test_the_last_teacher_lost_ends_the_run() -> None:
+    bad = {"tasks": [], "theta_g": None, "rejected_teachers": {c.id: "no use" for c in WORLD.cards}}
+    with pytest.raises(RejectedError, match=r"every teacher was rejected \(conv4-0: no use; .*pool check"):
+        trainer(spoil={"free.recover": {0: bad}}).round(0)
+
+
+def test_work_without_a_teacher_that_fails_ends_the_run() -> None:
+    one = trainer(
+        "free",
+        "method.warmup=0",
+        "method.bank_keeps=all",
+        spoil={"maml.grad": {1: {"rejected": "its process died 2 times"}}},
+    )
+    with pytest.raises(DfmlError, match="a job without a teacher failed: its process died 2 times"):
+        one.round(0)
+    one = trainer("random", spoil={"evaluate": {0: {"rejected": "its process died 2 times"}}})
+    with pytest.raises(DfmlError, match="evaluation failed: its process died 2 times"):
+        one.validate(0)
+
+
+def test_a_round_tells_where_its_time_went() -> None:
+    one = trainer("free", "method.warmup=0", "method.bank_keeps=all")
+    metrics = one.round(0)
+    parts = {k: v for k, v in metrics.items() if k.startswith("seconds/")}
+    assert set(parts) == {"seconds/free.recover", "seconds/maml.grad", "seconds/learner", "seconds/round"}
+    total = parts.pop("seconds/round")
+    assert sum(parts.values()) == pytest.approx(total)  # type: ignore[arg-type]
+    assert all(np.isfinite(v) for v in metrics.values())
+
+
+def test_the_best_weights_on_validation_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first of equals stays; a later, better one replaces it."""
+    one = trainer("random", "eval.shots=[1,2]")
+    asked: list[tuple[str, int, int]] = []
+    means = iter([40.0, 60.0, 60.0, 50.0])
+
+    def score(self: Trainer, images: Labelled, shot: int, count: int, *_: Any) -> np.ndarray:
+        asked.append((images.split, shot, count))
+        return np.full(count, next(means))
+
+    monkeypatch.setattr(Trainer, "_score", score)
+    rounds = []
+    for r in range(4):
+        one.state["theta"] = torch.full_like(one.state["theta"], float(r))
+        assert one.validate(r) == (40.0, 60.0, 60.0, 50.0)[r]
+        rounds.append(one.state["best"]["round"])
+    assert rounds == [0, 1, 1, 1]
+    assert one.state["best"]["accuracy"] == 60.0
+    assert (one.state["best"]["theta"] == 1).all()
+    assert asked == [("val", 2, 10)] * 4
+    assert one.state["test_best"] == {}
+
+
+def test_selection_on_test_only_on_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    one = trainer("random", "eval.test_best=true")
+    asked: list[str] = []
+
+    def score(self: Trainer, images: Labelled, shot: int, count: int, *_: Any) -> np.ndarray:
+        asked.append(images.split)
+        return np.full(count, 50.0)
+
+    monkeypatch.setattr(Trainer, "_score", score)
+    one.validate(3)
+    assert asked == ["test", "val"]
+    assert one.state["test_best"]["round"] == 3
+
+
+def test_without_data_nothing_is_selected() -> None:
+    one = trainer("random", data=False)
+    assert one.validate(0) is None
+    assert one.test("last") == one.baseline() == []
+    assert {name: one.state[name] for name in KEPT} == {"rejected": {}, "best": {}, "test_best": {}}
+
+
+def test_the_parts_of_the_loop_survive_a_round() -> None:
+    one = trainer()
+    one.validate(0)
+    best = one.state["best"]
+    one.round(1)
+    assert one.snapshot()["best"] is best
+    assert set(KEPT) <= set(one.snapshot())
+
+
+def test_a_trainer_from_a_snapshot_goes_on_in_the_same_bits() -> None:
+    whole, first = trainer(), trainer()
+    for r in range(3):
+        whole.round(r)
+    first.round(0)
+    second = Trainer(first.config.model_dump(mode="json"), WORLD, sets(), Spoiled({}), first.snapshot())
+    for r in (1, 2):
+        second.round(r)
+    toy.assert_equal(whole.snapshot(), second.snapshot())
+
+
+def test_the_scores_of_a_selection_are_those_of_its_weights() -> None:
+    """`val` reads the weights kept, `last` the current ones; `random` stands on the same episodes."""
+    one = trainer("average")
+    fresh = [s.accuracies.tolist() for s in one.test("last")]
+    one.validate(0)
+    one.round(0)
+    val, last, random = one.test("val"), one.test("last"), one.baseline()
+    assert [s.accuracies.tolist() for s in val] == fresh
+    assert [s.accuracies.tolist() for s in last] != fresh
+    assert [(s.method, s.selection) for s in (*val, *last, *random)] == [
+        ("average", "val"), ("average", "last"), ("random", "last")
+    ]  # fmt: skip
+    assert [s.accuracies.tolist() for s in random] == fresh, "a fresh learner is the random baseline"
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_row_has_the_keys_of_the_contract(method: str) -> None:
+    rows = [as_row(score, "fixed") for score in trainer(method).test("last")]
+    names = [row["method"] for row in rows]
+    readings = METHODS[method].READINGS
+    assert names == ([method] if len(readings) == 1 else [f"{method}-{reading}" for reading in readings])
+    for row in rows:
+        assert tuple(row) == KEYS
+        assert (row["way"], row["shot"], row["episodes"], row["split"]) == (2, 1, 20, "test")
+
+
+def test_the_worker_of_the_tests_is_a_shard_in_small() -> None:
+    """Both give a recover job the same bits."""
+    one = trainer()
+    jobs = one.method.plan(one.config.method, one.world, one.state, 0)
+    shared = one.method.shared(one.config.method, one.world, one.state, 0)
+    here = FakeWorker(WORLD).send("free.recover", jobs[:1], shared)
+    toy.assert_equal(here, LocalBackend(TEACHERS.__getitem__).map("free.recover", jobs[:1], shared))
