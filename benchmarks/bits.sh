@@ -33,5 +33,5 @@ echo "killed driver process $victim in round $(wc -l < driver-killed/metrics.jso
 wait || true
 sleep 5
 ray-dfml train free --run-dir driver-killed --backend ray --workers 2 --resume > /dev/null 2>> log
-sha256sum ./*/learner.safetensors
-[ "$(sha256sum ./*/learner.safetensors | cut -c1-64 | sort -u | wc -l)" = 1 ] && echo "all equal"
+sha256sum {local,one-shard,two-shards,shard-killed,driver-killed}/learner.safetensors | tee sums
+[ "$(wc -l < sums)" = 5 ] && [ "$(cut -c1-64 sums | sort -u | wc -l)" = 1 ] && echo "all five equal"

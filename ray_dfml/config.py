@@ -8,8 +8,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError, field_validator
 
+from ray_dfml.core.backbones import BACKBONES
 from ray_dfml.data.pretrain import PretrainConfig
 from ray_dfml.errors import UsageError
 from ray_dfml.evaluate import EvalConfig
@@ -24,6 +25,13 @@ class LearnerConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     arch: str = Field(default="conv4", description="Architecture of the learner.")
+
+    @field_validator("arch")
+    @classmethod
+    def _known(cls, name: str) -> str:
+        if name not in BACKBONES:
+            raise ValueError(f"unknown architecture, known are {', '.join(BACKBONES)}")
+        return name
 
 
 class RunConfig(BaseModel):
@@ -42,12 +50,9 @@ class RunConfig(BaseModel):
     learner: LearnerConfig = LearnerConfig()
     method: SerializeAsAny[MethodConfig]
     eval: EvalConfig = EvalConfig()
-    pretrain: PretrainConfig = Field(
-        default=PretrainConfig(), description="Recipe of the teachers, where the command builds them."
-    )
 
 
-SECTIONS = ("method", "eval", "learner", "pretrain")
+SECTIONS = ("method", "eval", "learner")
 """Parts of a RunConfig that `--set` may change; what a run is stamped with has options of its own."""
 
 

@@ -8,7 +8,7 @@ statistics; `running` uses the statistics kept from training, for both.
 """
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
@@ -34,7 +34,9 @@ class EvalConfig(BaseModel):
     every: int = Field(default=0, ge=0, description="Rounds between validations; 0 chooses a twentieth of the rounds.")
     episodes: int = Field(default=600, ge=1, description="Test episodes.")
     val_episodes: int = Field(default=100, ge=1, description="Validation episodes, for selection.")
-    shots: tuple[int, ...] = Field(default=(1, 5), description="Support images per class of the test episodes.")
+    shots: tuple[Annotated[int, Field(ge=1)], ...] = Field(
+        default=(1, 5), min_length=1, description="Support images per class of the test episodes."
+    )
     query: int = Field(default=15, ge=1, description="Query images per class.")
     steps: int = Field(default=10, ge=0, description="Adaptation steps on the support.")
     lr: float = Field(default=0.01, gt=0, description="Their step size.")

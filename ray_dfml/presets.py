@@ -17,7 +17,6 @@ PROFILES: dict[str, dict[str, Mapping[str, Any]]] = {
             "flip": "off",
             "bell_inner": "sgd",
             "bell_outer": "interpolate",
-            "bank_keeps": "all",
         },
         "code": {
             "rounds": 999,
@@ -31,7 +30,6 @@ PROFILES: dict[str, dict[str, Mapping[str, Any]]] = {
             "bell_scale": 67.0,
             "distill": "probdot",
             "bank_adds": "last",
-            "bank_keeps": "all",
             "replay": {"reduction": "sum", "max_updates": 1_000_000},
         },
     },
@@ -53,13 +51,14 @@ def _free(about: str, **method: Any) -> Preset:
 
 
 CHARACTERS: dict[str, Any] = {
-    "warmup": 8,
+    "warmup": 4,
     "width": 32,
     "crop_pad": 2,
     "lr_generator": 3e-3,
     "lr_latent": 3e-2,
+    "lr_meta": 2e-3,
     "bn_weight": 1.0,
-    "replay": {"shot": 1, "max_updates": 10},
+    "replay": {"shot": 1, "max_updates": 20},
 }
 
 PRESETS: dict[str, Preset] = {

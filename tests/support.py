@@ -89,7 +89,6 @@ def small_config(**changes: Any) -> free.Config:
         "images_per_class": 4,
         "latent": 8,
         "width": 4,
-        "bank_keeps": "all",
         "replay": {"shot": 1, "query": 2, "tasks": 2, "inner_steps": 1, "patience": 1, "max_updates": 2},
     }
     return free.Config.model_validate(small | changes)

@@ -41,7 +41,6 @@ def test_the_paper_profile() -> None:
         "method.flip": "off",
         "method.bell_inner": "sgd",
         "method.bell_outer": "interpolate",
-        "method.bank_keeps": "all",
     }
 
 
@@ -59,7 +58,6 @@ def test_the_code_profile() -> None:
         "method.bell_scale": 67.0,
         "method.distill": "probdot",
         "method.bank_adds": "last",
-        "method.bank_keeps": "all",
         "method.replay.reduction": "sum",
         "method.replay.max_updates": 1_000_000,
     }

@@ -79,7 +79,6 @@ def test_work_without_a_teacher_that_fails_ends_the_run() -> None:
     one = trainer(
         "free",
         "method.warmup=0",
-        "method.bank_keeps=all",
         spoil={"maml.grad": {1: {"rejected": "its process died 2 times"}}},
     )
     with pytest.raises(DfmlError, match="a job without a teacher failed: its process died 2 times"):
@@ -90,7 +89,7 @@ def test_work_without_a_teacher_that_fails_ends_the_run() -> None:
 
 
 def test_a_round_tells_where_its_time_went() -> None:
-    one = trainer("free", "method.warmup=0", "method.bank_keeps=all")
+    one = trainer("free", "method.warmup=0")
     metrics = one.round(0)
     parts = {k: v for k, v in metrics.items() if k.startswith("seconds/")}
     assert set(parts) == {"seconds/free.recover", "seconds/maml.grad", "seconds/learner", "seconds/round"}

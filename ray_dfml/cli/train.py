@@ -48,6 +48,8 @@ def train(
     machine = Machine(backend=given["backend"], workers=given["workers"], gpus_per_worker=given["gpus_per_worker"])
     if machine.backend == "ray":
         options.need_ray()
+    if resume and dry_run:
+        raise UsageError("--dry-run estimates a new run; leave out --resume")
     if resume:
         if any(ctx.get_parameter_source(name) == click.core.ParameterSource.COMMANDLINE for name in _SETTINGS):
             raise UsageError(

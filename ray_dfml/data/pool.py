@@ -154,9 +154,9 @@ class Pool:
         self._set(entries)
 
     def sha256(self) -> str:
-        """Of the whole pool, in hex: of its ids and files, in the order of ids."""
-        lines = (f"{id} {self._entries[id].sha256 or '-'}\n" for id in sorted(self._entries))
-        return hashlib.sha256("".join(lines).encode()).hexdigest()
+        """Of the whole pool, in hex: of all that its manifest says, the files' own sha256 among it, by id."""
+        lines = (self._entries[id].model_dump_json() for id in sorted(self._entries))
+        return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
     def check(self) -> list[dict[str, Any]]:
         """Load each teacher and run it on noise of random brightness: one `{"id", "ok", "reason"}` each, in file order.

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ray_dfml.errors import UsageError
+from ray_dfml.errors import RejectedError, UsageError
 from ray_dfml.methods.base import MethodConfig, Metrics, Send, State, Worker, World, initial_learner
 from ray_dfml.types import Arrays, Job, TeacherCard
 
@@ -25,6 +25,8 @@ def weights(worker: Worker, jobs: Sequence[Job], shared: Arrays) -> list[Arrays]
 
 def _fetch(cards: Sequence[TeacherCard], send: Send) -> list[tuple[torch.Tensor, torch.Tensor]]:
     results = send("weights", [Job(index=i, seed=0, teacher=card.id) for i, card in enumerate(cards)], {})
+    if not results:
+        raise RejectedError("no teacher of the pool could be read; run `ray-dfml pool check`")
     return [(torch.tensor(r["theta"]), torch.tensor(r["stats"])) for r in results]
 
 
@@ -41,9 +43,10 @@ def _average(world: World, state: State, send: Send) -> State:
             f"use a method that learns from outputs, such as free"
         )
     theta, stats = torch.zeros_like(state["theta"]), torch.zeros_like(state["stats"])
-    for one_theta, one_stats in _fetch(world.cards, send):
-        theta += one_theta / len(world.cards)
-        stats += one_stats / len(world.cards)
+    fetched = _fetch(world.cards, send)
+    for one_theta, one_stats in fetched:
+        theta += one_theta / len(fetched)
+        stats += one_stats / len(fetched)
     return {**state, "theta": theta, "stats": stats}
 
 

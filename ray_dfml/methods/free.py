@@ -111,10 +111,6 @@ class Config(MethodConfig):
     bank_adds: Literal["all", "last"] = Field(
         default="all", description="Recovered tasks stored per round; the released code: last."
     )
-    bank_keeps: Literal["agreed", "all"] = Field(
-        default="agreed",
-        description="Images stored: those that the teacher itself gives the wished class, or all (paper, code).",
-    )
     bank_key: Literal["class", "teacher"] = Field(
         default="class",
         description="A bank class is a class name (side information of the cards), or a (teacher, unit) pair.",
@@ -236,11 +232,7 @@ def learn(cfg: Config, world: World, state: State, r: int, results: list[Arrays]
     for task in tasks if cfg.bank_adds == "all" else tasks[-1:]:
         for local, name in enumerate(cards[task["teacher"]].classes):
             key = name if cfg.bank_key == "class" else f"{task['teacher']}#{local}"
-            chosen = task["labels"] == local
-            if cfg.bank_keeps == "agreed":
-                chosen = chosen & (task["logits"].argmax(-1) == local)
-            if chosen.any():
-                bank = memory.add(bank, key, task["images"][chosen], cfg.bank_capacity)
+            bank = memory.add(bank, key, task["images"][task["labels"] == local], cfg.bank_capacity)
     state = {**state, "bank": bank}
 
     if cfg.learner_update != "none":
@@ -262,6 +254,8 @@ def _update_generator(cfg: Config, state: State, tasks: list[Arrays], results: l
     grad = torch.zeros_like(state["theta_g"])
     for task in tasks:
         grad += torch.tensor(task["grad"])
+    if not torch.isfinite(grad).all():
+        raise FloatingPointError("the generator's meta-gradient is not finite; lower method.lr_meta or lr_generator")
     if cfg.meta_reduction == "mean":
         grad /= len(tasks)
     if cfg.meta_optimizer == "sgd":

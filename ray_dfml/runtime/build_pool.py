@@ -71,6 +71,11 @@ def build(
 ) -> list[float]:  # fmt: skip
     """Train the planned teachers that the pool lacks, adding each when done. Returns held-out accuracies, percent."""
     have = {card.id: card for card in path.cards}
+    for id, _, classes, _ in planned:
+        if id in have and have[id].classes != classes:
+            raise UsageError(
+                f"{path.path}: {id} has other classes than --seed {seed} and --way give; use the first build's"
+            )
     todo = [item for item in planned if item[0] not in have]
     accuracies = [card.accuracy for card in have.values() if card.accuracy is not None]
     shared: Arrays = {"cfg": cfg.model_dump()}

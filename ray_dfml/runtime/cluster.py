@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
+import torch
 
 from ray_dfml.errors import LearnerLost, ResourceError
 from ray_dfml.methods.base import State, World
@@ -31,6 +32,9 @@ IN_FLIGHT = 2
 
 WAKE_SECONDS = 0.1
 """Between two questions whether a shard that died is up again. Until it is, Ray fails every call to it at once."""
+
+PLACEMENT_SECONDS = 180
+"""Longest wait for all shards to be placed and to import torch."""
 
 OBJECT_STORE_BYTES = 512 * 2**20
 
@@ -79,7 +83,19 @@ class PoolStore:
 def start_shards(store: PoolStore, *, workers: int, gpus_per_worker: float, threads: int) -> list[Any]:
     """Shard actors that Ray restarts for ever; their calls are retried by the dispatcher, which knows what to blame."""
     shard = ray.remote(num_cpus=1, num_gpus=gpus_per_worker, max_restarts=-1, max_task_retries=0)(Shard)
-    return [shard.remote(store, threads=threads) for _ in range(workers)]
+    device = None if gpus_per_worker else torch.device("cpu")  # Ray hides no GPU from an actor that asks for none
+    shards: list[Any] = [shard.remote(store, threads=threads, device=device) for _ in range(workers)]
+    try:
+        ray.get([one.__ray_ready__.remote() for one in shards], timeout=PLACEMENT_SECONDS)
+    except exceptions.GetTimeoutError:
+        for one in shards:
+            ray.kill(one)
+        free = {name: round(n, 2) for name, n in ray.available_resources().items() if name in ("CPU", "GPU")}
+        raise ResourceError(
+            f"{workers} shards of 1 CPU and {gpus_per_worker:g} GPU did not start in {PLACEMENT_SECONDS} s, the "
+            f"cluster has {free} free; lower --workers or wait for other work to end"
+        ) from None
+    return shards
 
 
 class RayBackend:
@@ -88,6 +104,7 @@ class RayBackend:
     def __init__(self, shards: Sequence[Any], *, batched: bool) -> None:
         self._shards = list(shards)
         self._batched = batched
+        self._waking: set[int] = set()
 
     def map(self, op: str, jobs: Sequence[Job], shared: Arrays) -> list[Arrays]:
         """See `Backend.map`. Raises ResourceError when no shard is left, and whatever an op raises."""
@@ -96,23 +113,26 @@ class RayBackend:
         waiting = deque(jobs[i : i + size] for i in range(0, len(jobs), size))
         flying: dict[ray.ObjectRef, tuple[int, Sequence[Job]]] = {}
         load: dict[int, list[ray.ObjectRef]] = {i: [] for i in range(len(self._shards))}
-        waking: set[int] = set()
         done: dict[int, Arrays] = {}
         strikes: dict[int, int] = {}
 
         def fill() -> None:
             for depth in range(1, IN_FLIGHT + 1):
                 for i, queue in load.items():
-                    if waiting and i not in waking and len(queue) < depth:
+                    if waiting and i not in self._waking and len(queue) < depth:
                         chunk = waiting.popleft()
                         ref = self._shards[i].run.remote(op, list(chunk), shared_ref)
                         flying[ref] = (i, chunk)
                         queue.append(ref)
 
+        def wake(i: int) -> None:
+            self._waking.add(i)
+            flying[self._shards[i].__ray_ready__.remote()] = (i, ())
+
         def lost(i: int, ref: ray.ObjectRef, error: Exception) -> None:
             """Shard `i` died, or is not up again: whatever ran gets a strike once, what was queued is sent again."""
             queue, chunk = load.get(i, []), flying[ref][1]
-            if queue and i not in waking:
+            if queue and i not in self._waking:
                 for job in flying[queue[0]][1]:
                     strikes[job.index] = strikes.get(job.index, 0) + 1
             for job in reversed(chunk):
@@ -122,13 +142,14 @@ class RayBackend:
                     waiting.appendleft([job])
             if isinstance(error, exceptions.ActorDiedError):
                 load.pop(i, None)
-            elif i in load and (i not in waking or not chunk):
-                time.sleep(WAKE_SECONDS if i in waking else 0.0)
-                waking.add(i)
-                flying[self._shards[i].__ray_ready__.remote()] = (i, ())
+            elif i in load and (i not in self._waking or not chunk):
+                time.sleep(WAKE_SECONDS if i in self._waking else 0.0)
+                wake(i)
 
+        for i in tuple(self._waking):
+            wake(i)
         fill()
-        while flying:
+        while len(done) < len(jobs):
             (ref,), _ = ray.wait(list(flying), num_returns=1)
             i, chunk = flying[ref]
             try:
@@ -136,7 +157,7 @@ class RayBackend:
                 if chunk:
                     done.update((job.index, result) for job, result in zip(chunk, results, strict=True))
                 else:
-                    waking.discard(i)
+                    self._waking.discard(i)
             except (exceptions.RayActorError, exceptions.OutOfMemoryError) as error:
                 lost(i, ref, error)
                 if not load:
@@ -204,7 +225,7 @@ class RaySession:
         assert self._learner is not None
         try:
             return ray.get(getattr(self._learner, name).remote(*args))
-        except exceptions.RayActorError as error:
+        except (exceptions.RayActorError, exceptions.OutOfMemoryError) as error:
             raise LearnerLost(str(error).splitlines()[0]) from None
         except exceptions.RayTaskError as error:
             raise _cause(error) from error

@@ -19,9 +19,12 @@ import numpy as np
 
 from ray_dfml import learner
 from ray_dfml.config import RunConfig
+from ray_dfml.core import episodes
 from ray_dfml.data import datasets
 from ray_dfml.data.pool import Pool
 from ray_dfml.errors import DfmlError, Interrupted, LearnerLost, RejectedError, UsageError
+from ray_dfml.evaluate import EvalConfig
+from ray_dfml.methods import METHODS
 from ray_dfml.methods.base import State, World
 from ray_dfml.pipeline import Labelled, Score
 from ray_dfml.runtime import checkpoint
@@ -117,6 +120,7 @@ def read_inputs(config: RunConfig) -> Inputs:
             raise UsageError(f"--data {spec}: images are {_size(one.shape)}, the learner takes {_size(image.shape)}")
         for split in ("val", "test"):
             part = one.subset(split)
+            check_episodes(part.labels, f"--data {spec}, split {split}", way, config.eval)
             sets.append(Labelled(spec, split, np.ascontiguousarray(part.images), part.labels))
     real: dict[str, np.ndarray] = {}
     if config.name == "maml-oracle":
@@ -126,11 +130,25 @@ def read_inputs(config: RunConfig) -> Inputs:
             part = one.subset("train")
             real |= {f"{spec}/{c}": part.images[part.labels == i] for i, c in enumerate(part.class_names)}
     world = World(cards=cards, arch=config.learner.arch, image=image, way=way, seed=config.seed, real=real)
+    METHODS[config.name].init(config.method, world)  # refuses here, in the driver, what it cannot start from
     data = [
-        {"spec": spec, "md5": one.source.get("md5"), "licence": one.source.get("licence")}
+        {
+            "spec": spec,
+            "md5": one.source.get("md5") or one.source.get("pixels_md5"),
+            "licence": one.source.get("licence"),
+        }
         for spec, one in loaded.items()
     ]
     return Inputs(world, sets, teachers, rejected, pools, data)
+
+
+def check_episodes(labels: np.ndarray, what: str, way: int, cfg: EvalConfig) -> None:
+    """Raises UsageError where the labels [n] of a split cannot make the episodes that the configuration asks for."""
+    for shot in cfg.shots:
+        try:
+            episodes.draw(labels, way=way, shot=shot, query=cfg.query, seed=cfg.seed, index=0)
+        except ValueError as error:
+            raise UsageError(f"{what}: {error}; change eval.shots or eval.query, or the way") from None
 
 
 def _shape(
@@ -187,17 +205,17 @@ def run(
     Raises Interrupted after Ctrl-C or SIGTERM (resumable), LearnerLost when the learner keeps dying, and whatever a
     method raises; `status.json` says which.
     """
-    try:
-        with _interruptible():
+    with folder.locked(), _interruptible():
+        try:
             return _run(config, inputs, folder, machine, progress)
-    except KeyboardInterrupt:
-        folder.status(state="interrupted", last_error="stopped by the user")
-        raise Interrupted(
-            f"interrupted; continue with: ray-dfml train {config.name} --run-dir {folder.path} --resume"
-        ) from None
-    except Exception as error:
-        folder.status(state="failed", last_error=f"{type(error).__name__}: {error}".splitlines()[0])
-        raise
+        except KeyboardInterrupt:
+            folder.status(state="interrupted", last_error="stopped by the user")
+            raise Interrupted(
+                f"interrupted; continue with: ray-dfml train {config.name} --run-dir {folder.path} --resume"
+            ) from None
+        except Exception as error:
+            folder.status(state="failed", last_error=f"{type(error).__name__}: {error}".splitlines()[0])
+            raise
 
 
 def _run(
@@ -220,8 +238,8 @@ def _run(
                 called = time.perf_counter()
                 row: dict[str, Any] = {"round": r} | session.call("round", r)
                 row["validation"] = session.call("validate", r) if r % every == every - 1 or r == rounds - 1 else None
-                snapshot = session.call("snapshot")
                 busy += time.perf_counter() - called
+                snapshot = session.call("snapshot")
             except LearnerLost as error:
                 lives -= 1
                 if not lives:
@@ -232,8 +250,8 @@ def _run(
                 folder.truncate_log(r)
                 continue
             lives = LEARNER_LIVES
-            checkpoint.save(folder.checkpoints, r, snapshot)
             folder.log(row)
+            checkpoint.save(folder.checkpoints, r, snapshot)
             r += 1
             elapsed = time.perf_counter() - began
             eta = elapsed / (r - first) * (rounds - r)
@@ -242,16 +260,15 @@ def _run(
                 driver_share=round(1 - busy / elapsed, 5), rejected=inputs.rejected | snapshot["rejected"],
             )  # fmt: skip
             progress.round(r, eta, row)
+        _export(config, inputs.world, folder.path, session.call("snapshot"))
         progress.note("testing")
         try:
             scores = _test(session, config.name)
         except LearnerLost:
             session.start(_last(folder)[1])
             scores = _test(session, config.name)
-        state = session.call("snapshot")
         rows = folder.write_scores(scores, config.profile)
-        _export(config, inputs.world, folder.path, state)
-        folder.status(state="done", last_error=None, rejected=inputs.rejected | state["rejected"])
+        folder.status(state="done", last_error=None, rejected=inputs.rejected | session.call("snapshot")["rejected"])
         return rows
     finally:
         progress.stop()

@@ -14,6 +14,7 @@ from ray_dfml.errors import DfmlError, UsageError
 from ray_dfml.evaluate import EvalConfig
 from ray_dfml.learner import Learner
 from ray_dfml.pipeline import Score
+from ray_dfml.runtime.driver import check_episodes
 from ray_dfml.runtime.local import LocalBackend
 from ray_dfml.scores import as_row
 
@@ -30,10 +31,13 @@ def meta_test(
     way = way or learner.way
     if way > learner.way:
         raise UsageError(f"--way {way}: the learner has {learner.way} outputs")
+    if not shots:
+        raise UsageError("--shot: name at least one")
     cfg = EvalConfig.model_validate(
         {"episodes": episodes, "shots": tuple(shots), "bn": bn or learner.bn, "seed": seed,
          "steps": learner.steps, "lr": learner.lr}
     )  # fmt: skip
+    check_episodes(part.labels, f"--data {spec}, split {split}", way, cfg)
     fresh = learner.net.init(seeds.generator(learner.seed, "theta"), zero_head_bias=True)
     candidates = [
         (learner.method, learner.selection, learner.profile, learner.theta, learner.stats),
@@ -55,6 +59,9 @@ def meta_test(
                     labels=part.labels,
                 )  # fmt: skip
                 results = here.map("evaluate", evaluate.jobs(cfg, way=way, shot=shot, count=episodes), shared)
+                failed = [r["rejected"] for r in results if "rejected" in r]
+                if failed:
+                    raise DfmlError(f"evaluation failed: {failed[0]}")
                 score = Score(
                     method=method, data=spec, split=split, way=way, shot=shot, bn=cfg.bn, selection=selection,
                     accuracies=np.concatenate([r["accuracies"] for r in results]),

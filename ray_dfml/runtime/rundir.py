@@ -13,15 +13,18 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import filelock
 import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
 
 from ray_dfml.config import RunConfig, build
+from ray_dfml.data import weights_file
 from ray_dfml.errors import RejectedError, UsageError
 from ray_dfml.pipeline import Score
 from ray_dfml.runtime.shard import accelerators
@@ -30,15 +33,7 @@ from ray_dfml.scores import as_row
 
 def write_text(path: Path, text: str) -> None:
     """Replace a file whole: temporary file in the same folder, flush to disk, rename."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("w", encoding="utf-8") as handle:
-            handle.write(text)
-            handle.flush()
-            os.fsync(handle.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    weights_file.write_bytes(path, text.encode())
 
 
 class RunFolder:
@@ -75,6 +70,19 @@ class RunFolder:
         if not (path / "config.yaml").is_file():
             raise UsageError(f"{path}: not a run folder (no config.yaml); start a run without --resume")
         return cls(path)
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """This process alone may write here. Raises UsageError if another one does."""
+        lock = filelock.FileLock(self.path / ".lock", timeout=0)
+        try:
+            lock.acquire()
+        except filelock.Timeout:
+            raise UsageError(f"{self.path}: another process is at work in this run folder; wait, or stop it") from None
+        try:
+            yield
+        finally:
+            lock.release()
 
     def config(self) -> RunConfig:
         """The run's resolved configuration. Raises RejectedError if it cannot be read."""
