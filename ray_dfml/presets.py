@@ -73,7 +73,7 @@ PRESETS: dict[str, Preset] = {
     ),
     "quickstart": Preset(
         "free",
-        "`ray-dfml quickstart`: `characters` for two minutes of two cores",
+        "`ray-dfml quickstart`: `characters`, shorter and narrower",
         {
             "method": {
                 **CHARACTERS,

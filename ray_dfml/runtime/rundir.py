@@ -57,6 +57,7 @@ class RunFolder:
             (temporary / "config.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
             (temporary / "manifest.json").write_text(json.dumps(manifest, indent=2))
             (temporary / "metrics.jsonl").touch()
+            (temporary / "ledger.jsonl").touch()
             (temporary / "scores.json").write_text("[]\n")
             (temporary / "status.json").write_text(json.dumps({"state": "created", "round": None}))
             os.rename(temporary, path)

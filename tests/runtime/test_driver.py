@@ -1,6 +1,8 @@
 """The driver: a learner that keeps dying, teachers that are bad, and inputs that do not fit each other."""
 
 import json
+import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +10,7 @@ import pytest
 
 from ray_dfml.errors import LearnerLost, RejectedError, UsageError
 from ray_dfml.runtime import driver
+from ray_dfml.runtime.rundir import RunFolder
 from tests.runtime import toy
 
 
@@ -98,3 +101,43 @@ def test_the_oracle_needs_data_and_gets_only_the_training_classes(toy_data: str)
 def test_no_other_method_sees_real_training_images(toy_pool: Path, toy_data: str) -> None:
     for method in ("free", "average", "best-model", "random"):
         assert dict(driver.read_inputs(toy.config(method, toy_pool, toy_data)).world.real) == {}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("eval.shots=[30]", "30 support and 3 query images per class need 33"),
+        ("learner.arch=foo", "unknown architecture"),
+        ("eval.shots=[]", "eval.shots"),
+        ("eval.shots=[0]", "eval.shots"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused_before_there_is_a_run(
+    tmp_path: Path, toy_pool: Path, toy_data: str, change: str, message: str
+) -> None:
+    with pytest.raises(UsageError, match=re.escape(message)):
+        driver.read_inputs(toy.config("free", toy_pool, toy_data, change))
+
+
+def test_one_process_at_a_time_writes_a_run_folder(tmp_path: Path, free_run: Path) -> None:
+    copy = Path(shutil.copytree(free_run, tmp_path / "run"))
+    with (
+        RunFolder(copy).locked(),
+        pytest.raises(UsageError, match="another process is at work"),
+        RunFolder(copy).locked(),
+    ):
+        pass
+    with RunFolder(copy).locked():
+        assert (copy / "config.yaml").exists()
+
+
+def test_the_learner_is_exported_before_it_is_tested(
+    tmp_path: Path, toy_pool: Path, toy_data: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> None:
+        raise RuntimeError("the test failed")
+
+    monkeypatch.setattr(driver, "_test", fail)
+    with pytest.raises(RuntimeError, match="the test failed"):
+        toy.train(toy.config("free", toy_pool, toy_data), tmp_path / "run")
+    assert (tmp_path / "run" / "learner.safetensors").exists()

@@ -24,7 +24,9 @@ def folder(tmp_path: Path) -> RunFolder:
 
 
 def test_a_new_folder_is_whole(folder: RunFolder) -> None:
-    names = {"config.yaml", "manifest.json", "metrics.jsonl", "scores.json", "status.json", "checkpoints"}
+    names = {
+        "config.yaml", "manifest.json", "metrics.jsonl", "ledger.jsonl", "scores.json", "status.json", "checkpoints",
+    }  # fmt: skip
     assert {p.name for p in folder.path.iterdir()} == names
     assert [p.name for p in folder.path.parent.iterdir()] == ["run"]
     assert toy.status(folder.path) == {"state": "created", "round": None}
