@@ -5,6 +5,7 @@ last 20 % are held out for the accuracies that the pool reports.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -48,7 +49,7 @@ def plan(
             "mean": np.array(image.mean, np.float32),
             "std": np.array(image.std, np.float32),
             "way": way,
-            "images": np.ascontiguousarray(train.images[rows]),
+            "rows": rows,
             "labels": labels,
             "held_out": held,
         }
@@ -96,17 +97,22 @@ def build(
             accuracies.append(best)
             on_teacher(id, best)
 
+    images = datasets.load(spec).subset("train").images
+
+    def with_images(job: Job) -> Job:
+        return replace(job, values={**job.values, "images": np.ascontiguousarray(images[job.values["rows"]])})
+
     if workers == 1:
         backend = LocalBackend(_no_pool)
         for item in todo:
-            keep(backend.map("pretrain", [item[3]], shared), [item])
+            keep(backend.map("pretrain", [with_images(item[3])], shared), [item])
         return accuracies
     from ray_dfml.runtime.cluster import shards_of
 
     with shards_of(workers) as cluster:
         for start in range(0, len(todo), 2 * workers):
             part = todo[start : start + 2 * workers]
-            keep(cluster.map("pretrain", [item[3] for item in part], shared), part)
+            keep(cluster.map("pretrain", [with_images(item[3]) for item in part], shared), part)
     return accuracies
 
 
