@@ -16,10 +16,12 @@ train local --backend local
 train one-shard --backend ray --workers 1
 train two-shards --backend ray --workers 2
 
+shards() { { pgrep -f 'ray::Shard' || true; } | sort; }
+shards > others
 train shard-killed --backend ray --workers 2 &
 until logged shard-killed 1; do sleep 0.2; done
 sleep 4
-victim=$(pgrep -f 'ray::Shard' | head -n 1)
+victim=$(comm -13 others <(shards) | head -n 1)
 kill -9 "$victim"
 echo "killed shard process $victim in round $(wc -l < shard-killed/metrics.jsonl)"
 wait

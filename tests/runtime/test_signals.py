@@ -17,10 +17,16 @@ from tests.runtime import toy
 PATIENCE = 120.0
 
 
+def heed_interrupts() -> None:
+    """A shell's background job ignores SIGINT, and its children would too."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def start(run: Path, pool: Path, data: str, *, backend: str = "local", **options: object) -> subprocess.Popen[str]:
     """`ray-dfml train free` as a process of its own."""
     words = [sys.executable, "-m", "ray_dfml", "train", "free", "--pool", str(pool), "--data", data]
     words += ["--run-dir", str(run), "--backend", backend, "--workers", "1", *toy.flags("free")]
+    options.setdefault("preexec_fn", heed_interrupts)
     return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)  # type: ignore[call-overload]
 
 
