@@ -231,7 +231,7 @@ class RaySession:
             raise _cause(error) from error
 
     def close(self) -> None:
-        """Stop the actors, and the connection to Ray where this session made it."""
+        """Stop the actors, and the connection to Ray where it was made here."""
         for actor in [*self.shards, *([self._learner] if self._learner is not None else [])]:
             ray.kill(actor)
         if self._connected:
