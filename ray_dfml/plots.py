@@ -12,7 +12,7 @@ import numpy as np
 from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#a3498b", "#8a6d00", "#56b4e9", "#666666")
 _STYLE: dict[Any, Any] = {
@@ -97,6 +97,8 @@ def _line_panel(panel: Panel, metrics: Sequence[Mapping[str, Any]]) -> Callable[
         values = np.concatenate([y for _, _, y in found])
         if values.min() > 0 and values.max() > 100 * values.min():
             axes.set_yscale("log")
+            axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            axes.yaxis.set_minor_formatter(NullFormatter())
         elif values.min() < 0 < values.max():
             axes.axhline(0, color="#8a94a0", lw=0.8)
         axes.set_ylabel(panel.unit)
