@@ -16,7 +16,7 @@ from ray_dfml.data import datasets
 from ray_dfml.data.pool import Pool
 from ray_dfml.data.pretrain import PretrainConfig
 from ray_dfml.errors import DfmlError, UsageError
-from ray_dfml.runtime.local import LocalBackend
+from ray_dfml.runtime.local import LocalBackend, no_teachers
 from ray_dfml.types import Arrays, ImageSpec, Job
 
 HELD_OUT = 0.2
@@ -103,7 +103,7 @@ def build(
         return replace(job, values={**job.values, "images": np.ascontiguousarray(images[job.values["rows"]])})
 
     if workers == 1:
-        backend = LocalBackend(_no_pool)
+        backend = LocalBackend(no_teachers)
         for item in todo:
             keep(backend.map("pretrain", [with_images(item[3])], shared), [item])
         return accuracies
@@ -114,7 +114,3 @@ def build(
             part = todo[start : start + 2 * workers]
             keep(cluster.map("pretrain", [with_images(item[3]) for item in part], shared), part)
     return accuracies
-
-
-def _no_pool(id: str) -> tuple:
-    raise DfmlError(f"teacher {id} was asked for while the pool is being built")

@@ -5,10 +5,16 @@ from typing import Any
 
 import numpy as np
 
+from ray_dfml.errors import DfmlError
 from ray_dfml.methods.base import State, World
 from ray_dfml.pipeline import Labelled, Trainer
 from ray_dfml.runtime.shard import LoadWeights, Shard
 from ray_dfml.types import Arrays, Job, TeacherCard
+
+
+def no_teachers(id: str) -> tuple[TeacherCard, np.ndarray, np.ndarray]:
+    """The `load` of a backend for work that needs no pool. Raises DfmlError: nothing there asks for a teacher."""
+    raise DfmlError(f"teacher {id} was asked for by work that has no pool")
 
 
 class LocalBackend:

@@ -15,7 +15,7 @@ from ray_dfml.evaluate import EvalConfig
 from ray_dfml.learner import Learner
 from ray_dfml.pipeline import Score
 from ray_dfml.runtime.driver import check_episodes
-from ray_dfml.runtime.local import LocalBackend
+from ray_dfml.runtime.local import LocalBackend, no_teachers
 from ray_dfml.scores import as_row
 
 
@@ -48,7 +48,7 @@ def meta_test(
 
         place = shards_of(workers)
     else:
-        place = nullcontext(LocalBackend(_no_pool))
+        place = nullcontext(LocalBackend(no_teachers))
     rows = []
     with place as here:
         for method, selection, profile, theta, stats in candidates:
@@ -68,7 +68,3 @@ def meta_test(
                 )  # fmt: skip
                 rows.append(as_row(score, profile))
     return rows
-
-
-def _no_pool(id: str) -> tuple:
-    raise DfmlError(f"teacher {id} was asked for in a meta-test")
