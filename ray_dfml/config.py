@@ -11,6 +11,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError, field_validator
 
 from ray_dfml.core.backbones import BACKBONES
+from ray_dfml.core.inner_loop import Head
 from ray_dfml.data.pretrain import PretrainConfig
 from ray_dfml.errors import UsageError
 from ray_dfml.evaluate import EvalConfig
@@ -20,11 +21,18 @@ from ray_dfml.presets import PRESETS, PROFILES
 
 
 class LearnerConfig(BaseModel):
-    """The few-shot learner. Its input is the pool's."""
+    """The few-shot learner. Its input is that of the teachers, the largest of each size where they differ."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     arch: str = Field(default="conv4", description="Architecture of the learner.")
+    head: Head = Field(
+        default="maml",
+        description="What adapts to a support: all weights (maml), the head (anil), nothing (protonet).",
+    )
+    way: int | None = Field(
+        default=None, ge=2, description="Classes of an episode; by default those of the teacher with the fewest."
+    )
 
     @field_validator("arch")
     @classmethod

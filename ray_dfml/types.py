@@ -48,6 +48,10 @@ class Job:
     """Derived from (run seed, round, op, index); the only source of randomness of the job."""
     teacher: str | None = None
     values: Arrays = field(default_factory=dict)
+    cost: float = 1.0
+    """Work relative to the other jobs of the batch (multiply-accumulates of one image): who gets what, never results."""
+    memory: int = 0
+    """Bytes that the job's teacher occupies on a shard."""
 
 
 class Backend(Protocol):

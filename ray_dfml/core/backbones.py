@@ -34,6 +34,7 @@ class Conv4(nn.Module):
         super().__init__()
         self.blocks = nn.Sequential(*[ConvBlock(channels_in if i == 0 else hidden, hidden) for i in range(4)])
         self.adaptive = adaptive
+        self.headless = False
         self.head = nn.Linear(hidden if adaptive else hidden * (height // 16) * (width // 16), ways)
 
     def features(self, x: Tensor) -> Tensor:
@@ -42,7 +43,8 @@ class Conv4(nn.Module):
         return x.amax((2, 3)) if self.adaptive else x.flatten(1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.features(x))
+        x = self.features(x)
+        return x if self.headless else self.head(x)
 
 
 class ResidualBlock(nn.Module):
@@ -84,6 +86,7 @@ class ResNet(nn.Module):
                 blocks.append(ResidualBlock(channels, width, 2 if stage and i == 0 else 1))
                 channels = width
         self.blocks = nn.Sequential(*blocks)
+        self.headless = False
         self.head = nn.Linear(512, ways)
 
     def features(self, x: Tensor) -> Tensor:
@@ -92,7 +95,8 @@ class ResNet(nn.Module):
         return self.blocks(F.relu(x) if self.stem_relu else x).mean((2, 3))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.features(x))
+        x = self.features(x)
+        return x if self.headless else self.head(x)
 
 
 BACKBONES: dict[str, Callable[[int, int, int, int], nn.Module]] = {

@@ -21,6 +21,25 @@ def normalise(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     return (x - mean[..., :, None, None]) / std[..., :, None, None]
 
 
+def fit(x: Tensor, shape: tuple[int, int, int]) -> Tensor:
+    """Images [n c h w] brought to another (channels, height, width), differentiably; the same tensor where they agree.
+
+    One channel is repeated, several become their mean where one is wanted. Sizes change by bilinear interpolation,
+    with an antialiasing filter when shrinking. Raises ValueError for other changes of channels.
+    """
+    channels, height, width = shape
+    if x.shape[1] != channels:
+        if channels == 1:
+            x = x.mean(1, keepdim=True)
+        elif x.shape[1] == 1:
+            x = x.expand(-1, channels, -1, -1)
+        else:
+            raise ValueError(f"cannot turn images of {x.shape[1]} channels into {channels}; 1 and c are possible")
+    if x.shape[2:] != (height, width):
+        x = F.interpolate(x, (height, width), mode="bilinear", align_corners=False, antialias=True)
+    return x
+
+
 def draw_view(generator: torch.Generator, *, pad: int, flip: bool) -> tuple[int, int, bool]:
     """Offsets of a random crop after padding by `pad` pixels, each in 0..2 pad, and whether to mirror."""
     dy, dx, mirror = (int(v) for v in torch.randint(0, 2**31 - 1, (3,), generator=generator))

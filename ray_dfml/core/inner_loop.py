@@ -7,7 +7,7 @@ The same functions serve both strategies: `LOOP` differentiates with autograd, t
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,9 @@ from ray_dfml.core.net import Net
 
 Loss = Callable[[Tensor], Tensor]
 GradOf = Callable[[Loss], Callable[[Tensor], Tensor]]
+
+Head = Literal["maml", "anil", "protonet"]
+"""What adapts to a support: all weights; the linear head alone; nothing, since queries go to the nearest class mean."""
 
 
 def graph_grad(loss: Loss) -> Callable[[Tensor], Tensor]:

@@ -30,7 +30,8 @@ class Net:
         self.stats_layout = Layout((name, b.shape) for name, b in self.module.named_buffers())
         self._norms = [m for m in self.module.modules() if isinstance(m, BatchNorm)]
 
-    def _set(self, *, use_running: bool, capture: bool) -> None:
+    def _set(self, *, use_running: bool, capture: bool, headless: bool = False) -> None:
+        self.module.headless = headless  # pyright: ignore[reportAttributeAccessIssue, reportArgumentType]
         for norm in self._norms:
             norm.use_running, norm.captured = use_running, [] if capture else None
 
@@ -43,6 +44,11 @@ class Net:
     def __call__(self, theta: Tensor, x: Tensor, stats: Tensor | None = None) -> Tensor:
         """Logits [n q]. Without `stats`, batch norm uses the batch (transductive); with them, the given statistics."""
         self._set(use_running=stats is not None, capture=False)
+        return self._run(theta, x, stats)
+
+    def features(self, theta: Tensor, x: Tensor, stats: Tensor | None = None) -> Tensor:
+        """Features [n f] before the head; batch norm as in a call."""
+        self._set(use_running=stats is not None, capture=False, headless=True)
         return self._run(theta, x, stats)
 
     def with_stats(self, theta: Tensor, x: Tensor, stats: Tensor | None = None) -> tuple[Tensor, Tensor]:

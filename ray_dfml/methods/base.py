@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from ray_dfml.core import seeds
+from ray_dfml.core.inner_loop import Head
 from ray_dfml.core.net import Net, net
 from ray_dfml.types import Arrays, ImageSpec, Job, TeacherCard
 
@@ -66,13 +67,19 @@ class Worker(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class World:
-    """What every method knows: the pool's cards, the learner's shape, the seed; real images only for the ceiling."""
+    """What every method knows: the pool's cards, the learner's shape, the seed; real images only for the ceiling.
+
+    `image` is the learner's input. Teachers may have others: images are brought from one to the other by
+    `core.images.fit` in pixel space.
+    """
 
     cards: tuple[TeacherCard, ...]
     arch: str
     image: ImageSpec
     way: int
     seed: int
+    head: Head = "maml"
+    """How the learner adapts."""
     real: Mapping[str, np.ndarray] = field(default_factory=dict)
     """Class name -> uint8 images [n c h w]; empty for every data-free method."""
 
@@ -150,6 +157,13 @@ def initial_learner(world: World, *, zero_head_bias: bool = False) -> State:
     """Fresh weights and batch-norm statistics of the learner, from the run's seed."""
     theta = world.net.init(seeds.generator(world.seed, "theta"), zero_head_bias=zero_head_bias)
     return {"theta": theta, "stats": world.net.initial_stats()}
+
+
+def teacher_job(card: TeacherCard, *, index: int, seed: int, values: Arrays) -> Job:
+    """A job on a teacher, with what it costs: shards take work by cost, not by count."""
+    network = net(card.arch, card.image.shape, len(card.classes))
+    memory = 4 * (network.layout.numel + network.stats_layout.numel)
+    return Job(index=index, seed=seed, teacher=card.id, values=values, cost=float(network.macs), memory=memory)
 
 
 def image_values(image: ImageSpec) -> Arrays:
