@@ -49,7 +49,7 @@ class Job:
     teacher: str | None = None
     values: Arrays = field(default_factory=dict)
     cost: float = 1.0
-    """Work relative to the other jobs of the batch (multiply-accumulates of one image): who gets what, never results."""
+    """Work relative to the other jobs of the batch (multiply-accumulates of one image). Never changes a result."""
     memory: int = 0
     """Bytes that the job's teacher occupies on a shard."""
 
