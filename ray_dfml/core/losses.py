@@ -1,7 +1,10 @@
 """Losses on logits [n q], in nats, averaged over images.
 
-[Wei2024] FREE, arXiv 2405.00984, Eq. 1 and 3. [Hinton2015] Distilling the Knowledge, arXiv 1503.02531.
+[Wei2024] FREE, arXiv 2405.00984, Eq. 1 and 3. [Hu2023] PURER, arXiv 2303.11183. [Hinton2015] Distilling the Knowledge,
+arXiv 1503.02531.
 """
+
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -72,3 +75,38 @@ def total_variation(x: Tensor) -> Tensor:
 def batch_norm_distance(found: Tensor, stored: Tensor) -> Tensor:
     """Squared distance per entry (scalar) between batch-norm statistics [k] of images and those a teacher stores."""
     return torch.mean((found - stored) ** 2)
+
+
+def variation_norms(x: Tensor) -> Tensor:
+    """[Hu2023] total variation (scalar): L2 norms, over the whole batch [n c h w], of the differences of neighbours
+    along rows, columns and both diagonals."""
+    differences = (
+        x[:, :, :, 1:] - x[:, :, :, :-1],
+        x[:, :, 1:] - x[:, :, :-1],
+        x[:, :, 1:, 1:] - x[:, :, :-1, :-1],
+        x[:, :, 1:, :-1] - x[:, :, :-1, 1:],
+    )
+    return torch.stack([torch.linalg.vector_norm(d) for d in differences]).sum()
+
+
+def statistics_norms(found: Tensor, stored: Tensor, sizes: Sequence[int]) -> Tensor:
+    """[Hu2023] R_BN (scalar): sum over the batch-norm layers of ||mean - stored mean|| + ||var - stored var||.
+
+    `found` and `stored` [k] hold means and variances in parts of `sizes`, as `Net.stats_layout` lays them out.
+    """
+    parts = (found - stored).split(list(sizes))
+    return torch.stack([torch.linalg.vector_norm(part) for part in parts]).sum()
+
+
+def supervised_contrastive(features: Tensor, labels: Tensor, domain: Tensor, *, temperature: float = 0.1) -> Tensor:
+    """Contrast of real and recovered images (scalar, nats): positives are of the same class in the other domain.
+
+    [Hu2023] ICFIL, reconstructed. `features` [n f] are normalised here to length 1; `labels`, `domain` [n]. Mean over
+    anchors of -log softmax over all other images, averaged over the anchor's positives; every anchor needs one.
+    """
+    f = F.normalize(features, dim=1)
+    itself = torch.eye(len(f), dtype=torch.bool, device=f.device)
+    scores = (f @ f.T / temperature).masked_fill(itself, float("-inf"))
+    log_p = scores.log_softmax(1).masked_fill(itself, 0.0)
+    positive = (labels[:, None] == labels) & (domain[:, None] != domain)
+    return -((log_p * positive).sum(1) / positive.sum(1)).mean()
