@@ -17,7 +17,7 @@ from ray_dfml.errors import UsageError
 from ray_dfml.evaluate import EvalConfig
 from ray_dfml.methods import METHODS
 from ray_dfml.methods.base import MethodConfig
-from ray_dfml.presets import PRESETS, PROFILES
+from ray_dfml.presets import PRESETS, PROFILES, PUBLISHED_TEST
 
 
 class LearnerConfig(BaseModel):
@@ -84,9 +84,12 @@ def resolve(
     if name not in METHODS:
         raise UsageError(f"unknown method {name!r}{_nearest(name, METHODS)}; known: {', '.join(METHODS)}")
     tree: dict[str, Any] = {"name": name, "profile": profile, "preset": preset, **values}
+    tree["method"] = METHODS[name].Config().model_dump()
     if profile not in ("fixed", "paper", "code"):
         raise UsageError(f"unknown profile {profile!r}; known: fixed, paper, code")
-    _merge(tree, {"method": PROFILES.get(name, {}).get(profile, {})})
+    _merge(tree, PROFILES.get(name, {}).get(profile, {}))
+    if profile != "fixed":
+        _merge(tree, PUBLISHED_TEST)
     if preset is not None:
         if preset not in PRESETS:
             raise UsageError(f"unknown preset {preset!r}{_nearest(preset, PRESETS)}; known: {', '.join(PRESETS)}")

@@ -1,10 +1,10 @@
-"""Meta-test: accuracy on fixed real episodes (METHODS 1.4). The `evaluate` op, and the jobs that cover a set of
-episodes.
+"""Meta-test: accuracy on fixed real episodes ([Wei2024] section 5.1). The `evaluate` op, and the jobs that cover a set
+of episodes.
 
-[Finn2017] arXiv 1703.03400. The adaptation is plain SGD on all weights with the support's cross-entropy. Batch norm at
-test: `transductive` uses the statistics of the current batch for support and query (the query's own images help to
-classify it; the field's published numbers are of this kind); `support` normalises the query with the support's
-statistics; `running` uses the statistics kept from training, for both.
+[Finn2017] arXiv 1703.03400. A learner adapts as its head says (`core.inner_loop.adapted`), on request followed by ICFIL
+(`methods.icfil`). Batch norm at test: `transductive` uses the statistics of the current batch for support and query
+(the query's own images help to classify it; the field's published numbers are of this kind); `support` normalises the
+query with the support's statistics; `running` uses the statistics kept from training, for both.
 """
 
 from collections.abc import Sequence
@@ -12,18 +12,20 @@ from typing import Annotated, Literal
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from ray_dfml.core import episodes, memory, scoring
+from ray_dfml.core import episodes, memory, scoring, seeds
 from ray_dfml.core.images import normalise, to_pixels
-from ray_dfml.core.inner_loop import adapt, plain_grad
+from ray_dfml.core.inner_loop import Head, adapted, plain_grad
 from ray_dfml.core.net import Net, net
+from ray_dfml.methods.icfil import IcfilConfig, calibrate
 from ray_dfml.types import Arrays, ImageSpec, Job
 
 BatchNormMode = Literal["transductive", "support", "running"]
 EPISODES_PER_JOB = 10
+OFF = IcfilConfig()
+"""No calibration."""
 
 
 class EvalConfig(BaseModel):
@@ -40,6 +42,10 @@ class EvalConfig(BaseModel):
     query: int = Field(default=15, ge=1, description="Query images per class.")
     steps: int = Field(default=10, ge=0, description="Adaptation steps on the support.")
     lr: float = Field(default=0.01, gt=0, description="Their step size.")
+    lrs: tuple[Annotated[float, Field(gt=0)], ...] = Field(
+        default=(0.01, 0.05, 0.2),
+        description="Candidate step sizes at test; the best on validation episodes is used. Empty: `lr`.",
+    )
     bn: BatchNormMode = Field(
         default="transductive", description="Batch-norm statistics at test; stamped on every number."
     )
@@ -47,6 +53,33 @@ class EvalConfig(BaseModel):
     test_best: bool = Field(
         default=False, description="Also report the best round on the test episodes, labelled as such."
     )
+    icfil: IcfilConfig = IcfilConfig()
+
+
+def adapt_to(
+    network: Net,
+    theta: Tensor,
+    stats: Tensor,
+    support: Tensor,
+    labels: Tensor,
+    *,
+    steps: int,
+    lr: float,
+    bn: BatchNormMode,
+    head: Head,
+    icfil: IcfilConfig = OFF,
+    seed: int = 0,
+) -> Tensor:
+    """Weights [p] after the adaptation to a support: normalised images [s c h w], labels [s] in 0..k-1.
+
+    `seed` is read by the calibration only.
+    """
+    fixed = stats if bn == "running" else None
+    way = int(labels.max()) + 1
+    phi = adapted(
+        network, theta, support, labels, head=head, lr=lr, steps=steps, grad_of=plain_grad, stats=fixed, way=way
+    )
+    return calibrate(icfil, network, phi, fixed, support, labels, head=head, seed=seed)
 
 
 def finetune(
@@ -60,23 +93,17 @@ def finetune(
     steps: int,
     lr: float,
     bn: BatchNormMode,
+    head: Head = "maml",
+    icfil: IcfilConfig = OFF,
+    seed: int = 0,
 ) -> Tensor:
-    """Query logits [u q] after `steps` SGD steps of size `lr` on the support; images normalised [n c h w], labels
-    [s].
-    """
+    """Query logits [u k] after `adapt_to` the support; images normalised [n c h w], labels [s] in 0..k-1."""
+    phi = adapt_to(network, theta, stats, support, labels, steps=steps, lr=lr, bn=bn, head=head, icfil=icfil, seed=seed)
     fixed = stats if bn == "running" else None
-    way = int(labels.max()) + 1
-    phi = adapt(
-        lambda w: F.cross_entropy(network(w, support, fixed)[:, :way], labels),
-        theta,
-        lr=lr,
-        steps=steps,
-        grad_of=plain_grad,
-    )
     with torch.no_grad():
         if bn == "support":
             fixed = network.with_stats(phi, support)[1]
-        return network(phi, query, fixed)[:, :way]
+        return network(phi, query, fixed)[:, : int(labels.max()) + 1]
 
 
 def jobs(cfg: EvalConfig, *, way: int, shot: int, count: int) -> list[Job]:
@@ -97,10 +124,13 @@ def shared(
     theta: np.ndarray,
     stats: np.ndarray,
     reading: str,
+    lr: float | None,
+    head: Head,
     images: np.ndarray,
     labels: np.ndarray,
 ) -> Arrays:
-    """Values all evaluate jobs read: weights [p], statistics [k], uint8 images [n c h w], labels [n], the reading."""
+    """Values all evaluate jobs read: weights [p], statistics [k], uint8 images [n c h w], labels [n], the reading, and
+    for `finetune` the step size, None for that of `cfg`, and what adapts."""
     return {
         "arch": arch,
         "shape": image.shape,
@@ -113,22 +143,24 @@ def shared(
         "images": images,
         "labels": labels,
         "steps": cfg.steps,
-        "lr": cfg.lr,
+        "lr": cfg.lr if lr is None else lr,
+        "head": head,
         "bn": cfg.bn,
+        "icfil": cfg.icfil.model_dump(),
     }
 
 
 def evaluate(worker: object, jobs: Sequence[Job], shared: Arrays) -> list[Arrays]:
     """The `evaluate` op: accuracies in percent of the episodes of each job.
 
-    Readings: `finetune` adapts all weights to the support; `direct` takes output unit c for way c and ignores the
-    support;
+    Readings: `finetune` adapts to the support; `direct` takes output unit c for way c and ignores the support;
     `assign` matches output units to ways on the support's log-probabilities (both with the weights' own statistics).
     """
     device: torch.device = getattr(worker, "device")  # noqa: B009
     network = net(shared["arch"], tuple(shared["shape"]), shared["outputs"])
     theta, stats = (torch.tensor(shared[k], device=device) for k in ("theta", "stats"))
     mean, std = (torch.tensor(shared[k], device=device) for k in ("mean", "std"))
+    icfil = IcfilConfig.model_validate(shared["icfil"])
 
     def load(positions: np.ndarray) -> Tensor:
         return normalise(to_pixels(shared["images"][positions], device), mean, std)
@@ -156,6 +188,9 @@ def evaluate(worker: object, jobs: Sequence[Job], shared: Arrays) -> list[Arrays
                     steps=shared["steps"],
                     lr=shared["lr"],
                     bn=shared["bn"],
+                    head=shared["head"],
+                    icfil=icfil,
+                    seed=seeds.derive(v["seed"], way, v["shot"], v["query"], index, "icfil"),
                 )
             else:
                 with torch.no_grad():

@@ -6,7 +6,7 @@
     adapted = Learner.load("runs/free").adapt(support, ["cat", "cat", "dog", "dog"])  # uint8 [4 c h w]
     print(adapted.predict(query))                                                     # ["dog", "cat", ...]
 
-The mathematics is that of `evaluate.finetune`; a test holds the two to the same bits.
+The mathematics is that of `evaluate.finetune` without calibration; a test holds the two to the same bits.
 """
 
 import json
@@ -16,20 +16,19 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image, ImageOps
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 from torch import Tensor
 
 from ray_dfml.core.backbones import BACKBONES
 from ray_dfml.core.images import normalise, to_pixels
-from ray_dfml.core.inner_loop import adapt, plain_grad
+from ray_dfml.core.inner_loop import Head
 from ray_dfml.core.net import Net, net
 from ray_dfml.data import formats, weights_file
 from ray_dfml.data.folders import IMAGE_SUFFIXES
 from ray_dfml.data.manifest import Input
 from ray_dfml.errors import RejectedError, UsageError
-from ray_dfml.evaluate import BatchNormMode
+from ray_dfml.evaluate import BatchNormMode, adapt_to
 from ray_dfml.types import ImageSpec
 
 WEIGHTS = "learner.safetensors"
@@ -58,6 +57,7 @@ class LearnerCard(BaseModel):
     method: str
     arch: Annotated[str, AfterValidator(_known)]
     way: int = Field(ge=2, le=100_000)
+    head: Head = "maml"
     input: Input
     mean: list[Finite]
     std: list[Annotated[Finite, Field(gt=0)]]
@@ -95,6 +95,7 @@ def export(
     selection: str,
     profile: str,
     seed: int,
+    head: str = "maml",
 ) -> None:
     """Write weights [p] and statistics [k] as named tensors, and `learner.json`. Each file is replaced whole.
 
@@ -105,6 +106,7 @@ def export(
             "method": method,
             "arch": arch,
             "way": way,
+            "head": head,
             "input": {"channels": image.channels, "height": image.height, "width": image.width},
             "mean": [float(v) for v in image.mean],
             "std": [float(v) for v in image.std],
@@ -145,11 +147,15 @@ class Learner:
     """Size and normalisation of the images it takes."""
     way: int
     """The most classes it can tell apart at once."""
+    head: Head
+    """How it adapts."""
+    bn: BatchNormMode
+    """Batch-norm statistics when it adapts and predicts."""
 
     def __init__(self, card: LearnerCard, theta: Tensor, stats: Tensor) -> None:
         self.theta, self.stats = theta, stats
         self.arch, self.image, self.way = card.arch, card.image, card.way
-        self.bn, self.steps, self.lr = card.bn, card.steps, card.lr
+        self.head, self.bn, self.steps, self.lr = card.head, card.bn, card.steps, card.lr
         self.method, self.profile, self.selection, self.seed = card.method, card.profile, card.selection, card.seed
         self._mean, self._std = torch.tensor(card.mean), torch.tensor(card.std)
 
@@ -181,7 +187,10 @@ class Learner:
         return net(self.arch, self.image.shape, self.way)
 
     def adapt(self, x: np.ndarray | Tensor, y: Sequence[Hashable] | np.ndarray | Tensor) -> "AdaptedLearner":
-        """The learner after `steps` SGD steps on the support; itself it does not change.
+        """The learner adapted to the support; itself it does not change.
+
+        Which weights the `steps` SGD steps of size `lr` change, or that there are none, says `head`
+        (`core.inner_loop.adapted`).
 
         `x`: uint8 [n c h w] or [n h w c], or float in [0, 1] [n c h w]; NumPy or torch. `y`: n labels of any hashable
         kind. Class i is the i-th distinct label in `y`; head outputs beyond the last class are left out of loss and
@@ -242,20 +251,17 @@ class AdaptedLearner:
     classes: tuple[Any, ...]
 
     def __init__(self, learner: Learner, classes: tuple[Any, ...], support: Tensor, labels: Tensor) -> None:
-        """Fine-tunes on normalised images [s c h w] with labels [s] in 0..k-1 (`evaluate.finetune`)."""
+        """Adapts to normalised images [s c h w] with labels [s] in 0..k-1 (`evaluate.adapt_to`)."""
         self.classes = classes
         self._learner = learner
-        network, k = learner.net, len(classes)
-        fixed = learner.stats if learner.bn == "running" else None
-        self._phi = adapt(
-            lambda w: F.cross_entropy(network(w, support, fixed)[:, :k], labels),
-            learner.theta,
-            lr=learner.lr,
-            steps=learner.steps,
-            grad_of=plain_grad,
-        )
-        with torch.no_grad():
-            self._stats = learner.stats if fixed is not None else network.with_stats(self._phi, support)[1]
+        self._phi = adapt_to(
+            learner.net, learner.theta, learner.stats, support, labels,
+            steps=learner.steps, lr=learner.lr, bn=learner.bn, head=learner.head,
+        )  # fmt: skip
+        self._stats = learner.stats
+        if learner.bn != "running":
+            with torch.no_grad():
+                self._stats = learner.net.with_stats(self._phi, support)[1]
 
     def _logits(self, q: np.ndarray | Tensor) -> Tensor:
         query, network = self._learner._normalised(q), self._learner.net

@@ -22,6 +22,9 @@ from ray_dfml.types import Arrays, Backend, Job
 KEPT = ("rejected", "best", "test_best")
 """Parts of the state that belong to the loop, not to the method: teachers found bad, weights selected so far."""
 
+POOLED = "pooled"
+"""The `data` of a score over the episodes of all data sets of a run."""
+
 
 @dataclass(frozen=True)
 class Labelled:
@@ -64,6 +67,7 @@ class Trainer:
         self._sets = sets
         self._backend = backend
         self.state: State = state or self.method.init(self.config.method, world) | {name: {} for name in KEPT}
+        self._steps: dict[str, float] = {}
 
     @property
     def world(self) -> World:
@@ -143,17 +147,63 @@ class Trainer:
 
     def test(self, selection: str) -> list[Score]:
         """Scores of the weights that `selection` names (`val`, `last` or `test-best`) on the test episodes, every
-        shot and reading."""
-        cfg = self.config.eval
-        state = {"val": self.state["best"], "test-best": self.state["test_best"]}.get(selection) or self.state
+        shot and reading; those of several data sets also pooled."""
+        state = self._selected(selection)
         scores = []
-        for one in self._tests:
-            for shot in cfg.shots:
-                for reading in self.method.READINGS:
-                    name = self.config.name + (f"-{reading}" if len(self.method.READINGS) > 1 else "")
-                    accuracies = self._score(one, shot, cfg.episodes, state, reading)
-                    scores.append(self._named(name, one, shot, selection, accuracies))
+        for reading in self.method.READINGS:
+            name = self.config.name + (f"-{reading}" if len(self.method.READINGS) > 1 else "")
+            lr = self.step_size(selection) if reading == "finetune" else None
+            scores += self._tested(name, selection, state, reading, lr)
         return scores
+
+    def _selected(self, selection: str) -> Mapping[str, Any]:
+        return {"val": self.state["best"], "test-best": self.state["test_best"]}.get(selection) or self.state
+
+    def _tested(
+        self, name: str, selection: str, state: Mapping[str, Any], reading: str, lr: float | None
+    ) -> list[Score]:
+        cfg, scores = self.config.eval, []
+        for shot in cfg.shots:
+            found = [self._score(one, shot, cfg.episodes, state, reading, lr) for one in self._tests]
+            scores += [
+                self._named(name, one.data, one.split, shot, selection, accuracies)
+                for one, accuracies in zip(self._tests, found, strict=True)
+            ]
+            if len(found) > 1:
+                scores.append(self._named(name, POOLED, self._tests[0].split, shot, selection, np.concatenate(found)))
+        return scores
+
+    def step_size(self, selection: str) -> float:
+        """The step of `eval.lrs` whose mean accuracy on the validation episodes, over all shots and sets, is best; the
+        first of equals. `eval.lr` without candidates, without validation data, and for a head that takes no steps.
+
+        `selection` as in `test`, or `random` for the fresh learner.
+        """
+        cfg = self.config.eval
+        sets = [one for one in self._sets if one.split == "val"]
+        if not sets or not cfg.lrs or self._world.head == "protonet":
+            return cfg.lr
+        if selection not in self._steps:
+            state = self._fresh() if selection == "random" else self._selected(selection)
+
+            def accuracy(lr: float) -> float:
+                return float(
+                    np.concatenate(
+                        [
+                            self._score(one, shot, cfg.val_episodes, state, "finetune", lr)
+                            for one in sets
+                            for shot in cfg.shots
+                        ]
+                    ).mean()
+                )
+
+            self._steps[selection] = cfg.lrs[0] if len(cfg.lrs) == 1 else max(cfg.lrs, key=accuracy)
+        return self._steps[selection]
+
+    def step_sizes(self) -> dict[str, float]:
+        """The steps chosen so far: "METHOD/SELECTION" -> step size."""
+        names = {s: "random/last" if s == "random" else f"{self.config.name}/{s}" for s in self._steps}
+        return {names[selection]: lr for selection, lr in self._steps.items()}
 
     @property
     def _tests(self) -> list[Labelled]:
@@ -161,21 +211,21 @@ class Trainer:
 
     def baseline(self) -> list[Score]:
         """`random` on the same episodes: no number stands alone."""
-        cfg, method = self.config.eval, METHODS["random"]
-        state = method.init(method.Config(), self._world)
-        return [
-            self._named("random", one, shot, "last", self._score(one, shot, cfg.episodes, state, "finetune"))
-            for one in self._tests
-            for shot in cfg.shots
-        ]
+        return self._tested("random", "last", self._fresh(), "finetune", self.step_size("random"))
 
-    def _named(self, name: str, one: Labelled, shot: int, selection: str, accuracies: np.ndarray) -> Score:
+    def _fresh(self) -> State:
+        method = METHODS["random"]
+        return method.init(method.Config(), self._world)
+
+    def _named(self, name: str, data: str, split: str, shot: int, selection: str, accuracies: np.ndarray) -> Score:
         return Score(
-            method=name, data=one.data, split=one.split, way=self._world.way, shot=shot, bn=self.config.eval.bn,
+            method=name, data=data, split=split, way=self._world.way, shot=shot, bn=self.config.eval.bn,
             selection=selection, accuracies=accuracies,
         )  # fmt: skip
 
-    def _score(self, one: Labelled, shot: int, count: int, state: Mapping[str, Any], reading: str) -> np.ndarray:
+    def _score(
+        self, one: Labelled, shot: int, count: int, state: Mapping[str, Any], reading: str, lr: float | None = None
+    ) -> np.ndarray:
         world, cfg = self._world, self.config.eval
         shared = evaluate.shared(
             cfg,
@@ -185,6 +235,8 @@ class Trainer:
             theta=state["theta"].numpy(),
             stats=state["stats"].numpy(),
             reading=reading,
+            lr=lr,
+            head=world.head,
             images=one.images,
             labels=one.labels,
         )

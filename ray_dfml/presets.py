@@ -7,34 +7,71 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+PUBLISHED_TEST: Mapping[str, Any] = {"eval": {"lrs": ()}}
+"""What the profiles `paper` and `code` change of the test, for every method: one step size, none chosen."""
+
 PROFILES: dict[str, dict[str, Mapping[str, Any]]] = {
     "free": {
         "paper": {
-            "warmup": 0,
-            "meta_optimizer": "sgd",
-            "kl_clamp": 1e9,
-            "crop_pad": 0,
-            "flip": "off",
-            "bell_inner": "sgd",
-            "bell_outer": "interpolate",
+            "method": {
+                "warmup": 0,
+                "meta_optimizer": "sgd",
+                "kl_clamp": 1e9,
+                "crop_pad": 0,
+                "flip": "off",
+                "bell_inner": "sgd",
+                "bell_outer": "interpolate",
+            }
         },
         "code": {
-            "rounds": 999,
-            "meta_optimizer": "adam-fresh",
-            "meta_reduction": "sum",
-            "final_pass": False,
-            "adversarial_form": "probdot",
-            "crop_fill": "zero",
-            "flip": "on",
-            "bell_outer": "shared-adam",
-            "bell_scale": 67.0,
-            "distill": "probdot",
-            "bank_adds": "last",
-            "replay": {"reduction": "sum", "max_updates": 1_000_000},
+            "method": {
+                "rounds": 999,
+                "meta_optimizer": "adam-fresh",
+                "meta_reduction": "sum",
+                "final_pass": False,
+                "adversarial_form": "probdot",
+                "crop_fill": "zero",
+                "flip": "on",
+                "bell_outer": "shared-adam",
+                "bell_scale": 67.0,
+                "distill": "probdot",
+                "bank_adds": "last",
+                "replay": {"reduction": "sum", "max_updates": 1_000_000},
+            }
+        },
+    },
+    "purer": {
+        "paper": {"method": {"rounds": 15_000, "image_steps": 1, "updates": 1, "image_warmup": 0}},
+        "code": {
+            "method": {
+                "rounds": 60_000,
+                "image_steps": 1,
+                "updates": 1,
+                "image_warmup": 0,
+                "start": "average",
+                "meta": {"inner_steps": 1, "reduction": "sum"},
+            },
+            "eval": {"steps": 1},
+        },
+    },
+    "bidf-mkd": {
+        "paper": {"method": {"teachers_per_round": 1, "kl_clamp": 1e9, "crop_pad": 0, "flip": "off"}},
+        "code": {
+            "method": {
+                "teachers_per_round": 1,
+                "conditional": False,
+                "adversarial_form": "probdot",
+                "crop_fill": "zero",
+                "flip": "on",
+                "boundary_after": 4000,
+                "distill": "probdot",
+                "generate_every": 0,
+                "replay": {"reduction": "sum", "max_updates": 60_000},
+            }
         },
     },
 }
-"""Method -> profile -> values of its config. `fixed` is the defaults."""
+"""Method -> profile -> values of its run. `fixed` is the defaults."""
 
 
 @dataclass(frozen=True)
@@ -50,15 +87,19 @@ def _free(about: str, **method: Any) -> Preset:
     return Preset("free", about, {"method": method})
 
 
+REPLAY: dict[str, Any] = {"shot": 1, "tasks": 4, "inner_lr": 0.1, "lr": 3e-3}
+"""Cheap meta-updates that suit small images: with steps of 0.01 the inner loop hardly moves."""
+
 CHARACTERS: dict[str, Any] = {
-    "warmup": 4,
-    "width": 32,
+    "warmup": 2,
+    "width": 16,
+    "steps": 8,
     "crop_pad": 2,
-    "lr_generator": 3e-3,
-    "lr_latent": 3e-2,
+    "lr_generator": 1e-2,
+    "lr_latent": 0.1,
     "lr_meta": 2e-3,
     "bn_weight": 1.0,
-    "replay": {"shot": 1, "max_updates": 20},
+    "replay": {**REPLAY, "max_updates": 10},
 }
 
 PRESETS: dict[str, Preset] = {
@@ -71,6 +112,36 @@ PRESETS: dict[str, Preset] = {
     "characters": _free(
         "28x28 characters on a small machine: narrow generator, larger inversion steps, smaller crops", **CHARACTERS
     ),
+    "characters-purer": Preset(
+        "purer",
+        "28x28 characters on a small machine: few images, several meta-updates per image step, an early curriculum",
+        {
+            "method": {
+                "image_steps": 2,
+                "updates": 10,
+                "image_warmup": 15,
+                "images_per_class": 16,
+                "curriculum_after": 20,
+                "meta": REPLAY,
+            }
+        },
+    ),
+    "characters-bidf": Preset(
+        "bidf-mkd",
+        "28x28 characters on a small machine: narrow generator, short inversions with larger steps",
+        {
+            "method": {
+                "teachers_per_round": 2,
+                "iterations": 25,
+                "images_per_class": 16,
+                "width": 16,
+                "lr_generator": 1e-2,
+                "crop_pad": 2,
+                "bn_weight": 1.0,
+                "replay": REPLAY,
+            }
+        },
+    ),
     "quickstart": Preset(
         "free",
         "`ray-dfml quickstart`: `characters`, shorter and narrower",
@@ -78,9 +149,6 @@ PRESETS: dict[str, Preset] = {
             "method": {
                 **CHARACTERS,
                 "rounds": 8,
-                "warmup": 2,
-                "width": 16,
-                "replay": {"shot": 1, "max_updates": 12, "tasks": 6},
             },
             "eval": {"shots": (1,), "every": 100, "val_episodes": 50, "steps": 5},
         },
@@ -94,6 +162,13 @@ PRESETS: dict[str, Preset] = {
     "sequence": _free("Table 5: sequential generator, BELL", generator_sharing="sequential"),
     "free_2": _free("k = 2 adaptation steps", steps=2),
     "free_5": _free("k = 5 adaptation steps", steps=5),
+    "no-curriculum": Preset("purer", "the images follow the teachers alone", {"method": {"curriculum": 0.0}}),
+    "no-boundary": Preset(
+        "bidf-mkd", "the query set is recovered as the support set is", {"method": {"boundary": False}}
+    ),
+    "purer-icfil": Preset(
+        "purer", "calibration of the adapted learner at meta-test", {"eval": {"icfil": {"steps": 10}}}
+    ),
     "hard-label": _free("Table 7: BELL on the labels instead of the teacher's outputs", distill="hard"),
 }
 """Name -> preset."""

@@ -137,25 +137,6 @@ def verdict(row: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> tuple[
     return None, None
 
 
-def summary_rows(run: Path) -> list[dict[str, Any]]:
-    """Each row of a run's `scores.json` with `run preset seed state rounds seconds rejected above_random` beside it.
-
-    `seconds` is the time of all rounds (null if unknown), `rejected` counts teachers, `above_random` is null without a
-    `random` on the same episodes. A run without scores gives no rows.
-    """
-    record = read(run)
-    about = {
-        "run": run.name,
-        "preset": record.config.get("preset"),
-        "seed": record.config.get("seed"),
-        "state": record.status.get("state"),
-        "rounds": record.rounds,
-        "seconds": record.seconds,
-        "rejected": len(record.rejected),
-    }
-    return [row | about | {"above_random": verdict(row, record.scores)[0]} for row in record.scores]
-
-
 def _own(record: Record, row: Mapping[str, Any]) -> bool:
     """Whether a score is of the run's method (in any reading) and not of a baseline beside it."""
     method = str(row.get("method"))
@@ -199,7 +180,7 @@ def _table(record: Record) -> list[dict[str, Any]]:
 def _pools(record: Record) -> list[dict[str, Any]]:
     """The manifest's pools; one that is still there, unchanged, with its architectures, sources and rights."""
     pools = []
-    for noted in _dicts(record.manifest.get("pool")):
+    for noted in dicts(record.manifest.get("pool")):
         one: dict[str, Any] = {key: noted.get(key) for key in ("path", "sha256", "teachers")}
         one |= {"archs": [], "sources": [], "authorizations": [], "unstated": 0, "note": ""}
         try:
@@ -216,7 +197,8 @@ def _pools(record: Record) -> list[dict[str, Any]]:
     return pools
 
 
-def _dicts(value: object) -> list[dict[str, Any]]:
+def dicts(value: object) -> list[dict[str, Any]]:
+    """The mappings of a list from a file; none for anything else."""
     return [one for one in value if isinstance(one, dict)] if isinstance(value, list) else []
 
 
@@ -267,13 +249,13 @@ def _values(record: Record) -> dict[str, Any]:
         "unread": record.unread,
         "queries": sorted(record.queries.items()),
         "pools": _pools(record),
-        "data": _dicts(record.manifest.get("data")),
+        "data": dicts(record.manifest.get("data")),
         "learner": learner,
         "weights_sha256": hashlib.sha256(weights.read_bytes()).hexdigest() if weights.is_file() else None,
     }
 
 
-def _markdown(value: object) -> Markup:
+def markdown(value: object) -> Markup:
     """Text that Markdown shows as it is: one line, no markup, no HTML."""
     if isinstance(value, Markup):
         return value
@@ -287,18 +269,22 @@ def _code(value: object) -> Markup:
     return Markup(f"`{text}`")
 
 
+def pages() -> jinja2.Environment:
+    """The templates of pages. What they are given is escaped."""
+    loader = jinja2.PackageLoader("ray_dfml", "templates")
+    return jinja2.Environment(
+        loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+
+
 def write(run: Path) -> None:
     """Make `report.html` and `MODEL_CARD.md` in a run folder, from its files; each is replaced whole.
 
     Raises as `read` does.
     """
     record = read(run)
-    values = _values(record)
-    loader = jinja2.PackageLoader("ray_dfml", "templates")
-    page = jinja2.Environment(
-        loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    card = page.overlay(autoescape=False, finalize=_markdown)
+    values, page = _values(record), pages()
+    card = page.overlay(autoescape=False, finalize=markdown)
     card.filters["code"] = _code
     text = page.get_template("report.html").render(values, plots=plots.draw(record.metrics))
     weights_file.write_bytes(run / "report.html", text.encode())

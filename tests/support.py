@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -12,16 +12,16 @@ from torch import Tensor
 
 from ray_dfml.core import seeds
 from ray_dfml.core.net import Net
-from ray_dfml.methods import free, replay
-from ray_dfml.methods.base import World
+from ray_dfml.errors import RejectedError
+from ray_dfml.methods import METHODS, bidf, free, purer
+from ray_dfml.methods.base import State, World
+from ray_dfml.ops import OPS
 from ray_dfml.types import Arrays, ImageSpec, Job, TeacherCard
 
 torch.set_num_threads(1)
 
 PROPERTY = settings(max_examples=25, deadline=None, derandomize=True, database=None)
 """Settings of a property test: few examples, the same ones on every machine."""
-
-OPS: dict[str, Callable[..., list[Arrays]]] = {"free.recover": free.recover, "maml.grad": replay.grad}
 
 
 @dataclass
@@ -39,19 +39,51 @@ class FakeTeacher:
 
 
 class FakeWorker:
-    """A worker process without the process: teachers drawn from their names, on the CPU."""
+    """A worker process without the process: teachers drawn from their names, on the CPU. `sent` logs the work."""
 
     def __init__(self, world: World, *, batched: bool = False) -> None:
         self.device, self.batched = torch.device("cpu"), batched
-        self._teachers = {card.id: random_teacher(card) for card in world.cards}
+        self.teachers = {card.id: random_teacher(card) for card in world.cards}
+        self.sent: list[tuple[str, list[Job]]] = []
 
     def teacher(self, id: str) -> FakeTeacher:
-        """The teacher of that name; the same object on every call."""
-        return self._teachers[id]
+        """The teacher of that name; the same object on every call. Raises RejectedError where there is none."""
+        if id not in self.teachers:
+            raise RejectedError(f"{id}: unreadable")
+        return self.teachers[id]
 
     def send(self, op: str, jobs: Sequence[Job], shared: Arrays) -> list[Arrays]:
-        """`Backend.map` in this process."""
-        return OPS[op](self, jobs, shared)
+        """`Backend.map` in this process, without the jobs of rejected teachers."""
+        self.sent.append((op, list(jobs)))
+        return [result for result in OPS[op](self, jobs, shared) if "rejected" not in result]
+
+    def spoil(self, id: str) -> None:
+        """Make the weights of a teacher unusable."""
+        teacher = self.teachers[id]
+        self.teachers[id] = replace(teacher, theta=torch.full_like(teacher.theta, float("nan")))
+
+
+def play(
+    name: str, cfg: Any, world: World, *, rounds: int = 1, first: int = 1, worker: FakeWorker | None = None
+) -> tuple[State, State, dict[str, Any]]:
+    """The state before and after `rounds` rounds of a method in this process, and the last metrics."""
+    worker, method = worker or FakeWorker(world), METHODS[name]
+    state = before = method.init(cfg, world)
+    metrics: dict[str, Any] = {}
+    for r in range(first, first + rounds):
+        jobs = method.plan(cfg, world, state, r)
+        results = worker.send(f"{name}.recover", jobs, method.shared(cfg, world, state, r))
+        state, metrics = method.learn(cfg, world, state, r, results, worker.send)
+    return before, state, metrics
+
+
+def same(a: Any, b: Any) -> bool:
+    """Whether two states are equal bit for bit."""
+    if isinstance(a, dict):
+        return isinstance(b, dict) and a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(same(one, other) for one, other in zip(a, b, strict=True))
+    return bool(np.array_equal(np.asarray(a), np.asarray(b)))
 
 
 def random_teacher(card: TeacherCard) -> FakeTeacher:
@@ -92,6 +124,45 @@ def small_config(**changes: Any) -> free.Config:
         "replay": {"shot": 1, "query": 2, "tasks": 2, "inner_steps": 1, "patience": 1, "max_updates": 2},
     }
     return free.Config.model_validate(small | changes)
+
+
+def small_purer(**changes: Any) -> purer.Config:
+    """PURER in seconds: few images and updates, no curriculum unless `curriculum_after` is brought forward."""
+    small: dict[str, Any] = {
+        "image_steps": 2,
+        "updates": 2,
+        "image_warmup": 1,
+        "images_per_class": 4,
+        "meta": {"shot": 1, "query": 2, "tasks": 2, "inner_steps": 1},
+    }
+    return purer.Config.model_validate(small | changes)
+
+
+def small_bidf(**changes: Any) -> bidf.Config:
+    """BiDf-MKD in seconds: few images, short inversions, three updates in a round."""
+    small: dict[str, Any] = {
+        "teachers_per_round": 2,
+        "iterations": 3,
+        "images_per_class": 4,
+        "latent": 8,
+        "width": 4,
+        "inner_steps": 2,
+        "generate_every": 3,
+        "replay": {"shot": 1, "query": 2, "tasks": 3, "inner_steps": 1},
+    }
+    return bidf.Config.model_validate(small | changes)
+
+
+def mixed_world(way: int = 2) -> World:
+    """A grey teacher of 16x16 images, and a wider one of 20x20 colour images that knows three classes, one of them the
+    grey one's. The learner takes 20x20 colour images. Each has a normalisation of its own."""
+    grey = ImageSpec(channels=1, height=16, width=16, mean=(0.3,), std=(0.5,))
+    colour = ImageSpec(channels=3, height=20, width=20, mean=(0.5, 0.4, 0.6), std=(0.25, 0.2, 0.3))
+    pool = (
+        TeacherCard(id="grey", arch="conv4", image=grey, classes=("toy/b", "toy/a")),
+        TeacherCard(id="colour", arch="conv4-64", image=colour, classes=("toy/d", "toy/a", "toy/c")),
+    )
+    return World(cards=pool, arch="conv4", image=image_spec(3, 20), way=way, seed=0)
 
 
 def unique_images(n: int, shape: tuple[int, int, int], first: int = 0) -> np.ndarray:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from ray_dfml.config import RunConfig, build, parse_set, pretrain_config, resolve
 from ray_dfml.errors import UsageError
 from ray_dfml.methods import METHODS
-from ray_dfml.presets import PRESETS, PROFILES
+from ray_dfml.presets import PRESETS, PROFILES, PUBLISHED_TEST
 from tests.support import PROPERTY
 
 
@@ -28,12 +28,16 @@ def difference(a: RunConfig, b: RunConfig) -> dict[str, Any]:
     return {key: new[key] for key in new if new[key] != old[key]}
 
 
+def fields(method: str) -> set[str]:
+    """Names of a method's settings."""
+    return set(METHODS[method].Config.model_fields)
+
+
 # ------------------------------------------------------------------------------------------------------------- profiles
 
 
-def test_the_paper_profile() -> None:
-    assert difference(resolve("free"), resolve("free", profile="paper")) == {
-        "profile": "paper",
+CHANGES: dict[tuple[str, str], dict[str, Any]] = {
+    ("free", "paper"): {
         "method.warmup": 0,
         "method.meta_optimizer": "sgd",
         "method.kl_clamp": 1e9,
@@ -41,12 +45,8 @@ def test_the_paper_profile() -> None:
         "method.flip": "off",
         "method.bell_inner": "sgd",
         "method.bell_outer": "interpolate",
-    }
-
-
-def test_the_code_profile() -> None:
-    assert difference(resolve("free"), resolve("free", profile="code")) == {
-        "profile": "code",
+    },
+    ("free", "code"): {
         "method.rounds": 999,
         "method.meta_optimizer": "adam-fresh",
         "method.meta_reduction": "sum",
@@ -60,7 +60,65 @@ def test_the_code_profile() -> None:
         "method.bank_adds": "last",
         "method.replay.reduction": "sum",
         "method.replay.max_updates": 1_000_000,
-    }
+    },
+    ("purer", "paper"): {
+        "method.rounds": 15_000,
+        "method.image_steps": 1,
+        "method.updates": 1,
+        "method.image_warmup": 0,
+    },
+    ("purer", "code"): {
+        "method.rounds": 60_000,
+        "method.image_steps": 1,
+        "method.updates": 1,
+        "method.image_warmup": 0,
+        "method.start": "average",
+        "method.meta.inner_steps": 1,
+        "method.meta.reduction": "sum",
+        "eval.steps": 1,
+    },
+    ("bidf-mkd", "paper"): {
+        "method.teachers_per_round": 1,
+        "method.kl_clamp": 1e9,
+        "method.crop_pad": 0,
+        "method.flip": "off",
+    },
+    ("bidf-mkd", "code"): {
+        "method.teachers_per_round": 1,
+        "method.conditional": False,
+        "method.adversarial_form": "probdot",
+        "method.crop_fill": "zero",
+        "method.flip": "on",
+        "method.boundary_after": 4000,
+        "method.distill": "probdot",
+        "method.generate_every": 0,
+        "method.replay.reduction": "sum",
+        "method.replay.max_updates": 60_000,
+    },
+}
+"""What each profile changes of a run, apart from its name and the choice of the test step."""
+
+
+@pytest.mark.parametrize(("method", "profile"), CHANGES)
+def test_a_profile_changes_only_what_it_claims(method: str, profile: str) -> None:
+    found = difference(resolve(method), resolve(method, profile=profile))
+    assert found == {"profile": profile, "eval.lrs": ()} | CHANGES[method, profile]
+
+
+def test_every_profile_is_pinned_above() -> None:
+    assert set(CHANGES) == {(method, profile) for method, found in PROFILES.items() for profile in found}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_published_test_has_one_step_size(method: str) -> None:
+    """`paper` and `code` choose none; the recommended profile chooses on validation."""
+    assert PUBLISHED_TEST == {"eval": {"lrs": ()}}
+    assert resolve(method).eval.lrs == (0.01, 0.05, 0.2)
+    assert resolve(method).eval.lr == 0.01
+    for profile in ("paper", "code"):
+        assert resolve(method, profile=profile).eval.lrs == ()
+        again = resolve(method, profile=profile, sets=["eval.lrs=[0.1]"])
+        assert again.eval.lrs == (0.1,)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -70,8 +128,8 @@ def test_fixed_is_the_defaults(method: str) -> None:
 
 
 @pytest.mark.parametrize("method", sorted(set(METHODS) - set(PROFILES)))
-def test_a_method_without_profiles_is_only_stamped(method: str) -> None:
-    assert difference(resolve(method), resolve(method, profile="paper")) == {"profile": "paper"}
+def test_a_method_without_profiles_changes_its_test_only(method: str) -> None:
+    assert difference(resolve(method), resolve(method, profile="paper")) == {"profile": "paper", "eval.lrs": ()}
 
 
 # -------------------------------------------------------------------------------------------------------------- presets
@@ -123,8 +181,14 @@ def test_a_set_keeps_its_neighbours() -> None:
     """One nested value does not reset those beside it, nor the tables of profiles and presets."""
     found = resolve("free", profile="code", sets=["method.replay.shot=1"]).method.model_dump()["replay"]
     assert (found["shot"], found["reduction"], found["max_updates"]) == (1, "sum", 1_000_000)
-    assert "shot" not in PROFILES["free"]["code"]["replay"]
+    assert "shot" not in PROFILES["free"]["code"]["method"]["replay"]
     assert resolve("free", profile="code").method.model_dump()["replay"]["shot"] == 5
+
+
+@pytest.mark.parametrize(("method", "part"), [(m, p) for m in METHODS for p in ("meta", "replay") if p in fields(m)])
+def test_a_set_changes_one_value(method: str, part: str) -> None:
+    """Also where a method's default of a nested part is not that of the part's class."""
+    assert difference(resolve(method), resolve(method, sets=[f"method.{part}.shot=3"])) == {f"method.{part}.shot": 3}
 
 
 @pytest.mark.parametrize(("text", "value"), [("1e-4", 1e-4), ("1E5", 1e5), ("0.5", 0.5), ("3", 3.0)])
@@ -152,12 +216,15 @@ def test_reading_a_set(text: str, path: list[str], value: Any) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"name": "fre"}, r"unknown method 'fre' \(did you mean 'free'\?\); known: free, random"),
+        ({"name": "fre"}, r"unknown method 'fre' \(did you mean 'free'\?\); known: free, purer"),
         ({"profile": "best"}, "unknown profile 'best'; known: fixed, paper, code"),
         ({"preset": "free_3"}, r"unknown preset 'free_3' \(did you mean 'free_"),
         ({"name": "random", "preset": "erm"}, "preset 'erm' is for free, not for random"),
         ({"sets": ["method.stepz=1"]}, r"unknown key method.stepz \(did you mean 'steps'\?\); known there: rounds"),
         ({"sets": ["method.replay.x=1"]}, "unknown key method.replay.x; known there: shot, query"),
+        ({"sets": ["learner.head=knn"]}, "learner.head: input should be 'maml', 'anil' or 'protonet', got 'knn'"),
+        ({"sets": ["learner.way=1"]}, "learner.way: input should be greater than or equal to 2, got 1"),
+        ({"sets": ["eval.lrs=[0]"]}, r"eval.lrs.0: input should be greater than 0, got 0"),
         ({"sets": ["learner.arc=mlp"]}, r"unknown key learner.arc \(did you mean 'arch'\?\)"),
         ({"sets": ["eval.bn=none"]}, "eval.bn: input should be 'transductive', 'support' or 'running', got 'none'"),
         ({"sets": ["pretrain.epochs=1"]}, "unknown key pretrain; known there: name, profile"),

@@ -19,6 +19,7 @@ from ray_dfml.types import ImageSpec
 
 IMAGE = ImageSpec(channels=3, height=16, width=20, mean=(0.5, 0.4, 0.3), std=(0.25, 0.2, 0.3))
 WAY = 4
+HEADS = pytest.mark.parametrize("head", ["maml", "anil", "protonet"])
 COLOURS = np.array([[220, 40, 40], [40, 220, 40], [40, 40, 220], [200, 200, 30]], np.uint8)
 
 
@@ -69,9 +70,9 @@ def test_round_trip_keeps_every_bit_and_names_tensors(tmp_path):
     assert torch.equal(learner.stats, stats)
     assert (learner.image, learner.way, learner.arch) == (IMAGE, WAY, "conv4")
     assert (learner.bn, learner.steps, learner.lr, learner.selection) == ("transductive", 10, 0.01, "val")
-    assert (learner.method, learner.profile, learner.seed) == ("free", "fixed", 3)
+    assert (learner.method, learner.profile, learner.seed, learner.head) == ("free", "fixed", 3, "maml")
     assert json.loads((tmp_path / "learner.json").read_text()) == {
-        "format": 1, "method": "free", "arch": "conv4", "way": 4,
+        "format": 1, "method": "free", "arch": "conv4", "way": 4, "head": "maml",
         "input": {"channels": 3, "height": 16, "width": 20}, "mean": [0.5, 0.4, 0.3], "std": [0.25, 0.2, 0.3],
         "bn": "transductive", "steps": 10, "lr": 0.01, "selection": "val", "profile": "fixed", "seed": 3,
     }  # fmt: skip
@@ -101,6 +102,7 @@ def test_export_takes_arrays_and_refuses_values_that_load_would_refuse(tmp_path)
         ({"mean": [0.5]}, ["mean", "3 values"]),
         ({"std": [0.2, 0.0, 0.2]}, ["std"]),
         ({"bn": "batch"}, ["bn", "transductive"]),
+        ({"head": "linear"}, ["head", "protonet"]),
         ({"input": {"channels": 3, "height": 16}}, ["input.width"]),
         ({"extra": 1}, ["extra"]),
         ({"lr": "0.01"}, ["lr"]),
@@ -138,25 +140,38 @@ def test_damaged_and_missing_files(tmp_path):
 # ------------------------------------------------------------------------------------------------------------ adapting
 
 
+def test_a_card_of_before_there_were_heads_is_of_a_maml_learner(tmp_path):
+    exported(tmp_path, head="anil")
+    file = tmp_path / "learner.json"
+    card = json.loads(file.read_text())
+    assert card.pop("head") == "anil"
+    assert Learner.load(tmp_path).head == "anil"
+    file.write_text(json.dumps(card))
+    assert Learner.load(tmp_path).head == "maml"
+
+
+@HEADS
+@pytest.mark.parametrize("classes", [3, WAY])
 @pytest.mark.parametrize("bn", ["transductive", "support", "running"])
-def test_predictions_are_those_of_the_evaluation_bit_for_bit(tmp_path, bn):
-    learner = exported(tmp_path, bn=bn)
-    (x, y), (q, _) = blobs(2), blobs(3, seed=1)
+def test_predictions_are_those_of_the_evaluation_bit_for_bit(tmp_path, bn, head, classes):
+    learner = exported(tmp_path, bn=bn, head=head)
+    (x, y), (q, _) = blobs(2, classes), blobs(3, classes, seed=1)
     theta, stats = flat()
     mean, std = torch.tensor(IMAGE.mean), torch.tensor(IMAGE.std)
     expected = evaluate.finetune(
         net("conv4", IMAGE.shape, WAY), theta, stats, normalise(to_pixels(x), mean, std), torch.tensor(y),
-        normalise(to_pixels(q), mean, std), steps=10, lr=0.01, bn=bn,
+        normalise(to_pixels(q), mean, std), steps=10, lr=0.01, bn=bn, head=head,
     )  # fmt: skip
     adapted = learner.adapt(x, y)
     assert torch.equal(adapted._logits(q), expected)
     np.testing.assert_allclose(adapted.predict_proba(q), expected.double().softmax(-1).numpy(), atol=1e-12)
 
 
+@HEADS
 @pytest.mark.parametrize("bn", ["transductive", "support"])
 @pytest.mark.parametrize("classes", [2, 3, 4])
-def test_separable_images_are_learnt_with_masked_outputs(tmp_path, bn, classes):
-    learner = exported(tmp_path, bn=bn, steps=20, lr=0.05)
+def test_separable_images_are_learnt_with_masked_outputs(tmp_path, bn, classes, head):
+    learner = exported(tmp_path, bn=bn, steps=20, lr=0.05, head=head)
     (x, y), (q, wanted) = blobs(5, classes), blobs(15, classes, seed=1)
     names = ["red", "green", "blue", "yellow"]
     adapted = learner.adapt(x, [names[i] for i in y])
@@ -169,13 +184,14 @@ def test_separable_images_are_learnt_with_masked_outputs(tmp_path, bn, classes):
     assert found == [adapted.classes[i] for i in probabilities.argmax(axis=1)]
 
 
-def test_masked_outputs_have_no_influence(tmp_path):
+@HEADS
+def test_masked_outputs_have_no_influence(tmp_path, head):
     theta, stats = flat()
     shifted = theta.clone()
     shifted[-1] += 100.0  # the bias of the last head output
     (x, y), (q, _) = blobs(3, 2), blobs(4, 2, seed=1)
-    plain = exported(tmp_path, theta=theta, stats=stats).adapt(x, y).predict_proba(q)
-    moved = exported(tmp_path, theta=shifted, stats=stats).adapt(x, y).predict_proba(q)
+    plain = exported(tmp_path, theta=theta, stats=stats, head=head).adapt(x, y).predict_proba(q)
+    moved = exported(tmp_path, theta=shifted, stats=stats, head=head).adapt(x, y).predict_proba(q)
     np.testing.assert_array_equal(plain, moved)
 
 

@@ -14,11 +14,20 @@ import pytest
 from ray_dfml import errors
 from ray_dfml.cli import cli
 from ray_dfml.config import resolve
-from ray_dfml.presets import CHARACTERS
+from ray_dfml.core.backbones import BACKBONES
+from ray_dfml.methods import METHODS
+from ray_dfml.methods.base import MethodConfig
+from ray_dfml.methods.icfil import IcfilConfig
+from ray_dfml.ops import OPS
+from ray_dfml.presets import CHARACTERS, PROFILES
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text("utf-8")
-PAGES = ("README.md", "docs/architecture.md", "docs/methods.md", "docs/CHANGELOG.md")
+PAGES = (
+    "README.md", "docs/architecture.md", "docs/methods.md", "docs/methods_purer_bidf.md", "docs/CHANGELOG.md",
+)  # fmt: skip
+TEXT = {page: (ROOT / page).read_text("utf-8") for page in PAGES}
+METHOD_PAGES = "\n".join(TEXT[page] for page in PAGES if page.startswith("docs/methods"))
 SETUP = 'pip install -e ".[dev]"'
 
 
@@ -90,6 +99,7 @@ def test_options_named_in_passing_exist():
     known = {"--json", "--debug"}
     for name in cli.list_commands(click.Context(cli)):
         command = cli.get_command(click.Context(cli), name)
+        assert command is not None
         members = command.commands.values() if isinstance(command, click.Group) else [command]
         known |= {flag for member in members for param in member.params for flag in param.opts}
     spans = re.findall(r"`([^`\n]*)`", re.sub(r"^```.*?^```", "", README, flags=re.M | re.S))
@@ -101,7 +111,9 @@ def test_options_named_in_passing_exist():
 def test_settings_of_readme_are_settings():
     sets = [words[i + 1] for words in COMMANDS for i, word in enumerate(words) if word == "--set"]
     assert sets
-    resolve("free", sets=sets)
+    named = re.findall(r"`--set (\w+\.[^`=]+=[^`]+)`", README)
+    assert named
+    resolve("free", sets=[*sets, *named])
 
 
 def test_exit_codes_are_those_of_the_errors():
@@ -134,15 +146,14 @@ def test_continuous_integration_uses_the_set_up_of_readme():
 
 @pytest.mark.parametrize("page", PAGES)
 def test_relative_links_lead_somewhere(page):
-    text = (ROOT / page).read_text("utf-8")
-    links = [link for link in re.findall(r"\]\(([^)\s]+)\)", text) if not re.match(r"[a-z]+:", link)]
+    links = [link for link in re.findall(r"\]\(([^)\s]+)\)", TEXT[page]) if not re.match(r"[a-z]+:", link)]
     for link in links:
         assert ((ROOT / page).parent / link.split("#")[0]).exists(), link
 
 
 @pytest.mark.parametrize("page", PAGES)
 def test_functions_that_a_page_names_exist(page):
-    for file, name in re.findall(r"`([\w/]+\.py):([\w.]+)`", (ROOT / page).read_text("utf-8")):
+    for file, name in re.findall(r"`([\w/]+\.py):([\w.]+)`", TEXT[page]):
         assert (ROOT / "ray_dfml" / file).is_file(), file
         parts = [part for part in file.removesuffix(".py").split("/") if part != "__init__"]
         if file == "runtime/cluster.py":  # not imported here: it would load Ray
@@ -153,28 +164,90 @@ def test_functions_that_a_page_names_exist(page):
             found = getattr(found, attribute)
 
 
-def rows_of(section: str) -> list[list[str]]:
-    """Cells of the table rows of a section of docs/methods.md that begin with a name in backticks."""
-    text = (ROOT / "docs" / "methods.md").read_text("utf-8").split(f"\n## {section}\n")[1].split("\n## ")[0]
-    return [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line[:3] == "| `"]
+def rows_of(section: str, text: str = METHOD_PAGES) -> list[list[str]]:
+    """Cells of the table rows of a section, by default of the pages on methods, that begin with a name in backticks."""
+    part = text.split(f"\n## {section}\n")[1].split("\n## ")[0]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in part.splitlines() if line[:3] == "| `"]
 
 
-def flat(values: Mapping[str, Any]) -> dict[str, str]:
-    """Settings of FREE as the tables show them, with `replay.` before those of the replay."""
-    merged = {**values} | {f"replay.{name}": value for name, value in values["replay"].items()}
-    del merged["replay"]
-    return {name: f"{value:g}" if isinstance(value, float) else str(value) for name, value in merged.items()}
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """Settings as the tables show them: nested ones dotted, lists with commas."""
+    found: dict[str, str] = {}
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            found |= flat(value, f"{prefix}{name}.")
+        else:
+            found[prefix + name] = ", ".join(map(shown, value)) or "none" if isinstance(value, tuple) else shown(value)
+    return found
 
 
-def test_the_table_of_settings_equals_the_profiles():
-    header, *rows = rows_of("Settings")
-    profiles = [cell.strip("`") for cell in header[-3:]]
-    assert profiles == ["paper", "code", "fixed"]
-    for i, profile in enumerate(profiles, start=-3):
-        said = {row[0].strip("`"): row[i] for row in rows}
-        assert said == flat(resolve("free", profile=profile).method.model_dump())
+def shown(value: object) -> str:
+    """A number without zeros that say nothing, or a word."""
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def test_the_table_of_the_characters_preset_equals_it():
+OF_THE_TEST = ("steps", "lrs")
+"""Settings of `eval` that profiles change: rows of the table of every method with profiles."""
+
+
+def settings_of(method: str, profile: str) -> dict[str, str]:
+    """What the table of a method must say of a profile."""
+    config = resolve(method, profile=profile)
+    found = flat(config.method.model_dump())
+    if method in PROFILES:
+        found |= flat({name: getattr(config.eval, name) for name in OF_THE_TEST}, "eval.")
+    return found
+
+
+def test_every_method_with_settings_has_a_table() -> None:
+    own = {
+        name for name, method in METHODS.items() if set(method.Config.model_fields) != set(MethodConfig.model_fields)
+    }
+    assert set(PROFILES) <= own
+    assert sorted(re.findall(r"^## Settings: `(.*)`$", METHOD_PAGES, flags=re.M)) == sorted({*own, "eval.icfil"})
+
+
+@pytest.mark.parametrize("method", re.findall(r"^## Settings: `([a-z-]*)`$", METHOD_PAGES, flags=re.M))
+def test_the_table_of_settings_equals_the_profiles(method: str) -> None:
+    header, *rows = rows_of(f"Settings: `{method}`")
+    profiles = {name.strip("`"): i for i, name in enumerate(header) if name.strip("`") in ("paper", "code", "fixed")}
+    assert list(profiles) == (["paper", "code", "fixed"] if method in PROFILES else ["fixed"])
+    for profile, i in profiles.items():
+        assert {row[0].strip("`"): row[i] for row in rows} == settings_of(method, profile)
+    assert len({row[0] for row in rows}) == len(rows)
+
+
+def test_profiles_change_of_the_test_only_what_the_tables_show() -> None:
+    for method in METHODS:
+        plain = resolve(method).eval.model_dump()
+        for profile in ("paper", "code"):
+            other = resolve(method, profile=profile).eval.model_dump()
+            assert {name for name in plain if plain[name] != other[name]} <= set(OF_THE_TEST)
+
+
+def test_the_table_of_the_calibration_equals_its_defaults() -> None:
+    _, *rows = rows_of("Settings: `eval.icfil`")
+    assert {row[0].strip("`"): row[1] for row in rows} == flat(IcfilConfig().model_dump())
+
+
+def test_the_table_of_the_characters_preset_equals_it() -> None:
     said = {row[0].strip("`"): row[1] for row in rows_of("The preset `characters`")}
     assert said == flat(CHARACTERS)
+
+
+def test_the_table_of_ops_names_all_that_are_sent() -> None:
+    text = TEXT["docs/architecture.md"].split("\n| op | shared values")[0]
+    named = [row[0].strip("`") for row in rows_of("Ops", text)]
+    idle = {f"{name}.recover" for name in METHODS if name not in PROFILES}
+    assert sorted([*named, *idle]) == sorted(OPS)
+
+
+def test_the_table_of_methods_names_them_all() -> None:
+    named = [row[0].strip("`") for row in rows_of("Methods", README)]
+    assert named == list(METHODS)
+
+
+def test_readme_names_every_architecture() -> None:
+    section = README.split("## What this is not")[1].split("\n## ")[0]
+    sentence = section.split("architectures")[1].split(".\n")[0]
+    assert re.findall(r"`([\w-]+)`", sentence) == list(BACKBONES)

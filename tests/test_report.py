@@ -192,7 +192,6 @@ def test_only_the_configuration_is_needed(tmp_path):
         assert needle in page.text
     assert "no learner" in card
     assert "Learner.load" not in card
-    assert report.summary_rows(run) == []
 
 
 def test_a_baseline_of_one_round_gives_a_page_without_plots(tmp_path):
@@ -260,15 +259,11 @@ def test_learner_ledger_and_errors_are_shown(tmp_path):
     compile(code, "card", "exec")
 
 
-def test_summary_rows_join_scores_with_seconds_and_rounds(tmp_path):
+def test_time_of_all_rounds_is_that_of_the_metrics_else_of_the_status(tmp_path):
     run = make(tmp_path / "run")
-    rows = report.summary_rows(run)
-    assert [{k: row[k] for k in SCORES[0]} for row in rows] == SCORES
-    assert [row["above_random"] for row in rows] == [None, False, True, True]
-    joined = {"run": "run", "preset": None, "seed": 7, "state": "done", "rounds": 6, "seconds": 21.0, "rejected": 1}
-    assert all(row | joined == row for row in rows)
+    assert (report.read(run).seconds, report.read(run).rounds) == (21.0, 6)
     (run / "metrics.jsonl").unlink()
-    assert report.summary_rows(run)[0]["seconds"] == 1.0
+    assert (report.read(run).seconds, report.read(run).rounds) == (1.0, 6)
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ COMMANDS = {
     "train": ("ray_dfml.cli.train", "train"),
     "evaluate": ("ray_dfml.cli.evaluate", "evaluate"),
     "adapt": ("ray_dfml.cli.adapt", "adapt"),
+    "report": ("ray_dfml.cli.report", "report_runs"),
 }
 """Command -> (module, function). Loaded on use, so that `--help` is quick."""
 

@@ -30,14 +30,20 @@ def upsampled_conv_kernel(weight: Tensor) -> Tensor:
 class StandardGenerator(nn.Module):
     """Linear d -> 2w x h/4 x w/4, then twice (nearest x2, conv 3x3, BN, LeakyReLU 0.2), conv 3x3 to c, sigmoid.
 
-    Always normalises with the batch: images of one batch are coupled, and a batch of one is degenerate.
+    Always normalises with the batch: images of one batch are coupled, and a batch of one is degenerate. With `classes`
+    it is label-conditional: the code ends in a one-hot label, which a linear layer of its own turns into half of the
+    2w first channels.
     """
 
-    def __init__(self, shape: tuple[int, int, int], latent: int, width: int) -> None:
+    def __init__(self, shape: tuple[int, int, int], latent: int, width: int, classes: int) -> None:
         super().__init__()
         channels, height, breadth = shape
         self.grid = (2 * width, height // 4, breadth // 4)
-        self.project = nn.Linear(latent, math.prod(self.grid))
+        self.sizes = [latent, classes] if classes else [latent]
+        half = math.prod(self.grid) // len(self.sizes)
+        self.project = nn.Linear(latent, half)
+        if classes:
+            self.label = nn.Linear(classes, half)
         self.norm0 = BatchNorm(2 * width)
         self.conv1 = nn.Conv2d(2 * width, 2 * width, 3, padding=1, bias=False)
         self.norm1 = BatchNorm(2 * width)
@@ -46,7 +52,11 @@ class StandardGenerator(nn.Module):
         self.conv3 = nn.Conv2d(width, channels, 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:
-        x = self.norm0(self.project(z).view(-1, *self.grid))
+        parts = z.split(self.sizes, -1)
+        x = self.project(parts[0])
+        if len(parts) > 1:
+            x = torch.cat([x, self.label(parts[1])], -1)
+        x = self.norm0(x.view(-1, *self.grid))
         x = F.conv_transpose2d(x, upsampled_conv_kernel(self.conv1.weight), stride=2, padding=1)
         x = F.leaky_relu(self.norm1(x), 0.2)
         x = F.conv_transpose2d(x, upsampled_conv_kernel(self.conv2.weight), stride=2, padding=1)
@@ -55,13 +65,16 @@ class StandardGenerator(nn.Module):
 
 
 class Generator:
-    """The generator as a function of (flat weights [p], latent codes [n d]) -> pixels [n c h w] in [0, 1]."""
+    """The generator as a function of (flat weights [p], latent codes [n d]) -> pixels [n c h w] in [0, 1].
 
-    def __init__(self, shape: tuple[int, int, int], latent: int, width: int) -> None:
+    With `classes` a code is [n d + classes], the label one-hot at its end.
+    """
+
+    def __init__(self, shape: tuple[int, int, int], latent: int, width: int, classes: int = 0) -> None:
         if shape[1] % 4 or shape[2] % 4:
             raise ValueError(f"the generator needs height and width divisible by 4, got {shape[1]}x{shape[2]}")
-        self.shape, self.latent = shape, latent
-        self.module = StandardGenerator(shape, latent, width).requires_grad_(False)
+        self.shape, self.latent, self.classes = shape, latent, classes
+        self.module = StandardGenerator(shape, latent, width, classes).requires_grad_(False)
         self.layout = Layout((name, p.shape) for name, p in self.module.named_parameters())
 
     def __call__(self, theta: Tensor, z: Tensor) -> Tensor:
@@ -81,8 +94,17 @@ class Generator:
             parts[name] = (torch.rand(shape, generator=generator) * 2 - 1) / math.sqrt(fan_in)
         return self.layout.flatten(parts)
 
+    def reset(self, generator: torch.Generator) -> Tensor:
+        """Weights [p] as BiDf-MKD draws them anew for each inversion: N(0, 0.02), batch norm N(1, 0.02), biases 0."""
+        parts: dict[str, Tensor] = {}
+        for name, shape in self.layout.shapes.items():
+            centre = 1.0 if name.startswith("norm") else 0.0
+            drawn = centre + 0.02 * torch.randn(shape, generator=generator)
+            parts[name] = drawn if name.endswith("weight") else torch.zeros(shape)
+        return self.layout.flatten(parts)
+
 
 @functools.lru_cache(maxsize=16)
-def generator(shape: tuple[int, int, int], latent: int, width: int) -> Generator:
+def generator(shape: tuple[int, int, int], latent: int, width: int, classes: int = 0) -> Generator:
     """The generator of a shape, built once per process. Raises ValueError for a size not divisible by 4."""
-    return Generator(shape, latent, width)
+    return Generator(shape, latent, width, classes)

@@ -59,11 +59,17 @@ def inversion(
     adversarial: float,
     form: str = "kl",
     clamp: float = 10.0,
+    units: Tensor | None = None,
 ) -> Tensor:
-    """[Wei2024] Eq. 1 (scalar): CE of the teacher on the wished labels [n], plus `adversarial` x `disagreement`."""
+    """[Wei2024] Eq. 1 (scalar): CE of the teacher on the wished labels [n], plus `adversarial` x `disagreement`.
+
+    `units` [way] are the teacher's outputs that the student's outputs stand for, all of them by default.
+    """
     loss = F.cross_entropy(teacher, labels)
     if student is None or adversarial == 0.0:
         return loss
+    if units is not None and teacher.shape[-1] != len(units):
+        teacher = teacher[:, units]
     return loss + adversarial * disagreement(teacher, student, form=form, clamp=clamp)
 
 

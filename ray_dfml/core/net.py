@@ -51,6 +51,11 @@ class Net:
         self._set(use_running=stats is not None, capture=False, headless=True)
         return self._run(theta, x, stats)
 
+    def split(self, theta: Tensor) -> tuple[Tensor, Tensor]:
+        """Weights [p] as those of the backbone and those of the linear head, its weight and then its bias."""
+        head = sum(self.layout.sizes[-2:])
+        return theta[:-head], theta[-head:]
+
     def with_stats(self, theta: Tensor, x: Tensor, stats: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Logits, and the mean and biased variance that `x` has at each batch norm, laid out as `stats_layout`."""
         self._set(use_running=stats is not None, capture=True)

@@ -1,4 +1,4 @@
-"""Training of one teacher on one task, the pool's recipe ([Wei2024] section 5.1; METHODS 1.3). The `pretrain` op.
+"""Training of one teacher on one task, the pool's recipe ([Wei2024] section 5.1). The `pretrain` op.
 
 [Wei2024] FREE, arXiv 2405.00984. Unlike the released code, which saves the last epoch under the best epoch's
 accuracy, the best weights are copied, and both accuracies are kept.
@@ -25,7 +25,7 @@ class PretrainConfig(BaseModel):
 
     epochs: int = Field(default=60, ge=1, description="Passes over a teacher's training images.")
     batch: int = Field(default=128, ge=2, description="Images per step.")
-    lr: float = Field(default=0.01, gt=0, description="Step size of Adam (Conv4), or of SGD (ResNets).")
+    lr: float = Field(default=0.01, gt=0, description="Step size of Adam, or for ResNets of SGD.")
     clip: float = Field(default=50.0, gt=0, description="Bound on the gradient's L2 norm.")
     momentum: float = Field(default=0.9, ge=0, lt=1, description="SGD momentum (ResNets).")
     weight_decay: float = Field(default=5e-4, ge=0, description="SGD weight decay (ResNets).")
@@ -56,7 +56,7 @@ def _one(cfg: PretrainConfig, job: Job, device: torch.device) -> Arrays:
 
     theta, stats = network.init(rng).to(device), network.initial_stats().to(device)
     adam, velocity = optim.Adam.zeros(theta), torch.zeros_like(theta)
-    with_adam = values["arch"].startswith("conv4")
+    with_adam = not values["arch"].startswith("resnet")
     best = (-1.0, theta, stats)
     accuracy = 0.0
     for epoch in range(cfg.epochs):

@@ -2,14 +2,18 @@
 
 from typing import cast
 
-from ray_dfml.methods import baselines, free, oracle
+from ray_dfml.methods import baselines, bidf, dro, free, oracle, ota, purer
 from ray_dfml.methods.base import Method
 
 METHODS: dict[str, Method] = {
     "free": cast(Method, free),
+    "purer": cast(Method, purer),
+    "bidf-mkd": cast(Method, bidf),
     "random": baselines.RANDOM,
     "best-model": baselines.BEST_MODEL,
     "average": baselines.AVERAGE,
+    "ota": ota.OTA,
+    "dro": cast(Method, dro),
     "maml-oracle": cast(Method, oracle),
 }
 """Name -> module with the functions of `base.Method`."""

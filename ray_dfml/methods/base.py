@@ -97,13 +97,13 @@ class MethodConfig(BaseModel):
     rounds: int = Field(default=1, ge=1, description="Outer iterations.")
 
 
-class ReplayConfig(BaseModel):
-    """Meta-updates on interpolated tasks of the memory bank ([Wei2024] section 4.2; [Finn2017])."""
+class MetaConfig(BaseModel):
+    """Meta-updates of the learner on tasks of N classes of a store of images ([Finn2017])."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    shot: int = Field(default=5, ge=1, description="Support images per class of a replayed task.")
-    query: int = Field(default=15, ge=1, description="Query images per class of a replayed task.")
+    shot: int = Field(default=5, ge=1, description="Support images per class of a task.")
+    query: int = Field(default=15, ge=1, description="Query images per class of a task.")
     tasks: int = Field(default=10, ge=1, description="Tasks per meta-update.")
     inner_steps: int = Field(default=5, ge=0, description="SGD steps on the support.")
     inner_lr: float = Field(default=0.01, gt=0, description="Their step size.")
@@ -111,6 +111,11 @@ class ReplayConfig(BaseModel):
     reduction: Literal["mean", "sum"] = Field(
         default="mean", description="Over the tasks of an update; the released code sums."
     )
+
+
+class ReplayConfig(MetaConfig):
+    """Meta-updates on interpolated tasks of the memory bank, in bouts that end at a plateau ([Wei2024] section 4.2)."""
+
     patience: int = Field(
         default=10, ge=1, description="Stop after this many updates without a new best training accuracy."
     )
@@ -128,6 +133,10 @@ class Method(Protocol):
     @property
     def READINGS(self) -> tuple[str, ...]:
         """Ways to read predictions from the final weights: `finetune`, `direct`, `assign` (see `ray_dfml.evaluate`)."""
+        ...
+
+    def notes(self, cfg: Any, world: World) -> list[str]:
+        """What a reader must know of this method on this pool, such as a term that does not apply; one line each."""
         ...
 
     def init(self, cfg: Any, world: World) -> State:
@@ -151,6 +160,16 @@ class Method(Protocol):
     ) -> tuple[State, Metrics]:
         """At the learner: the new state and the numbers of the round."""
         ...
+
+
+def stacked(function: Callable[..., Any], *parts: Tensor, batched: bool) -> Any:
+    """`function` on every row of stacked tensors, through `vmap` or one after another; results stacked alike."""
+    if batched:
+        return torch.func.vmap(function)(*parts)
+    rows = [function(*row) for row in zip(*parts, strict=True)]
+    if isinstance(rows[0], tuple):
+        return tuple(torch.stack(column) for column in zip(*rows, strict=True))
+    return torch.stack(rows)
 
 
 def initial_learner(world: World, *, zero_head_bias: bool = False) -> State:

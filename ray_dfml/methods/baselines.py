@@ -5,11 +5,13 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from ray_dfml.errors import RejectedError, UsageError
-from ray_dfml.methods.base import MethodConfig, Metrics, Send, State, Worker, World, initial_learner
+from ray_dfml.methods.base import MethodConfig, Metrics, Send, State, Worker, World, initial_learner, teacher_job
 from ray_dfml.types import Arrays, Job, TeacherCard
 
 
@@ -17,17 +19,105 @@ class BaselineConfig(MethodConfig):
     """No settings beyond the number of rounds, which is one."""
 
 
+class Fetched(NamedTuple):
+    """A teacher's id, flat weights [p] and batch-norm statistics [k]."""
+
+    teacher: str
+    theta: Tensor
+    stats: Tensor
+
+
 def weights(worker: Worker, jobs: Sequence[Job], shared: Arrays) -> list[Arrays]:
-    """The `weights` op: a teacher's flat weights [p] and batch-norm statistics [k]."""
-    teachers = [worker.teacher(str(job.teacher)) for job in jobs]
-    return [{"theta": t.theta.cpu().numpy(), "stats": t.stats.cpu().numpy()} for t in teachers]
+    """The `weights` op: a teacher's id, flat weights [p] and batch-norm statistics [k]."""
+    teachers = [(job.teacher, worker.teacher(str(job.teacher))) for job in jobs]
+    return [{"teacher": id, "theta": t.theta.cpu().numpy(), "stats": t.stats.cpu().numpy()} for id, t in teachers]
 
 
-def _fetch(cards: Sequence[TeacherCard], send: Send) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    results = send("weights", [Job(index=i, seed=0, teacher=card.id) for i, card in enumerate(cards)], {})
+def fetch(cards: Sequence[TeacherCard], send: Send) -> list[Fetched]:
+    """The weights of teachers, in the order of the cards, without those that could not be read.
+
+    Raises RejectedError if none could.
+    """
+    results = send("weights", [teacher_job(card, index=i, seed=0, values={}) for i, card in enumerate(cards)], {})
     if not results:
         raise RejectedError("no teacher of the pool could be read; run `ray-dfml pool check`")
-    return [(torch.tensor(r["theta"]), torch.tensor(r["stats"])) for r in results]
+    return [Fetched(r["teacher"], torch.tensor(r["theta"]), torch.tensor(r["stats"])) for r in results]
+
+
+def mean(parts: Sequence[Tensor]) -> Tensor:
+    """The mean of vectors [p], summed in their order."""
+    total = torch.zeros_like(parts[0])
+    for part in parts:
+        total += part / len(parts)
+    return total
+
+
+def check_same_network(method: str, world: World) -> None:
+    """Raises UsageError unless every teacher is the learner's network: architecture, input and number of classes.
+
+    Weights of other networks are points of other spaces: they have no mean.
+    """
+    if not world.cards:
+        raise UsageError(f"{method}: merges the weights of teachers; name a pool with --pool")
+    wanted = (world.arch, world.image.shape, world.way)
+    kinds = [(card.arch, card.image.shape, len(card.classes)) for card in world.cards]
+    odd = [(card.id, kind) for card, kind in zip(world.cards, kinds, strict=True) if kind != wanted]
+    if not odd:
+        return
+    id, kind = odd[0]
+    if len(set(kinds)) == 1 and kind[1] == world.image.shape:
+        advice = f"use --set learner.arch={kind[0]} --set learner.way={kind[2]}"
+    else:
+        advice = "split the pool, or use a method that learns from outputs, such as free"
+    raise UsageError(
+        f"{method}: merges weights, so every teacher must be the learner's network, {_kind(*wanted)}; "
+        f"{id} is {_kind(*kind)}; {advice}"
+    )
+
+
+def _kind(arch: str, shape: Sequence[int], classes: int) -> str:
+    return f"{arch} of {_size(shape)} images and {classes} classes"
+
+
+def _size(shape: Sequence[int]) -> str:
+    return "x".join(str(n) for n in shape)
+
+
+def best_teacher(world: World) -> TeacherCard:
+    """The highest reported accuracy of a teacher that can be asked about the learner's episodes; of equals the last id.
+
+    A pool may mix inputs. A teacher can be asked if its images have the learner's channels and size, and if it has at
+    least as many classes as an episode. Raises UsageError if there is none, or if no teacher reports an accuracy.
+    """
+    named = _named(world)
+    if not named:
+        raise UsageError("best-model: no teacher of the pool reports an accuracy; give one with `pool add --accuracy`")
+    able = [card for card in named if card.image.shape == world.image.shape and len(card.classes) >= world.way]
+    if not able:
+        raise UsageError(
+            f"best-model: no teacher that reports an accuracy takes {_size(world.image.shape)} images and has "
+            f"{world.way} classes, as the episodes need; {named[-1].id} takes {_size(named[-1].image.shape)} and has "
+            f"{len(named[-1].classes)}; use another pool, or a smaller learner.way"
+        )
+    return able[-1]
+
+
+def _named(world: World) -> list[TeacherCard]:
+    named = [card for card in world.cards if card.accuracy is not None]
+    return sorted(named, key=lambda card: (card.accuracy, card.id))
+
+
+def _best_notes(world: World) -> list[str]:
+    chosen, top = best_teacher(world), _named(world)[-1]
+    found = []
+    if top != chosen:
+        found.append(
+            f"best-model takes {chosen.id} ({chosen.accuracy} %): {top.id} ({top.accuracy} %) takes "
+            f"{_size(top.image.shape)} images and has {len(top.classes)} classes, which does not fit the episodes"
+        )
+    if chosen.image != world.image:
+        found.append(f"best-model gets images normalised for the learner, {chosen.id} was trained with another mean")
+    return found
 
 
 def _random(world: World, state: State, send: Send) -> State:
@@ -35,49 +125,47 @@ def _random(world: World, state: State, send: Send) -> State:
 
 
 def _average(world: World, state: State, send: Send) -> State:
-    wrong = [card for card in world.cards if (card.arch, len(card.classes)) != (world.arch, world.way)]
-    if wrong:
-        raise UsageError(
-            f"average: needs teachers of one architecture and number of classes, {world.arch} with {world.way}; "
-            f"{wrong[0].id} is {wrong[0].arch} with {len(wrong[0].classes)}; "
-            f"use a method that learns from outputs, such as free"
-        )
-    theta, stats = torch.zeros_like(state["theta"]), torch.zeros_like(state["stats"])
-    fetched = _fetch(world.cards, send)
-    for one_theta, one_stats in fetched:
-        theta += one_theta / len(fetched)
-        stats += one_stats / len(fetched)
-    return {**state, "theta": theta, "stats": stats}
+    found = fetch(world.cards, send)
+    return {**state, "theta": mean([one.theta for one in found]), "stats": mean([one.stats for one in found])}
 
 
 def _best_model(world: World, state: State, send: Send) -> State:
-    named = [card for card in world.cards if card.accuracy is not None]
-    if not named:
-        raise UsageError("best-model: no teacher of the pool reports an accuracy; give one with `pool add --accuracy`")
-    best = max(named, key=lambda card: (card.accuracy or 0.0, card.id))
-    if len(best.classes) < world.way:
-        raise UsageError(f"best-model: {best.id} has {len(best.classes)} classes, episodes need {world.way}")
-    ((theta, stats),) = _fetch([best], send)
+    best = best_teacher(world)
+    (found,) = fetch([best], send)
     return {
         **state,
-        "theta": theta,
-        "stats": stats,
+        "theta": found.theta,
+        "stats": found.stats,
         "arch": best.arch,
         "outputs": len(best.classes),
         "teacher": best.id,
     }
 
 
+def _nothing(world: World) -> list[str]:
+    return []
+
+
 @dataclass(frozen=True)
 class Baseline:
-    """A method whose one round is `make`, applied to a fresh learner with a zero head bias."""
+    """A method whose one round is `make`, applied to a fresh learner with a zero head bias.
+
+    `check` raises UsageError for a world that `make` cannot take; `remarks` are its notes.
+    """
 
     make: Callable[[World, State, Send], State]
     READINGS: tuple[str, ...]
+    check: Callable[[World], object] = _nothing
+    remarks: Callable[[World], list[str]] = _nothing
     Config: type[MethodConfig] = BaselineConfig
 
+    def notes(self, cfg: MethodConfig, world: World) -> list[str]:
+        """What a reader must know of this baseline on this pool."""
+        return self.remarks(world)
+
     def init(self, cfg: MethodConfig, world: World) -> State:
-        """A fresh learner."""
+        """A fresh learner. Raises UsageError for a pool that the baseline cannot take."""
+        self.check(world)
         return initial_learner(world, zero_head_bias=True)
 
     def plan(self, cfg: MethodConfig, world: World, state: State, r: int) -> list[Job]:
@@ -100,5 +188,5 @@ class Baseline:
 
 
 RANDOM = Baseline(_random, ("finetune",))
-AVERAGE = Baseline(_average, ("finetune",))
-BEST_MODEL = Baseline(_best_model, ("direct", "finetune", "assign"))
+AVERAGE = Baseline(_average, ("finetune",), lambda world: check_same_network("average", world))
+BEST_MODEL = Baseline(_best_model, ("direct", "finetune", "assign"), best_teacher, _best_notes)

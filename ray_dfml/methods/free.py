@@ -7,20 +7,20 @@ Deviations of the released code and of this implementation are rows of docs/meth
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Literal
 
 import torch
 from pydantic import Field
-from torch import Tensor
 
-from ray_dfml.core import memory, optim, seeds
+from ray_dfml.core import optim, seeds
 from ray_dfml.core.generators import generator
 from ray_dfml.core.images import normalise, to_pixels, view
 from ray_dfml.core.net import net
-from ray_dfml.errors import RejectedError, UsageError
+from ray_dfml.errors import RejectedError
+from ray_dfml.methods import bank as bank_of
 from ray_dfml.methods import bell, replay
 from ray_dfml.methods.base import (
-    MethodConfig,
     Metrics,
     ReplayConfig,
     Send,
@@ -30,15 +30,19 @@ from ray_dfml.methods.base import (
     World,
     image_values,
     initial_learner,
+    stacked,
+    teacher_job,
 )
-from ray_dfml.methods.five import Judge, five
+from ray_dfml.methods.five import five
+from ray_dfml.methods.inversion import InversionConfig, Judge, checked_generator, groups
+from ray_dfml.methods.inversion import notes as notes
 from ray_dfml.types import Arrays, Job
 
 READINGS = ("finetune",)
 
 
-class Config(MethodConfig):
-    """FREE's hyper-parameters. The defaults are the `fixed` profile; METHODS section 2.1 has all three side by side."""
+class Config(InversionConfig):
+    """FREE's hyper-parameters. The defaults are the `fixed` profile; docs/methods.md has all three side by side."""
 
     rounds: int = Field(default=1000, ge=1, description="Outer iterations (epochs in the paper).")
     warmup: int = Field(
@@ -48,9 +52,6 @@ class Config(MethodConfig):
         default=4, ge=1, description="b: teachers inverted in a round, drawn with replacement."
     )
     steps: int = Field(default=5, ge=0, description="k: adaptation steps of (Z, theta_G) to one teacher.")
-    images_per_class: int = Field(default=20, ge=2, description="Images recovered per class of a teacher.")
-    latent: int = Field(default=256, ge=1, description="d_z: length of a latent code.")
-    width: int = Field(default=64, ge=4, description="Channels of the generator's last hidden layer.")
     lr_generator: float = Field(default=1e-3, ge=0, description="Inner Adam step size of theta_G.")
     lr_latent: float = Field(default=1e-3, ge=0, description="Inner Adam step size of Z.")
     lr_meta: float = Field(default=1e-3, ge=0, description="gamma: outer step size of theta_G.")
@@ -67,26 +68,6 @@ class Config(MethodConfig):
     final_pass: bool = Field(
         True,
         description="k updates, then one pass for images and meta-gradient; the released code takes both from pass k.",
-    )
-    adversarial: float = Field(default=1.0, ge=0, description="Weight of the disagreement term of Eq. 1.")
-    adversarial_form: Literal["kl", "probdot"] = Field(
-        default="kl", description="True KL, or the released code's product form."
-    )
-    kl_clamp: float = Field(default=10.0, gt=0, description="Bound on one image's KL in the disagreement term, nats.")
-    bn_weight: float = Field(
-        default=0.0, ge=0, description="Weight of the teacher's batch-norm statistics in the inversion loss."
-    )
-    tv_weight: float = Field(default=0.0, ge=0, description="Weight of the total variation in the inversion loss.")
-    crop_pad: int = Field(
-        default=4, ge=0, description="Padding of the random crop between generator and teacher, pixels."
-    )
-    crop_fill: Literal["edge", "zero"] = Field(
-        "edge",
-        description="Padding: repeated border, or black (released code), which no teacher of white pages has seen.",
-    )
-    flip: Literal["auto", "on", "off"] = Field(
-        default="auto",
-        description="Random mirror: auto mirrors colour images only, since a mirrored character is another one.",
     )
     learner_update: Literal["bell", "erm", "none"] = Field(
         default="bell", description="Distillation of the b tasks: BELL, or ablations."
@@ -111,7 +92,7 @@ class Config(MethodConfig):
     bank_adds: Literal["all", "last"] = Field(
         default="all", description="Recovered tasks stored per round; the released code: last."
     )
-    bank_key: Literal["class", "teacher"] = Field(
+    bank_key: bank_of.BankKey = Field(
         default="class",
         description="A bank class is a class name (side information of the cards), or a (teacher, unit) pair.",
     )
@@ -121,13 +102,9 @@ class Config(MethodConfig):
 def init(cfg: Config, world: World) -> State:
     """Learner and generator from the run's seed, fresh optimisers, an empty bank.
 
-    Raises UsageError for an input size that the generator cannot make.
+    Raises UsageError for an input size that the generator cannot make, and for a teacher of too few classes.
     """
-    try:
-        net_g = generator(world.image.shape, cfg.latent, cfg.width)
-    except ValueError as error:
-        raise UsageError(f"free: {error}; use teachers of another input size") from None
-    theta_g = net_g.init(seeds.generator(world.seed, "theta_g"))
+    theta_g = checked_generator("free", cfg, world).init(seeds.generator(world.seed, "theta_g"))
     learner = replay.with_optimiser(initial_learner(world))
     return learner | {
         "theta_g": theta_g,
@@ -142,10 +119,13 @@ def plan(cfg: Config, world: World, state: State, r: int) -> list[Job]:
     the one before ended."""
     rng = seeds.generator(world.seed, r, "plan")
     picks = torch.randint(len(world.cards), (cfg.teachers_per_round,), generator=rng).tolist()
-    slots = [(world.cards[i].id, seeds.derive(world.seed, r, "recover", j)) for j, i in enumerate(picks)]
+    slots = [(world.cards[i], seeds.derive(world.seed, r, "recover", j)) for j, i in enumerate(picks)]
     if cfg.generator_sharing == "sequential":
-        return [Job(index=0, seed=slots[0][1], values={"slots": slots})]
-    return [Job(index=j, seed=s, teacher=t, values={"slots": [(t, s)]}) for j, (t, s) in enumerate(slots)]
+        return [Job(index=0, seed=slots[0][1], values={"slots": [(card.id, seed) for card, seed in slots]})]
+    return [
+        teacher_job(card, index=j, seed=seed, values={"slots": [(card.id, seed)]})
+        for j, (card, seed) in enumerate(slots)
+    ]
 
 
 def shared(cfg: Config, world: World, state: State, r: int) -> Arrays:
@@ -167,16 +147,7 @@ def recover(worker: Worker, jobs: Sequence[Job], shared: Arrays) -> list[Arrays]
     """
     cfg = Config.model_validate(shared["cfg"])
     net_g = generator(tuple(shared["shape"]), cfg.latent, cfg.width)
-    judge: Judge | None = None
-    if shared["theta"] is not None:
-        learner = net(shared["arch"], tuple(shared["shape"]), shared["way"])
-        theta, mean, std = (torch.tensor(shared[k], device=worker.device) for k in ("theta", "mean", "std"))
-
-        def ask(pixels: Tensor) -> Tensor:
-            return learner(theta, normalise(pixels, mean, std))
-
-        judge = ask
-
+    ask = _learner(shared, worker.device)
     results: list[Arrays] = [{"tasks": [], "theta_g": None, "rejected_teachers": {}} for _ in jobs]
     slots: list[tuple[Arrays, Teacher, int]] = []
     for result, job in zip(results, jobs, strict=True):
@@ -188,9 +159,12 @@ def recover(worker: Worker, jobs: Sequence[Job], shared: Arrays) -> list[Arrays]
 
     start = torch.tensor(shared["theta_g"], device=worker.device)
     sequential = cfg.generator_sharing == "sequential"
-    for group in _groups(slots, batched=worker.batched and not sequential):
-        teachers, seeds_ = [t for _, t, _ in group], [s for _, _, s in group]
-        tasks, adapted = five(cfg, net_g, teachers, start.expand(len(group), -1), judge, seeds_, batched=len(group) > 1)
+    for group in groups(slots, lambda slot: slot[1], batched=worker.batched and not sequential):
+        teachers, seeds_, many = [t for _, t, _ in group], [s for _, _, s in group], len(group) > 1
+        judge = None if ask is None else partial(stacked, ask, batched=many)
+        tasks, adapted = five(
+            cfg, net_g, teachers, start.expand(len(group), -1), judge, seeds_, way=shared["way"], batched=many
+        )
         for (result, teacher, _), task in zip(group, tasks, strict=True):
             if not math.isfinite(task["loss_last"]):
                 result["rejected_teachers"][teacher.card.id] = "the inversion loss is not finite"
@@ -202,15 +176,13 @@ def recover(worker: Worker, jobs: Sequence[Job], shared: Arrays) -> list[Arrays]
     return results
 
 
-def _groups(slots: list[tuple[Arrays, Teacher, int]], *, batched: bool) -> list[list[tuple[Arrays, Teacher, int]]]:
-    """Slots that one call inverts: each alone, or all of one architecture, input size and number of classes."""
-    if not batched:
-        return [[slot] for slot in slots]
-    groups: dict[tuple[object, ...], list[tuple[Arrays, Teacher, int]]] = {}
-    for slot in slots:
-        card = slot[1].card
-        groups.setdefault((card.arch, card.image.shape, len(card.classes)), []).append(slot)
-    return list(groups.values())
+def _learner(shared: Arrays, device: torch.device) -> Judge | None:
+    """The learner as a function of pixels [n c h w]; None while it takes no part."""
+    if shared["theta"] is None:
+        return None
+    network = net(shared["arch"], tuple(shared["shape"]), shared["way"])
+    theta, mean, std = (torch.tensor(shared[k], device=device) for k in ("theta", "mean", "std"))
+    return lambda pixels: network(theta, normalise(pixels, mean, std))
 
 
 def learn(cfg: Config, world: World, state: State, r: int, results: list[Arrays], send: Send) -> tuple[State, Metrics]:
@@ -227,22 +199,16 @@ def learn(cfg: Config, world: World, state: State, r: int, results: list[Arrays]
     if r < cfg.warmup:
         return state, metrics
 
-    cards = {card.id: card for card in world.cards}
     bank = state["bank"]
     for task in tasks if cfg.bank_adds == "all" else tasks[-1:]:
-        for local, name in enumerate(cards[task["teacher"]].classes):
-            key = name if cfg.bank_key == "class" else f"{task['teacher']}#{local}"
-            bank = memory.add(bank, key, task["images"][task["labels"] == local], cfg.bank_capacity)
+        bank = bank_of.store(bank, task, cfg.bank_key, cfg.bank_capacity)
     state = {**state, "bank": bank}
 
     if cfg.learner_update != "none":
         state, found = bell.update(cfg, world, state, [_distill_set(cfg, world, task) for task in tasks], r)
         metrics |= found
-    per_class = cfg.replay.shot + cfg.replay.query
-    ready = len(memory.ready(bank, per_class))
-    metrics["bank/classes"] = ready
-    metrics["bank/images"] = sum(len(images) for images in bank.values())
-    if ready < world.way:
+    metrics |= bank_of.figures(cfg.replay, world, bank, cfg.bank_key)
+    if (metrics["bank/classes"] or 0) < world.way:
         return state, metrics | {"replay/updates": 0}
     state, found = replay.until_plateau(cfg.replay, world, state, bank, r, send)
     return state, metrics | found

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pydantic import Field
 
 from ray_dfml.methods import replay
-from ray_dfml.methods.base import MethodConfig, Metrics, ReplayConfig, Send, State, Worker, World, initial_learner
+from ray_dfml.methods.base import MetaConfig, MethodConfig, Metrics, Send, State, Worker, World, initial_learner
 from ray_dfml.types import Arrays, Job
 
 READINGS = ("finetune",)
@@ -19,7 +19,12 @@ class Config(MethodConfig):
 
     rounds: int = Field(default=100, ge=1, description="Outer iterations.")
     updates_per_round: int = Field(default=10, ge=1, description="Meta-updates in a round.")
-    replay: ReplayConfig = ReplayConfig()
+    replay: MetaConfig = MetaConfig()
+
+
+def notes(cfg: Config, world: World) -> list[str]:
+    """Nothing to say."""
+    return []
 
 
 def init(cfg: Config, world: World) -> State:

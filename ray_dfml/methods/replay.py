@@ -12,14 +12,17 @@ from ray_dfml.core import memory, optim, seeds
 from ray_dfml.core.images import normalise, to_pixels
 from ray_dfml.core.inner_loop import Task, meta_gradient
 from ray_dfml.core.net import net
-from ray_dfml.methods.base import Metrics, ReplayConfig, Send, State, Worker, World, image_values
+from ray_dfml.methods.base import MetaConfig, Metrics, ReplayConfig, Send, State, Worker, World, image_values
 from ray_dfml.types import Arrays, Job
 
 STATS_MOMENTUM = 0.1
 
 
 def grad(worker: Worker, jobs: Sequence[Job], shared: Arrays) -> list[Arrays]:
-    """The `maml.grad` op: one second-order meta-gradient [p] per job, each job one task of uint8 images."""
+    """The `maml.grad` op: one meta-gradient [p] per job, each job one task of support [s c h w] and query [u c h w].
+
+    uint8 images are pixels; float32 images are already normalised for the learner. `shared["head"]` says what adapts.
+    """
     network = net(shared["arch"], tuple(shared["shape"]), shared["way"])
     theta = torch.tensor(shared["theta"], device=worker.device)
     mean, std = (torch.tensor(shared[k], device=worker.device) for k in ("mean", "std"))
@@ -27,11 +30,20 @@ def grad(worker: Worker, jobs: Sequence[Job], shared: Arrays) -> list[Arrays]:
     for job in jobs:
         for i, name in enumerate(("support", "query")):
             images = job.values[name]
-            parts[2 * i].append(normalise(to_pixels(images, worker.device), mean, std))
+            if images.dtype == np.uint8:
+                parts[2 * i].append(normalise(to_pixels(images, worker.device), mean, std))
+            else:
+                parts[2 * i].append(torch.tensor(images, device=worker.device))
             parts[2 * i + 1].append(memory.interleaved(shared["way"], len(images) // shared["way"]).to(worker.device))
     tasks = Task(*(torch.stack(column) for column in parts))
     found = meta_gradient(
-        network, theta, tasks, lr=shared["inner_lr"], steps=shared["inner_steps"], batched=worker.batched
+        network,
+        theta,
+        tasks,
+        lr=shared["inner_lr"],
+        steps=shared["inner_steps"],
+        batched=worker.batched,
+        head=shared["head"],
     )
     columns = [column.detach().cpu().numpy() for column in found]
     return [
@@ -40,47 +52,78 @@ def grad(worker: Worker, jobs: Sequence[Job], shared: Arrays) -> list[Arrays]:
     ]
 
 
+def draw(cfg: MetaConfig, world: World, bank: Mapping[str, np.ndarray], tag: tuple[int | str, ...]) -> list[Arrays]:
+    """`cfg.tasks` tasks of the bank: uint8 `support` and `query`, interleaved. `tag` names the update for its seeds."""
+    tasks: list[Arrays] = []
+    for t in range(cfg.tasks):
+        rng = seeds.generator(world.seed, *tag, t)
+        _, support, query = memory.draw_task(bank, way=world.way, shot=cfg.shot, query=cfg.query, generator=rng)
+        tasks.append({"support": support, "query": query})
+    return tasks
+
+
+def shared_values(cfg: MetaConfig, world: World, state: State) -> Arrays:
+    """Values that all `maml.grad` jobs of an update read: the learner's weights [p] and how it adapts."""
+    return image_values(world.image) | {
+        "arch": world.arch,
+        "way": world.way,
+        "theta": state["theta"].numpy(),
+        "inner_lr": cfg.inner_lr,
+        "inner_steps": cfg.inner_steps,
+        "head": world.head,
+    }
+
+
+def step(
+    cfg: MetaConfig,
+    world: World,
+    state: State,
+    tasks: Sequence[Arrays],
+    tag: tuple[int | str, ...],
+    send: Send,
+    extra: Sequence[Arrays] = (),
+) -> tuple[State, Metrics]:
+    """One meta-update: the shards differentiate the tasks, one Adam step on the mean (or sum) of the gradients.
+
+    A task holds `support` and `query`, as the job of a `maml.grad`. `extra` are gradients from elsewhere, in the form
+    of that op's results, with or without `stats`; there must be a task or an extra. Metrics: mean loss in nats, mean
+    accuracy in percent. Gradients are added in order, tasks first, so the bits do not depend on the shards.
+    Raises FloatingPointError for a gradient that is not finite.
+    """
+    jobs = [Job(index=t, seed=0, values=task) for t, task in enumerate(tasks)]
+    results = [*(send("maml.grad", jobs, shared_values(cfg, world, state)) if jobs else []), *extra]
+    total, stats = torch.zeros_like(state["theta"]), torch.zeros_like(state["stats"])
+    captured = [result["stats"] for result in results if "stats" in result]
+    for result in results:
+        total += torch.tensor(result["grad"])
+    for found in captured:
+        stats += torch.tensor(found)
+    if cfg.reduction == "mean":
+        total /= len(results)
+    if not torch.isfinite(total).all():
+        raise FloatingPointError(f"the meta-gradient of update {tag} is not finite; lower its inner_lr or lr")
+    theta, adam = optim.adam_step(state["theta"], total, optim.Adam(**state["adam"]), lr=cfg.lr)
+    if captured:
+        stats = (1 - STATS_MOMENTUM) * state["stats"] + STATS_MOMENTUM * stats / len(captured)
+    else:
+        stats = state["stats"]
+    state = {**state, "theta": theta, "adam": adam._asdict(), "stats": stats, "updates": state["updates"] + 1}
+    return state, {
+        "loss": sum(r["loss"] for r in results) / len(results),
+        "accuracy": 100.0 * sum(r["accuracy"] for r in results) / len(results),
+    }
+
+
 def update(
-    cfg: ReplayConfig,
+    cfg: MetaConfig,
     world: World,
     state: State,
     bank: Mapping[str, np.ndarray],
     tag: tuple[int | str, ...],
     send: Send,
 ) -> tuple[State, Metrics]:
-    """One meta-update: draw `cfg.tasks` tasks, let the shards differentiate them, one Adam step on the mean (or sum).
-
-    `tag` names the update for its seeds. Gradients are added in task order, so the bits do not depend on the shards.
-    """
-    jobs = []
-    for t in range(cfg.tasks):
-        rng = seeds.generator(world.seed, *tag, t)
-        _, support, query = memory.draw_task(bank, way=world.way, shot=cfg.shot, query=cfg.query, generator=rng)
-        jobs.append(Job(index=t, seed=0, values={"support": support, "query": query}))
-    shared: Arrays = image_values(world.image) | {
-        "arch": world.arch,
-        "way": world.way,
-        "theta": state["theta"].numpy(),
-        "inner_lr": cfg.inner_lr,
-        "inner_steps": cfg.inner_steps,
-    }
-    results = send("maml.grad", jobs, shared)
-    total = torch.zeros_like(state["theta"])
-    stats = torch.zeros_like(state["stats"])
-    for result in results:
-        total += torch.tensor(result["grad"])
-        stats += torch.tensor(result["stats"])
-    if cfg.reduction == "mean":
-        total /= len(results)
-    if not torch.isfinite(total).all():
-        raise FloatingPointError(f"the meta-gradient of update {tag} is not finite; lower method.replay.inner_lr or lr")
-    theta, adam = optim.adam_step(state["theta"], total, optim.Adam(**state["adam"]), lr=cfg.lr)
-    stats = (1 - STATS_MOMENTUM) * state["stats"] + STATS_MOMENTUM * stats / len(results)
-    state = {**state, "theta": theta, "adam": adam._asdict(), "stats": stats, "updates": state["updates"] + 1}
-    return state, {
-        "loss": sum(r["loss"] for r in results) / len(results),
-        "accuracy": 100.0 * sum(r["accuracy"] for r in results) / len(results),
-    }
+    """One meta-update on tasks drawn from a bank."""
+    return step(cfg, world, state, draw(cfg, world, bank, tag), tag, send)
 
 
 def until_plateau(

@@ -1,6 +1,6 @@
 """`pool build`: train many teachers on the backend, each on its own classes, and put them in a pool.
 
-METHODS 1.3: a uniform random subset of the meta-train classes per teacher; the first 80 % of each class train, the
+A uniform random subset of the meta-train classes per teacher; the first 80 % of each class train, the
 last 20 % are held out for the accuracies that the pool reports.
 """
 
@@ -53,7 +53,8 @@ def plan(
             "labels": labels,
             "held_out": held,
         }
-        job = Job(index=i, seed=seeds.derive(seed, "pretrain", i), values=values)
+        cost = float(len(rows) * net(arch, image.shape, way).macs)
+        job = Job(index=i, seed=seeds.derive(seed, "pretrain", i), values=values, cost=cost)
         names = tuple(f"{train.name}/{train.class_names[c]}" for c in chosen)
         planned.append((f"{train.name}-{arch}-{i:04d}", arch, names, job))
     return image, planned

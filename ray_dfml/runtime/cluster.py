@@ -14,15 +14,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 import torch
 
-from ray_dfml.errors import LearnerLost, ResourceError
+from ray_dfml.errors import LearnerLost, RejectedError, ResourceError
 from ray_dfml.methods.base import State, World
 from ray_dfml.pipeline import Labelled, Trainer
+from ray_dfml.runtime import balance
 from ray_dfml.runtime.ray_environment import exceptions, ray
-from ray_dfml.runtime.shard import Shard, pin
-from ray_dfml.types import Arrays, Job, TeacherCard
+from ray_dfml.runtime.shard import CACHE_BYTES, Loaded, Shard, pin
+from ray_dfml.types import Arrays, Job
 
 STRIKES = 2
 """A job whose process died this often is given up: its teacher is rejected."""
@@ -71,12 +71,24 @@ def connect(workers: int, gpus_per_worker: float) -> bool:
 
 
 class PoolStore:
-    """Teachers in the object store; calling it with an id is a shard's way to load one."""
+    """Teachers in the object store; calling it with an id is a shard's way to load one.
 
-    def __init__(self, teachers: Mapping[str, tuple[TeacherCard, np.ndarray, np.ndarray]]) -> None:
-        self._refs = {id: ray.put(teacher) for id, teacher in teachers.items()}
+    They are put there one by one, and the store spills to disk what it cannot hold. A teacher that can no longer be
+    read is refused when it is asked for.
+    """
 
-    def __call__(self, id: str) -> tuple[TeacherCard, np.ndarray, np.ndarray]:
+    def __init__(self, teachers: Mapping[str, Loaded]) -> None:
+        self._refs: dict[str, ray.ObjectRef] = {}
+        self._refused: dict[str, str] = {}
+        for id in teachers:
+            try:
+                self._refs[id] = ray.put(teachers[id])
+            except RejectedError as error:
+                self._refused[id] = str(error)
+
+    def __call__(self, id: str) -> Loaded:
+        if id in self._refused:
+            raise RejectedError(self._refused[id])
         return ray.get(self._refs[id])
 
 
@@ -99,7 +111,7 @@ def start_shards(store: PoolStore, *, workers: int, gpus_per_worker: float, thre
 
 
 class RayBackend:
-    """`Backend` over shard actors: dynamic dispatch, results in job order, lost jobs sent again."""
+    """`Backend` over shard actors: dynamic dispatch, costly work first, results in job order, lost jobs sent again."""
 
     def __init__(self, shards: Sequence[Any], *, batched: bool) -> None:
         self._shards = list(shards)
@@ -109,16 +121,23 @@ class RayBackend:
     def map(self, op: str, jobs: Sequence[Job], shared: Arrays) -> list[Arrays]:
         """See `Backend.map`. Raises ResourceError when no shard is left, and whatever an op raises."""
         shared_ref = ray.put(shared)
-        size = -(-len(jobs) // len(self._shards)) if self._batched else 1
-        waiting = deque(jobs[i : i + size] for i in range(0, len(jobs), size))
+        if self._batched:
+            waiting = deque(balance.chunks(jobs, len(self._shards), CACHE_BYTES))
+        else:
+            waiting = deque([job] for job in balance.longest_first(jobs))
         flying: dict[ray.ObjectRef, tuple[int, Sequence[Job]]] = {}
         load: dict[int, list[ray.ObjectRef]] = {i: [] for i in range(len(self._shards))}
         done: dict[int, Arrays] = {}
         strikes: dict[int, int] = {}
 
+        def ahead(i: int) -> float:
+            return sum(job.cost for ref in load[i] for job in flying[ref][1])
+
         def fill() -> None:
+            """The next chunks, where the least is ahead of them."""
             for depth in range(1, IN_FLIGHT + 1):
-                for i, queue in load.items():
+                for i in sorted(load, key=ahead):
+                    queue = load[i]
                     if waiting and i not in self._waking and len(queue) < depth:
                         chunk = waiting.popleft()
                         ref = self._shards[i].run.remote(op, list(chunk), shared_ref)
@@ -201,7 +220,7 @@ class RaySession:
         config: dict[str, Any],
         world: World,
         sets: Sequence[Labelled],
-        teachers: Mapping[str, tuple[TeacherCard, np.ndarray, np.ndarray]],
+        teachers: Mapping[str, Loaded],
         *,
         workers: int,
         gpus_per_worker: float,

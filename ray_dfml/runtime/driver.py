@@ -19,21 +19,16 @@ import numpy as np
 
 from ray_dfml import learner
 from ray_dfml.config import RunConfig
-from ray_dfml.core import episodes
-from ray_dfml.data import datasets
-from ray_dfml.data.pool import Pool
-from ray_dfml.errors import DfmlError, Interrupted, LearnerLost, RejectedError, UsageError
-from ray_dfml.evaluate import EvalConfig
-from ray_dfml.methods import METHODS
+from ray_dfml.errors import DfmlError, Interrupted, LearnerLost
 from ray_dfml.methods.base import State, World
 from ray_dfml.pipeline import Labelled, Score
 from ray_dfml.runtime import checkpoint
+from ray_dfml.runtime.inputs import Inputs as Inputs
+from ray_dfml.runtime.inputs import read_inputs as read_inputs
 from ray_dfml.runtime.local import LocalSession
 from ray_dfml.runtime.progress import Progress
 from ray_dfml.runtime.rundir import RunFolder
-from ray_dfml.types import ImageSpec, TeacherCard
-
-Teachers = dict[str, tuple[TeacherCard, np.ndarray, np.ndarray]]
+from ray_dfml.runtime.shard import Loaded
 
 LEARNER_LIVES = 3
 """Deaths of the learner's process in one round before the run fails."""
@@ -65,7 +60,7 @@ class Machine:
     threads: int = 1
 
     def session(
-        self, config: RunConfig, world: World, sets: Sequence[Labelled], teachers: Mapping[str, Any]
+        self, config: RunConfig, world: World, sets: Sequence[Labelled], teachers: Mapping[str, Loaded]
     ) -> Session:
         """A session of this kind, not yet started. Ray is imported only if it is asked for."""
         tree = config.model_dump(mode="json")
@@ -77,102 +72,6 @@ class Machine:
             tree, world, sets, teachers,
             workers=self.workers, gpus_per_worker=self.gpus_per_worker, threads=self.threads,
         )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """What a run reads: the usable teachers with their weights, the real sets, and what was refused."""
-
-    world: World
-    sets: list[Labelled]
-    teachers: Teachers
-    rejected: dict[str, str]
-    pools: list[dict[str, Any]]
-    data: list[dict[str, Any]]
-
-
-def read_inputs(config: RunConfig) -> Inputs:
-    """Open pools and data. Raises RejectedError or UsageError where they do not fit the method or each other."""
-    teachers: Teachers = {}
-    rejected: dict[str, str] = {}
-    pools = []
-    for number, path in enumerate(config.pool):
-        pool = Pool.open(Path(path))
-        pools.append({"path": path, "sha256": pool.sha256(), "teachers": len(pool.cards)})
-        for card in pool.cards:
-            id = card.id if len(config.pool) == 1 else f"{number}:{card.id}"
-            try:
-                if card.access != "weights":
-                    raise RejectedError(f"{config.name} needs weights, this teacher gives {card.access}")
-                teachers[id] = (TeacherCard(**{**vars(card), "id": id}), *pool.load(card.id))
-            except RejectedError as error:
-                rejected[id] = str(error)
-    if config.pool and not teachers:
-        raise RejectedError(
-            f"no usable teacher in {', '.join(config.pool)}: {next(iter(rejected.values()), 'it is empty')}"
-        )
-    loaded = {spec: datasets.load(spec) for spec in config.data}
-    cards = tuple(card for card, _, _ in teachers.values())
-    image, way = _shape(config, cards, loaded)
-    sets = []
-    for spec, one in loaded.items():
-        if one.shape != image.shape:
-            raise UsageError(f"--data {spec}: images are {_size(one.shape)}, the learner takes {_size(image.shape)}")
-        for split in ("val", "test"):
-            part = one.subset(split)
-            check_episodes(part.labels, f"--data {spec}, split {split}", way, config.eval)
-            sets.append(Labelled(spec, split, np.ascontiguousarray(part.images), part.labels))
-    real: dict[str, np.ndarray] = {}
-    if config.name == "maml-oracle":
-        if not loaded:
-            raise UsageError("maml-oracle trains on real images: name them with --data")
-        for spec, one in loaded.items():
-            part = one.subset("train")
-            real |= {f"{spec}/{c}": part.images[part.labels == i] for i, c in enumerate(part.class_names)}
-    world = World(cards=cards, arch=config.learner.arch, image=image, way=way, seed=config.seed, real=real)
-    METHODS[config.name].init(config.method, world)  # refuses here, in the driver, what it cannot start from
-    data = [
-        {
-            "spec": spec,
-            "md5": one.source.get("md5") or one.source.get("pixels_md5"),
-            "licence": one.source.get("licence"),
-        }
-        for spec, one in loaded.items()
-    ]
-    return Inputs(world, sets, teachers, rejected, pools, data)
-
-
-def check_episodes(labels: np.ndarray, what: str, way: int, cfg: EvalConfig) -> None:
-    """Raises UsageError where the labels [n] of a split cannot make the episodes that the configuration asks for."""
-    for shot in cfg.shots:
-        try:
-            episodes.draw(labels, way=way, shot=shot, query=cfg.query, seed=cfg.seed, index=0)
-        except ValueError as error:
-            raise UsageError(f"{what}: {error}; change eval.shots or eval.query, or the way") from None
-
-
-def _shape(
-    config: RunConfig, cards: Sequence[TeacherCard], loaded: Mapping[str, datasets.ImageSet]
-) -> tuple[ImageSpec, int]:
-    if cards:
-        first = cards[0]
-        for card in cards:
-            if (card.image, len(card.classes)) != (first.image, len(first.classes)):
-                raise UsageError(
-                    f"teachers of one run must agree in input, normalisation and number of classes: {first.id} takes "
-                    f"{_size(first.image.shape)} and has {len(first.classes)} classes, {card.id} takes "
-                    f"{_size(card.image.shape)} and has {len(card.classes)}; split the pool"
-                )
-        return first.image, len(first.classes)
-    if not loaded:
-        raise UsageError(f"{config.name}: name a pool with --pool, or data with --data")
-    one = next(iter(loaded.values()))
-    channels, height, width = one.shape
-    return ImageSpec(channels=channels, height=height, width=width, mean=one.mean, std=one.std), 5
-
-
-def _size(shape: Sequence[int]) -> str:
-    return "x".join(str(n) for n in shape)
 
 
 @contextmanager
@@ -223,7 +122,9 @@ def _run(
 ) -> list[dict[str, Any]]:
     rounds = config.method.rounds
     every = config.eval.every or max(1, math.ceil(rounds / 20))
-    folder.status(state="starting", rounds=rounds, rejected=inputs.rejected)
+    folder.status(state="starting", rounds=rounds, rejected=inputs.rejected, notes=inputs.notes)
+    for line in inputs.notes:
+        progress.note(line)
     session = machine.session(config, inputs.world, inputs.sets, inputs.teachers)
     _arm()
     try:
@@ -260,15 +161,17 @@ def _run(
                 driver_share=round(1 - busy / elapsed, 5), rejected=inputs.rejected | snapshot["rejected"],
             )  # fmt: skip
             progress.round(r, eta, row)
-        _export(config, inputs.world, folder.path, session.call("snapshot"))
         progress.note("testing")
         try:
-            scores = _test(session, config.name)
+            scores = _finish(config, inputs.world, folder.path, session)
         except LearnerLost:
             session.start(_last(folder)[1])
-            scores = _test(session, config.name)
+            scores = _finish(config, inputs.world, folder.path, session)
         rows = folder.write_scores(scores, config.profile)
-        folder.status(state="done", last_error=None, rejected=inputs.rejected | session.call("snapshot")["rejected"])
+        folder.status(
+            state="done", last_error=None, rejected=inputs.rejected | session.call("snapshot")["rejected"],
+            test_step=session.call("step_sizes"),
+        )  # fmt: skip
         return rows
     finally:
         progress.stop()
@@ -281,6 +184,13 @@ def _last(folder: RunFolder) -> tuple[int, State | None]:
         return 0, None
     done, state = checkpoint.load(path)
     return done + 1, state
+
+
+def _finish(config: RunConfig, world: World, folder: Path, session: Session) -> list[Score]:
+    """Export the selected weights with the step size chosen for them, then test."""
+    state = session.call("snapshot")
+    _export(config, world, folder, state, session.call("step_size", "val" if state["best"] else "last"))
+    return _test(session, config.name)
 
 
 def _test(session: Session, method: str) -> list[Score]:
@@ -298,7 +208,7 @@ def _test(session: Session, method: str) -> list[Score]:
     return scores if method == "random" else scores + session.call("baseline")
 
 
-def _export(config: RunConfig, world: World, folder: Path, state: State) -> None:
+def _export(config: RunConfig, world: World, folder: Path, state: State, lr: float) -> None:
     chosen = state["best"] or state
     if not np.isfinite(np.asarray(chosen["theta"])).all():
         raise DfmlError(f"{folder}: the learner's weights are not finite; lower the learning rates")
@@ -312,7 +222,8 @@ def _export(config: RunConfig, world: World, folder: Path, state: State) -> None
         method=config.name,
         bn=config.eval.bn,
         steps=config.eval.steps,
-        lr=config.eval.lr,
+        lr=lr,
+        head=world.head,
         selection="val" if state["best"] else "last",
         profile=config.profile,
         seed=config.seed,

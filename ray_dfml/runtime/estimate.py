@@ -10,9 +10,10 @@ from ray_dfml.config import RunConfig
 from ray_dfml.core import memory
 from ray_dfml.core.generators import generator
 from ray_dfml.core.inner_loop import Task, meta_gradient
+from ray_dfml.core.net import net
 from ray_dfml.evaluate import finetune
 from ray_dfml.methods import free, oracle
-from ray_dfml.methods.base import ReplayConfig, World
+from ray_dfml.methods.base import MetaConfig, World
 from ray_dfml.methods.five import five
 from ray_dfml.runtime.driver import Inputs, Machine
 from ray_dfml.runtime.shard import Shard
@@ -25,7 +26,8 @@ DAEMON_BYTES = 250e6
 
 
 def estimate(config: RunConfig, inputs: Inputs, machine: Machine) -> dict[str, Any]:
-    """Rounds, teachers, images, meta-updates, minutes and memory; a range where a plateau decides."""
+    """Rounds, teachers, minutes of test and memory; of `free` and `maml-oracle` also images, meta-updates and minutes
+    of training, a range where a plateau decides."""
     world, cfg = inputs.world, config.method
     shard = Shard(inputs.teachers.__getitem__)
     plan: dict[str, Any] = {
@@ -37,7 +39,7 @@ def estimate(config: RunConfig, inputs: Inputs, machine: Machine) -> dict[str, A
         "learner parameters": world.net.layout.numel,
         "queries": 0,
     }
-    low = high = 0.0
+    training: tuple[float, float] | None = None
     if isinstance(cfg, free.Config):
         learning = max(cfg.rounds - cfg.warmup, 0)
         least, most = min(cfg.replay.patience + 1, cfg.replay.max_updates), cfg.replay.max_updates
@@ -45,19 +47,21 @@ def estimate(config: RunConfig, inputs: Inputs, machine: Machine) -> dict[str, A
         plan["meta-updates"] = f"{learning * least} to {learning * most}"
         recover = cfg.rounds * cfg.teachers_per_round * (cfg.steps + 1) * _inversion_pass(cfg, world, shard)
         update = _meta_update(cfg.replay, world)
-        low, high = recover + learning * least * update, recover + learning * most * update
+        training = (recover + learning * least * update, recover + learning * most * update)
     elif isinstance(cfg, oracle.Config):
         plan["meta-updates"] = cfg.rounds * cfg.updates_per_round
-        low = high = cfg.rounds * cfg.updates_per_round * _meta_update(cfg.replay, world)
+        seconds = cfg.rounds * cfg.updates_per_round * _meta_update(cfg.replay, world)
+        training = (seconds, seconds)
     tested = len([one for one in inputs.sets if one.split == "test"])
-    test = (
-        2 * tested * config.eval.episodes * sum(_episode(config, world, shot) for shot in config.eval.shots if tested)
-    )
+    steps = len(config.eval.lrs) if world.head != "protonet" else 0
+    episodes = config.eval.episodes + (steps if steps > 1 else 0) * config.eval.val_episodes  # to choose a step size
+    test = 2 * tested * episodes * sum(_episode(config, world, shot) for shot in config.eval.shots if tested)
     share = machine.workers if machine.backend == "ray" else 1
     processes = machine.workers + 2 if machine.backend == "ray" else 1
     memory_bytes = processes * PROCESS_BYTES + (DAEMON_BYTES if machine.backend == "ray" else 0.0)
+    if training is not None:
+        plan["training minutes"] = " to ".join(f"{seconds / share / 60:.1f}" for seconds in training)
     return plan | {
-        "training minutes": f"{low / share / 60:.1f} to {high / share / 60:.1f}",
         "test minutes": f"{test / share / 60:.1f}",
         "memory GiB, all processes": round(memory_bytes / 2**30, 1),
     }
@@ -71,11 +75,16 @@ def _seconds(work: Callable[[], object]) -> float:
 
 
 def _inversion_pass(cfg: free.Config, world: World, shard: Shard) -> float:
+    """Seconds of one pass over a teacher of mean cost: of the one whose cost is nearest, scaled."""
+    costs = {card.id: net(card.arch, card.image.shape, len(card.classes)).macs for card in world.cards}
+    mean = sum(costs.values()) / len(costs)
+    id = min(costs, key=lambda id: abs(costs[id] - mean))
     net_g = generator(world.image.shape, cfg.latent, cfg.width)
     theta_g = net_g.init(torch.Generator().manual_seed(0)).to(shard.device)[None]
     one = cfg.model_copy(update={"steps": 0})
-    teacher = shard.teacher(world.cards[0].id)
-    return _seconds(lambda: five(one, net_g, [teacher], theta_g, None, [0], batched=False))
+    teacher = shard.teacher(id)
+    seconds = _seconds(lambda: five(one, net_g, [teacher], theta_g, None, [0], way=world.way, batched=False))
+    return seconds * mean / costs[id]
 
 
 def _images(world: World, per_class: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -85,12 +94,13 @@ def _images(world: World, per_class: int) -> tuple[torch.Tensor, torch.Tensor]:
     )
 
 
-def _meta_update(cfg: ReplayConfig, world: World) -> float:
+def _meta_update(cfg: MetaConfig, world: World) -> float:
     theta = world.net.init(torch.Generator().manual_seed(0))
     parts = [part[None] for part in (*_images(world, cfg.shot), *_images(world, cfg.query))]
-    steps = cfg.inner_steps
     return cfg.tasks * _seconds(
-        lambda: meta_gradient(world.net, theta, Task(*parts), lr=cfg.inner_lr, steps=steps, batched=False)
+        lambda: meta_gradient(
+            world.net, theta, Task(*parts), lr=cfg.inner_lr, steps=cfg.inner_steps, batched=False, head=world.head
+        )
     )
 
 
@@ -98,7 +108,6 @@ def _episode(config: RunConfig, world: World, shot: int) -> float:
     theta, stats = world.net.init(torch.Generator().manual_seed(0)), world.net.initial_stats()
     support, labels = _images(world, shot)
     query, _ = _images(world, config.eval.query)
-    cfg = config.eval
-    return _seconds(
-        lambda: finetune(world.net, theta, stats, support, labels, query, steps=cfg.steps, lr=cfg.lr, bn=cfg.bn)
-    )
+    cfg, network = config.eval, world.net
+    adaptation = {"steps": cfg.steps, "lr": cfg.lr, "bn": cfg.bn, "head": world.head, "icfil": cfg.icfil}
+    return _seconds(lambda: finetune(network, theta, stats, support, labels, query, **adaptation))

@@ -3,16 +3,15 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
 from ray_dfml.errors import DfmlError
 from ray_dfml.methods.base import State, World
 from ray_dfml.pipeline import Labelled, Trainer
-from ray_dfml.runtime.shard import LoadWeights, Shard
-from ray_dfml.types import Arrays, Job, TeacherCard
+from ray_dfml.runtime import balance
+from ray_dfml.runtime.shard import CACHE_BYTES, Loaded, LoadWeights, Shard
+from ray_dfml.types import Arrays, Job
 
 
-def no_teachers(id: str) -> tuple[TeacherCard, np.ndarray, np.ndarray]:
+def no_teachers(id: str) -> Loaded:
     """The `load` of a backend for work that needs no pool. Raises DfmlError: nothing there asks for a teacher."""
     raise DfmlError(f"teacher {id} was asked for by work that has no pool")
 
@@ -25,9 +24,12 @@ class LocalBackend:
 
     def map(self, op: str, jobs: Sequence[Job], shared: Arrays) -> list[Arrays]:
         """See `Backend.map`."""
-        if self._shard.batched:
-            return self._shard.run(op, jobs, shared)
-        return [result for job in jobs for result in self._shard.run(op, [job], shared)]
+        if not self._shard.batched:
+            return [result for job in jobs for result in self._shard.run(op, [job], shared)]
+        done: dict[int, Arrays] = {}
+        for chunk in balance.chunks(jobs, 1, CACHE_BYTES):
+            done |= zip((job.index for job in chunk), self._shard.run(op, chunk, shared), strict=True)
+        return [done[job.index] for job in jobs]
 
 
 class LocalSession:
@@ -38,7 +40,7 @@ class LocalSession:
         config: dict[str, Any],
         world: World,
         sets: Sequence[Labelled],
-        teachers: Mapping[str, tuple[TeacherCard, np.ndarray, np.ndarray]],
+        teachers: Mapping[str, Loaded],
         *,
         threads: int,
     ) -> None:

@@ -1,5 +1,6 @@
 """`evaluate`: an exported learner on real episodes, and `random` on the same ones."""
 
+import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -14,7 +15,7 @@ from ray_dfml.errors import DfmlError, UsageError
 from ray_dfml.evaluate import EvalConfig
 from ray_dfml.learner import Learner
 from ray_dfml.pipeline import Score
-from ray_dfml.runtime.driver import check_episodes
+from ray_dfml.runtime.inputs import check_episodes, fitted, resizing
 from ray_dfml.runtime.local import LocalBackend, no_teachers
 from ray_dfml.scores import as_row
 
@@ -23,11 +24,15 @@ def meta_test(
     weights: Path, *, spec: str, split: str, way: int | None, shots: Sequence[int], episodes: int, bn: str | None,
     seed: int, workers: int, backend: str,
 ) -> list[dict[str, Any]]:  # fmt: skip
-    """Rows as in `scores.json`. Raises UsageError where the data or `way` do not fit the learner."""
+    """Rows as in `scores.json`. Images of another size are brought to the learner's, with a line on stderr.
+
+    Raises UsageError where the data's channels or `way` do not fit the learner.
+    """
     learner = Learner.load(weights)
     part = datasets.load(spec).subset(split)
+    images = fitted(part.images, learner.image.shape, f"--data {spec}")
     if part.shape != learner.image.shape:
-        raise UsageError(f"--data {spec}: images are {part.shape}, the learner takes {learner.image.shape}")
+        print(resizing(spec, part.shape, learner.image.shape), file=sys.stderr)
     way = way or learner.way
     if way > learner.way:
         raise UsageError(f"--way {way}: the learner has {learner.way} outputs")
@@ -55,8 +60,8 @@ def meta_test(
             for shot in cfg.shots:
                 shared = evaluate.shared(
                     cfg, arch=learner.arch, image=learner.image, outputs=learner.way, theta=theta.numpy(),
-                    stats=stats.numpy(), reading="finetune", images=np.ascontiguousarray(part.images),
-                    labels=part.labels,
+                    stats=stats.numpy(), reading="finetune", lr=learner.lr, head=learner.head,
+                    images=images, labels=part.labels,
                 )  # fmt: skip
                 results = here.map("evaluate", evaluate.jobs(cfg, way=way, shot=shot, count=episodes), shared)
                 failed = [r["rejected"] for r in results if "rejected" in r]

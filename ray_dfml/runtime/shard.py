@@ -17,10 +17,14 @@ from ray_dfml.errors import RejectedError
 from ray_dfml.ops import OPS
 from ray_dfml.types import Arrays, Job, TeacherCard
 
-LoadWeights = Callable[[str], tuple[TeacherCard, np.ndarray, np.ndarray]]
-"""Teacher id -> its card, flat weights [p] and batch-norm statistics [k]. Raises RejectedError for a bad teacher."""
+Loaded = tuple[TeacherCard, np.ndarray, np.ndarray]
+"""A teacher's card, flat weights [p] and batch-norm statistics [k]."""
+
+LoadWeights = Callable[[str], Loaded]
+"""Teacher id -> what it is. Raises RejectedError for a bad teacher."""
 
 CACHE_BYTES = 512 * 2**20
+"""Most that the teachers on a shard occupy together."""
 
 
 def pick_device() -> torch.device:
@@ -50,6 +54,11 @@ class HostedTeacher:
     theta: Tensor
     stats: Tensor
 
+    @property
+    def bytes(self) -> int:
+        """What it occupies."""
+        return self.theta.nbytes + self.stats.nbytes
+
 
 class Shard:
     """Runs ops. `threads` are torch's; `load` brings a teacher's weights from wherever they are kept."""
@@ -62,19 +71,19 @@ class Shard:
         self._hosted: OrderedDict[str, HostedTeacher] = OrderedDict()
 
     def teacher(self, id: str) -> HostedTeacher:
-        """The teacher, loaded on first use; the longest unused go when the cache exceeds 512 MiB."""
+        """The teacher, loaded on first use; the longest unused go where it would exceed CACHE_BYTES with them."""
         if id in self._hosted:
             self._hosted.move_to_end(id)
             return self._hosted[id]
         card, theta, stats = self._load(id)
         network = net(card.arch, card.image.shape, len(card.classes))
-        hosted = HostedTeacher(
+        room = CACHE_BYTES - theta.nbytes - stats.nbytes
+        while self._hosted and sum(hosted.bytes for hosted in self._hosted.values()) > room:
+            self._hosted.popitem(last=False)
+        self._hosted[id] = HostedTeacher(
             card, network, torch.tensor(theta, device=self.device), torch.tensor(stats, device=self.device)
         )
-        self._hosted[id] = hosted
-        while len(self._hosted) > 1 and sum(4 * t.theta.numel() for t in self._hosted.values()) > CACHE_BYTES:
-            self._hosted.popitem(last=False)
-        return hosted
+        return self._hosted[id]
 
     def run(self, op: str, jobs: Sequence[Job], shared: Arrays) -> list[Arrays]:
         """Results of `op` in job order. A job whose teacher is found bad gives `{"rejected": reason}`."""

@@ -54,6 +54,32 @@ def test_images_equal_those_of_plain_layers():
     torch.testing.assert_close(net_g(theta, z), plain(z))
 
 
+def test_a_conditional_generator_has_a_linear_layer_for_the_label():
+    """Half of the first channels come from the code, half from the one-hot label behind it."""
+    net_g, z, labels = Generator((3, 16, 12), 8, 4, classes=3), normal(6, 8), torch.arange(3).repeat(2)
+    theta = net_g.init(torch.Generator().manual_seed(0)).double() + 0.1 * normal(net_g.layout.numel, seed=1)
+    parts = net_g.layout.unflatten(theta)
+    assert parts["project.weight"].shape == (4 * 4 * 3, 8)
+    assert parts["label.weight"].shape == (4 * 4 * 3, 3)
+    from_code = z @ parts["project.weight"].T + parts["project.bias"]
+    from_label = parts["label.weight"].T[labels] + parts["label.bias"]
+    plain = Generator((3, 16, 12), 96, 4)
+    shared = {name: value for name, value in parts.items() if not name.startswith(("project", "label"))}
+    passing = {"project.weight": torch.eye(96).double(), "project.bias": torch.zeros(96).double()}
+    expected = plain(plain.layout.flatten(passing | shared), torch.cat([from_code, from_label], 1))
+    torch.testing.assert_close(net_g(theta, torch.cat([z, F.one_hot(labels, 3)], 1)), expected)
+
+
+@pytest.mark.parametrize("kind", ["init", "reset"])
+def test_images_follow_the_label_for_equal_codes(kind):
+    net_g = Generator((1, 8, 8), 4, 4, classes=2)
+    theta, z = getattr(net_g, kind)(torch.Generator().manual_seed(0)), normal(1, 4).float().expand(4, -1)
+    images = net_g(theta, torch.cat([z, F.one_hot(torch.tensor([0, 1, 0, 1]), 2)], 1))
+    torch.testing.assert_close(images[0], images[2])
+    torch.testing.assert_close(images[1], images[3])
+    assert (images[0] - images[1]).abs().max() > 1e-3
+
+
 @PROPERTY
 @given(st.integers(0, 1000), st.floats(0.1, 100))
 def test_pixels_are_between_zero_and_one(seed, scale):
@@ -85,6 +111,28 @@ def test_initial_weights_are_uniform_by_fan_in():
     assert torch.equal(parts["norm1.weight"], torch.ones(32))
     assert torch.equal(parts["norm1.bias"], torch.zeros(32))
     assert torch.equal(theta, net_g.init(torch.Generator().manual_seed(0)))
+
+
+@pytest.mark.parametrize("classes", [0, 5])
+def test_reset_weights_are_normal_around_zero_and_one(classes):
+    net_g = Generator((3, 16, 16), 64, 16, classes)
+    theta = net_g.reset(torch.Generator().manual_seed(0))
+    for name, part in net_g.layout.unflatten(theta).items():
+        if name.endswith("bias"):
+            assert torch.equal(part, torch.zeros_like(part)), name
+            continue
+        centre = 1.0 if name.startswith("norm") else 0.0
+        spread = 0.02 * 5 / math.sqrt(part.numel())  # five standard errors
+        assert part.mean().item() == pytest.approx(centre, abs=spread), name
+        assert part.std().item() == pytest.approx(0.02, abs=spread), name
+    assert torch.equal(theta, net_g.reset(torch.Generator().manual_seed(0)))
+    assert not torch.equal(theta, net_g.reset(torch.Generator().manual_seed(1)))
+
+
+def test_generators_are_built_once_per_shape_and_condition():
+    assert generator((1, 8, 8), 4, 4) is generator((1, 8, 8), 4, 4)
+    assert generator((1, 8, 8), 4, 4, 2).classes == 2
+    assert generator((1, 8, 8), 4, 4).classes == 0
 
 
 def test_sizes_not_divisible_by_four_are_errors():

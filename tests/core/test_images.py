@@ -1,4 +1,4 @@
-"""Bytes, pixels, normalised values, and random views."""
+"""Bytes, pixels, normalised values, changes of size, and random views."""
 
 import numpy as np
 import pytest
@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.autograd import gradcheck
 
-from ray_dfml.core.images import draw_view, normalise, to_bytes, to_pixels, view
+from ray_dfml.core.images import draw_view, fit, normalise, to_bytes, to_pixels, view
 from tests.support import PROPERTY, normal
 
 
@@ -44,6 +44,59 @@ def test_normalise_per_channel_and_per_image():
         torch.testing.assert_close(found[i], normalise(x[i], mean[i], std[i]))
         for c in range(3):
             torch.testing.assert_close(found[i, c], (x[i, c] - mean[i, c]) / std[i, c])
+
+
+def test_images_that_fit_are_the_same_tensor():
+    x = normal(2, 3, 6, 5)
+    assert fit(x, (3, 6, 5)) is x
+
+
+def test_one_channel_is_repeated_and_several_become_their_mean():
+    grey, colour = normal(2, 1, 6, 5), normal(2, 3, 6, 5, seed=1)
+    assert torch.equal(fit(grey, (3, 6, 5)), torch.cat([grey, grey, grey], 1))
+    torch.testing.assert_close(fit(colour, (1, 6, 5))[:, 0], (colour[:, 0] + colour[:, 1] + colour[:, 2]) / 3)
+    both = fit(colour, (1, 3, 4))
+    torch.testing.assert_close(both, fit(fit(colour, (3, 3, 4)), (1, 3, 4)))
+
+
+@pytest.mark.parametrize(("given", "wanted"), [(2, 3), (3, 2), (3, 4)])
+def test_other_changes_of_channels_are_errors(given, wanted):
+    with pytest.raises(ValueError, match=f"cannot turn images of {given} channels into {wanted}"):
+        fit(normal(1, given, 4, 4), (wanted, 4, 4))
+
+
+def test_growing_interpolates_between_the_centres_of_pixels():
+    line = torch.tensor([0.0, 4.0, 8.0])
+    expected = torch.tensor([0.0, 1.0, 3.0, 5.0, 7.0, 8.0])  # quarter and three quarters; the border is repeated
+    torch.testing.assert_close(fit(line.expand(1, 1, 3, 3), (1, 3, 6))[0, 0, 0], expected)
+    torch.testing.assert_close(fit(line[:, None].expand(1, 1, 3, 3), (1, 6, 3))[0, 0, :, 0], expected)
+
+
+def test_shrinking_filters_the_frequencies_that_do_not_fit():
+    """Half the size: a pixel becomes the mean of four with weights 1, 3, 3, 1; without the filter, of two."""
+    x = torch.zeros(1, 1, 8, 8)
+    x[..., 3] = 8.0
+    torch.testing.assert_close(fit(x, (1, 8, 4))[0, 0, 0], torch.tensor([0.0, 3.0, 1.0, 0.0]))
+    stripes = torch.tensor([0.0, 1.0]).repeat(8).expand(1, 1, 16, 16)
+    assert (fit(stripes, (1, 16, 5))[..., 1:-1] - 0.5).abs().max() < 0.1
+
+
+@PROPERTY
+@given(st.integers(2, 9), st.integers(2, 9), st.integers(2, 9), st.integers(2, 9))
+def test_resizing_keeps_constants_bounds_and_mirrors(height, width, new_height, new_width):
+    x = torch.rand(2, 1, height, width, generator=torch.Generator().manual_seed(height * width))
+    shape = (1, new_height, new_width)
+    found = fit(x, shape)
+    assert found.shape == (2, *shape)
+    assert found.min() >= x.min() - 1e-6
+    assert found.max() <= x.max() + 1e-6
+    torch.testing.assert_close(fit(x.flip(-1), shape), found.flip(-1))
+    torch.testing.assert_close(fit(torch.full_like(x, 0.7), shape), torch.full((2, *shape), 0.7))
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 3), (3, 7, 5), (1, 5, 4)])
+def test_a_change_of_size_and_channels_is_differentiable(shape):
+    assert gradcheck(lambda x: fit(x, shape), (normal(2, 3, 5, 4).requires_grad_(),))
 
 
 @pytest.mark.parametrize("fill", ["edge", "zero"])

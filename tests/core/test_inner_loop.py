@@ -7,13 +7,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ray_dfml.core.inner_loop import Task, adapt, graph_grad, meta_gradient, plain_grad
+from ray_dfml.core.inner_loop import Task, adapt, adapted, graph_grad, meta_gradient, plain_grad
 from ray_dfml.core.net import Net
 from ray_dfml.core.norm import BatchNorm
 from tests.support import normal, slope
 
 BOTH = pytest.mark.parametrize("batched", [False, True], ids=["loop", "batched"])
 STEPS = pytest.mark.parametrize("steps", [0, 1, 5])
+HEADS = pytest.mark.parametrize("head", ["maml", "anil", "protonet"])
 
 
 class Smooth(nn.Module):
@@ -23,17 +24,18 @@ class Smooth(nn.Module):
         super().__init__()
         self.conv1, self.norm1 = nn.Conv2d(channels_in, 4, 3, padding=1), BatchNorm(4)
         self.conv2, self.norm2 = nn.Conv2d(4, 4, 3, padding=1), BatchNorm(4)
-        self.head = nn.Linear(4, ways)
+        self.headless, self.head = False, nn.Linear(4, ways)
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.avg_pool2d(torch.tanh(self.norm1(self.conv1(x))), 2)
-        return self.head(torch.tanh(self.norm2(self.conv2(x))).mean((2, 3)))
+        x = torch.tanh(self.norm2(self.conv2(x))).mean((2, 3))
+        return x if self.headless else self.head(x)
 
 
 class TwoParameters:
     """Logits (0, a x + b) of images of one pixel: logistic regression, whose derivatives fit on a line."""
 
-    def __call__(self, theta: Tensor, x: Tensor) -> Tensor:
+    def __call__(self, theta: Tensor, x: Tensor, stats: Tensor | None = None) -> Tensor:
         margin = theta[0] * x.flatten() + theta[1]
         return torch.stack([torch.zeros_like(margin), margin], dim=1)
 
@@ -78,35 +80,107 @@ def test_one_step_maml_of_two_parameters_equals_the_hand_derivation(batched):
     assert found.accuracy.item() == float(phi @ u > 0)
 
 
+def slopes(loss, x: Tensor) -> Tensor:
+    with torch.enable_grad():
+        leaf = x.detach().requires_grad_()
+        return torch.autograd.grad(loss(leaf), leaf)[0]
+
+
+def query_loss(network: Net, w: Tensor, task: Task, head: str, lr: float, steps: int) -> Tensor:
+    """The outer loss of `Smooth`, each head written out from its definition; its head has 3 x 4 + 3 weights."""
+    support, support_y, query, query_y = task
+    if head == "protonet":
+        known, asked = network.features(w, support), network.features(w, query)
+        means = torch.stack([known[support_y == c].mean(0) for c in range(3)])
+        return F.cross_entropy(-(asked[:, None] - means).square().sum(-1), query_y)
+    for _ in range(steps):
+        gradient = slopes(lambda v: F.cross_entropy(network(v, support), support_y), w)
+        if head == "anil":
+            gradient[:-15] = 0
+        w = w - lr * gradient
+    return F.cross_entropy(network(w, query), query_y)
+
+
 @BOTH
 @STEPS
-def test_meta_gradient_equals_finite_differences_of_the_query_loss(smooth, batched, steps):
+@HEADS
+def test_meta_gradient_equals_finite_differences_of_the_query_loss(smooth, head, batched, steps):
     theta, tasks, lr = weights(smooth), draw_tasks(smooth.shape), 0.5
-    found = meta_gradient(smooth, theta, tasks, lr=lr, steps=steps, batched=batched)
+    found = meta_gradient(smooth, theta, tasks, lr=lr, steps=steps, batched=batched, head=head)
     direction = normal(theta.numel(), seed=2) / math.sqrt(theta.numel())
     for t in range(3):
-        support, support_y, query, query_y = (part[t] for part in tasks)
+        one = Task(*(part[t] for part in tasks))
 
-        def query_loss(w: Tensor, s=support, sy=support_y, q=query, qy=query_y) -> Tensor:
-            for _ in range(steps):
-                with torch.enable_grad():
-                    leaf = w.detach().requires_grad_()
-                    (g,) = torch.autograd.grad(F.cross_entropy(smooth(leaf, s), sy), leaf)
-                w = w - lr * g
-            return F.cross_entropy(smooth(w, q), qy)
+        def loss(w: Tensor, task=one) -> Tensor:
+            return query_loss(smooth, w, task, head, lr, steps)
 
-        assert found.loss[t].item() == pytest.approx(query_loss(theta).item(), rel=1e-10)
-        assert float(found.grad[t] @ direction) == pytest.approx(
-            slope(query_loss, theta, direction), rel=1e-7, abs=1e-8
-        )
+        assert found.loss[t].item() == pytest.approx(loss(theta).item(), rel=1e-10)
+        assert float(found.grad[t] @ direction) == pytest.approx(slope(loss, theta, direction), rel=1e-7, abs=1e-8)
 
 
 @STEPS
-def test_batched_equals_looped_on_a_smooth_network(smooth, steps):
+@HEADS
+def test_batched_equals_looped_on_a_smooth_network(smooth, head, steps):
     theta, tasks = weights(smooth), draw_tasks(smooth.shape)
-    looped, batched = (meta_gradient(smooth, theta, tasks, lr=0.5, steps=steps, batched=b) for b in (False, True))
+    looped, batched = (
+        meta_gradient(smooth, theta, tasks, lr=0.5, steps=steps, batched=b, head=head) for b in (False, True)
+    )
     for a, b in zip(looped, batched, strict=True):
         torch.testing.assert_close(b, a, rtol=1e-8, atol=1e-10)
+
+
+@BOTH
+def test_a_protonet_learns_no_head_and_predicts_the_nearest_mean(batched):
+    network = Net("conv4", (3, 16, 16), 3)
+    theta, tasks = weights(network), draw_tasks(network.shape)
+    found = meta_gradient(network, theta, tasks, lr=0.1, steps=2, batched=batched, head="protonet")
+    assert bool((network.split(found.grad[0])[1] == 0).all())
+    for t in range(3):
+        known, asked = (network.features(theta, x[t]) for x in (tasks.support, tasks.query))
+        means = torch.stack([known[tasks.support_y[t] == c].mean(0) for c in range(3)])
+        right = torch.cdist(asked, means).argmin(1) == tasks.query_y[t]
+        assert found.accuracy[t].item() == pytest.approx(right.double().mean().item())
+        torch.testing.assert_close(found.stats[t], network.with_stats(theta, tasks.query[t])[1])
+
+
+@HEADS
+@pytest.mark.parametrize("fixed", [False, True])
+def test_outputs_beyond_the_classes_of_a_support_have_no_part(head, fixed):
+    network = Net("conv4", (3, 16, 16), 4)
+    theta, tasks = weights(network), draw_tasks(network.shape, way=2)
+    stats = network.with_stats(theta, normal(9, 3, 16, 16))[1] if fixed else None
+    rest = theta.clone()
+    network.layout.unflatten(rest)["head.weight"][2:] += 1.0
+    given = {"head": head, "lr": 0.1, "steps": 3, "grad_of": plain_grad, "stats": stats, "way": 2}
+    phi, moved = (adapted(network, w, tasks.support[0], tasks.support_y[0], **given) for w in (theta, rest))
+    query = tasks.query[0]
+    torch.testing.assert_close(network(phi, query)[:, :2], network(moved, query)[:, :2], rtol=0, atol=0)
+    before, after = (network.layout.unflatten(w) for w in (theta, phi))
+    for part in ("head.weight", "head.bias"):
+        kept = torch.zeros_like(before[part][2:]) if head == "protonet" else before[part][2:]
+        assert torch.equal(after[part][2:], kept)
+        assert not torch.equal(after[part][:2], before[part][:2])
+    assert torch.equal(network.split(phi)[0], network.split(theta)[0]) == (head != "maml")
+
+
+@pytest.mark.parametrize("fixed", [False, True])
+def test_a_head_that_is_adapted_alone_takes_the_steps_of_logistic_regression(fixed):
+    network = Net("conv4", (3, 16, 16), 3)
+    theta, tasks = weights(network), draw_tasks(network.shape)
+    support, labels = tasks.support[0, :5], tasks.support_y[0, :5]  # of the last class one image
+    stats = network.with_stats(theta, normal(9, 3, 16, 16))[1] if fixed else None
+    given = {"lr": 0.1, "steps": 3, "grad_of": plain_grad, "stats": stats}
+    f, parts = network.features(theta, support, stats), network.layout.unflatten(theta)
+    w, b = parts["head.weight"], parts["head.bias"]
+    for _ in range(3):
+        error = (F.linear(f, w, b).softmax(1) - F.one_hot(labels, 3)) / len(labels)
+        w, b = w - 0.1 * error.T @ f, b - 0.1 * error.sum(0)
+    found = network.split(adapted(network, theta, support, labels, head="anil", **given))[1]
+    torch.testing.assert_close(found, torch.cat([w.flatten(), b]))
+    means = torch.stack([f[labels == c].mean(0) for c in range(3)])
+    phi = adapted(network, theta, support, labels, head="protonet", **given)
+    distances = torch.cdist(network.features(phi, tasks.query[0]), means).square()
+    torch.testing.assert_close(network(phi, tasks.query[0]).softmax(1), (-distances).softmax(1))
 
 
 @STEPS
@@ -138,11 +212,12 @@ def test_without_adaptation_the_meta_gradient_is_that_of_the_query_loss(smooth, 
 
 
 @BOTH
-def test_the_second_order_term_is_there(smooth, batched):
+@pytest.mark.parametrize("head", ["maml", "anil"])
+def test_the_second_order_term_is_there(smooth, head, batched):
     theta, tasks = weights(smooth), draw_tasks(smooth.shape, tasks=1)
-    found = meta_gradient(smooth, theta, tasks, lr=0.5, steps=3, batched=batched).grad[0]
+    found = meta_gradient(smooth, theta, tasks, lr=0.5, steps=3, batched=batched, head=head).grad[0]
     support, support_y, query, query_y = (part[0] for part in tasks)
-    phi = adapt(lambda w: F.cross_entropy(smooth(w, support), support_y), theta, lr=0.5, steps=3, grad_of=plain_grad)
+    phi = adapted(smooth, theta, support, support_y, head=head, lr=0.5, steps=3, grad_of=plain_grad)
     first_order = plain_grad(lambda w: F.cross_entropy(smooth(w, query), query_y))(phi)
     assert relative(first_order, found) > 1e-2
 
@@ -164,11 +239,13 @@ def test_statistics_and_accuracy_are_those_of_the_query_under_adapted_weights(ba
 
 
 @BOTH
-def test_tasks_do_not_influence_each_other_and_theta_is_untouched(smooth, batched):
+@HEADS
+def test_tasks_do_not_influence_each_other_and_theta_is_untouched(smooth, head, batched):
     theta, tasks = weights(smooth), draw_tasks(smooth.shape)
     before = theta.clone()
-    together = meta_gradient(smooth, theta, tasks, lr=0.5, steps=2, batched=batched)
-    alone = meta_gradient(smooth, theta, Task(*(part[1:2] for part in tasks)), lr=0.5, steps=2, batched=batched)
+    given = {"lr": 0.5, "steps": 2, "batched": batched, "head": head}
+    together = meta_gradient(smooth, theta, tasks, **given)
+    alone = meta_gradient(smooth, theta, Task(*(part[1:2] for part in tasks)), **given)
     torch.testing.assert_close(together.grad[1:2], alone.grad, rtol=1e-9, atol=1e-11)
     assert torch.equal(theta, before)
     assert not theta.requires_grad

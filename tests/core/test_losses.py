@@ -196,6 +196,83 @@ def test_batch_norm_distance_is_the_mean_square():
     assert gradcheck(lambda x: losses.batch_norm_distance(x, normal(6, seed=1)), (normal(6).requires_grad_(),))
 
 
+def test_the_student_stands_for_chosen_units_of_the_teacher():
+    teacher, student, labels = logits(4, 5, seed=0), logits(4, 2, seed=1), torch.tensor([3, 1, 3, 1])
+    units = torch.tensor([3, 1])
+    found = losses.inversion(teacher, labels, student, adversarial=0.3, units=units)
+    expected = F.cross_entropy(teacher, labels) + 0.3 * losses.disagreement(teacher[:, units], student)
+    torch.testing.assert_close(found, expected)
+
+
+def test_variation_norms_of_one_bright_pixel():
+    """One pixel inside is in two differences of each of the four directions: four norms of sqrt(2) times its value."""
+    images = torch.zeros(2, 2, 5, 6, dtype=torch.float64)
+    images[1, 0, 2, 3] = 3.0
+    assert losses.variation_norms(images).item() == pytest.approx(4 * 3 * math.sqrt(2))
+    images[1, 0, 2, 3], images[1, 0, 0, 5] = 0.0, 3.0  # the upper right corner: no neighbour on the falling diagonal
+    assert losses.variation_norms(images).item() == pytest.approx(3 * 3)
+
+
+def test_variation_norms_are_of_the_whole_batch_along_rows_columns_and_both_diagonals():
+    x = normal(2, 2, 4, 5)
+    offsets = ((0, 1), (1, 0), (1, 1), (1, -1))
+    total = 0.0
+    for dy, dx in offsets:
+        squares = [
+            float(x[n, c, i + dy, j + dx] - x[n, c, i, j]) ** 2
+            for n in range(2) for c in range(2) for i in range(4 - dy) for j in range(5)
+            if 0 <= j + dx < 5
+        ]  # fmt: skip
+        total += math.sqrt(sum(squares))
+    assert losses.variation_norms(x).item() == pytest.approx(total)
+    assert gradcheck(losses.variation_norms, (x.requires_grad_(),))
+
+
+def test_statistics_norms_are_one_norm_per_part():
+    found, stored = torch.tensor([3.0, 4.0, 1.0, 0.0, 2.0]), torch.tensor([0.0, 0.0, 1.0, 0.0, 0.0])
+    assert losses.statistics_norms(found, stored, [2, 1, 2]).item() == pytest.approx(5 + 0 + 2)
+    assert losses.statistics_norms(found, stored, [5]).item() == pytest.approx(math.sqrt(29))
+    x = normal(5).requires_grad_()
+    assert gradcheck(lambda y: losses.statistics_norms(y, normal(5, seed=1), [2, 1, 2]), (x,))
+    same = torch.ones(3, requires_grad=True)
+    losses.statistics_norms(same, torch.ones(3), [1, 2]).backward()
+    assert torch.equal(same.grad, torch.zeros(3))
+
+
+def test_contrast_of_four_images_by_hand():
+    """Unit vectors at 0 and 90 degrees (real, classes 0 and 1), 60 and 150 degrees (recovered, the same classes)."""
+    angles = torch.tensor([0.0, 90.0, 60.0, 150.0], dtype=torch.float64).deg2rad()
+    features = torch.stack([angles.cos(), angles.sin()], 1) * torch.tensor([[1.0], [2.0], [5.0], [0.5]])
+    labels, domain = torch.tensor([0, 1, 0, 1]), torch.tensor([0, 0, 1, 1])
+    t, partner = 0.7, (2, 3, 0, 1)
+    expected = 0.0
+    for i in range(4):
+        scores = [math.cos(float(angles[i] - angles[j])) / t for j in range(4)]
+        others = sum(math.exp(scores[j]) for j in range(4) if j != i)
+        expected -= math.log(math.exp(scores[partner[i]]) / others) / 4
+    found = losses.supervised_contrastive(features, labels, domain, temperature=t)
+    assert found.item() == pytest.approx(expected, rel=1e-10)
+
+
+def test_contrast_averages_over_the_positives_of_the_other_domain_only():
+    features, t = normal(7, 3), 0.4
+    labels, domain = torch.tensor([0, 1, 0, 0, 1, 1, 1]), torch.tensor([0, 0, 0, 1, 1, 1, 1])
+    f = F.normalize(features, dim=1)
+    total = 0.0
+    for i in range(7):
+        others = torch.logsumexp(torch.stack([f[i] @ f[j] / t for j in range(7) if j != i]), 0)
+        positives = [j for j in range(7) if labels[j] == labels[i] and domain[j] != domain[i]]
+        total += float(sum(others - f[i] @ f[j] / t for j in positives) / len(positives)) / 7
+    found = losses.supervised_contrastive(features, labels, domain, temperature=t)
+    assert found.item() == pytest.approx(total, rel=1e-10)
+
+
+def test_contrast_gradient_equals_finite_differences():
+    labels, domain = torch.tensor([0, 1, 0, 1]), torch.tensor([0, 0, 1, 1])
+    x = normal(4, 3).requires_grad_()
+    assert gradcheck(lambda f: losses.supervised_contrastive(f, labels, domain, temperature=0.5), (x,))
+
+
 def test_unknown_forms_are_errors():
     x = torch.zeros(2, 3)
     with pytest.raises(ValueError, match="known: kl, probdot"):

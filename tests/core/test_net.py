@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ray_dfml.core.backbones import Conv4, ResNet
+from ray_dfml.core.backbones import BACKBONES, Conv4, ResNet
 from ray_dfml.core.net import Net, net
 from tests.support import normal
 
@@ -151,6 +151,28 @@ def test_features_come_before_the_head():
     features = module.features(x)
     assert features.shape == (4, 128)
     torch.testing.assert_close(module.head(features), module(x))
+
+
+@pytest.mark.parametrize(("arch", "size"), [("conv4", 16), ("conv4-adaptive", 20), ("resnet10", 8)])
+@pytest.mark.parametrize("fixed", [False, True])
+def test_logits_are_the_linear_head_on_the_features(arch, size, fixed):
+    network, x = Net(arch, (3, size, size), 3), normal(5, 3, size, size)
+    theta = drawn(network)
+    stats = network.with_stats(theta, normal(6, 3, size, size, seed=3))[1] if fixed else None
+    before = network(theta, x, stats)
+    backbone, head = network.split(theta)
+    features = network.features(theta, x, stats)
+    torch.testing.assert_close(F.linear(features, head[:-3].view(3, -1), head[-3:]), before)
+    assert torch.equal(torch.cat([backbone, head]), theta)
+    assert torch.equal(network.features(torch.cat([backbone, 0 * head]), x, stats), features)
+    assert torch.equal(network(theta, x, stats), before)
+
+
+@pytest.mark.parametrize("arch", BACKBONES)
+def test_every_backbone_ends_with_a_linear_head(arch):
+    *_, weight, bias = Net(arch, (3, 32, 32), 5).layout.shapes.items()
+    assert (weight[0], weight[1][0], len(weight[1])) == ("head.weight", 5, 2)
+    assert bias == ("head.bias", (5,))
 
 
 def test_unknown_architectures_are_errors():

@@ -3,20 +3,21 @@
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from ray_dfml.errors import UsageError
+from ray_dfml.errors import RejectedError, UsageError
 from ray_dfml.methods import METHODS, baselines
 from ray_dfml.methods.base import MethodConfig, World
 from ray_dfml.pipeline import Trainer
 from ray_dfml.runtime import driver
 from ray_dfml.runtime.local import LocalBackend
-from ray_dfml.types import Arrays, Job
+from ray_dfml.types import Arrays, Job, TeacherCard
 from tests.runtime import toy
-from tests.support import FakeWorker, card, small_world
+from tests.support import FakeWorker, card, image_spec, small_world
 
 WORLD = small_world()
 CONFIG = MethodConfig()
@@ -55,12 +56,70 @@ def test_the_average_of_one_teacher_is_that_teacher() -> None:
     assert made("average", world)["theta"].equal(FakeWorker(world).teacher("conv4-0").theta)
 
 
-@pytest.mark.parametrize("odd", [card(9, way=2, arch="resnet10"), card(9, way=3)])
-def test_the_average_refuses_what_has_no_mean(odd: object) -> None:
-    world = replace(WORLD, cards=(*WORLD.cards, odd))  # type: ignore[arg-type]
-    state = METHODS["average"].init(CONFIG, world)
-    with pytest.raises(UsageError, match=r"one architecture and number of classes, conv4 with 2; .*-9 is"):
-        METHODS["average"].learn(CONFIG, world, state, 0, [], lambda *_: pytest.fail("nothing may be sent"))
+def refusal(method: str, world: World) -> str:
+    """The one line with which the method refuses to start."""
+    with pytest.raises(UsageError) as error:
+        METHODS[method].init(METHODS[method].Config(), world)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+@pytest.mark.parametrize("method", ["average", "ota", "dro"])
+@pytest.mark.parametrize(
+    ("odd", "what"),
+    [
+        (card(9, arch="resnet10"), "resnet10-9 is resnet10 of 3x16x16 images and 2 classes"),
+        (card(9, way=3), "conv4-9 is conv4 of 3x16x16 images and 3 classes"),
+        (card(9, size=32), "conv4-9 is conv4 of 3x32x32 images and 2 classes"),
+        (card(9, channels=1), "conv4-9 is conv4 of 1x16x16 images and 2 classes"),
+    ],
+)
+def test_weights_of_unlike_networks_are_not_merged(method: str, odd: TeacherCard, what: str) -> None:
+    assert refusal(method, replace(WORLD, cards=(*WORLD.cards, odd))) == (
+        f"{method}: merges weights, so every teacher must be the learner's network, conv4 of 3x16x16 images and 2 "
+        f"classes; {what}; split the pool, or use a method that learns from outputs, such as free"
+    )
+
+
+@pytest.mark.parametrize("method", ["average", "ota", "dro"])
+@pytest.mark.parametrize("change", [{"arch": "resnet10"}, {"way": 5}])
+def test_a_learner_unlike_all_teachers_is_told_how_to_be_like_them(method: str, change: dict[str, Any]) -> None:
+    text = refusal(method, replace(WORLD, **change))
+    assert "conv4-0 is conv4 of 3x16x16 images and 2 classes" in text
+    assert text.endswith("; use --set learner.arch=conv4 --set learner.way=2")
+
+
+@pytest.mark.parametrize("method", ["average", "ota", "dro"])
+def test_a_learner_of_another_input_than_all_teachers_needs_another_method(method: str) -> None:
+    assert refusal(method, replace(WORLD, image=image_spec(3, 32))).endswith("such as free")
+
+
+@pytest.mark.parametrize("method", ["average", "ota", "dro"])
+def test_without_teachers_there_is_nothing_to_merge(method: str) -> None:
+    assert refusal(method, replace(WORLD, cards=())) == (
+        f"{method}: merges the weights of teachers; name a pool with --pool"
+    )
+
+
+def test_teachers_that_cannot_be_read_are_left_out() -> None:
+    """The results name their teachers; none at all is an error."""
+    worker = FakeWorker(WORLD)
+
+    def send(op: str, jobs: Sequence[Job], shared: Arrays) -> list[Arrays]:
+        assert [(job.index, job.cost, job.memory) for job in jobs] == [
+            (0, macs, size),
+            (1, macs, size),
+            (2, macs, size),
+        ]
+        return baselines.weights(worker, [job for job in jobs if job.teacher != "conv4-1"], shared)
+
+    macs, size = float(WORLD.net.macs), 4 * (WORLD.net.layout.numel + WORLD.net.stats_layout.numel)
+    found = baselines.fetch(WORLD.cards, send)
+    assert [one.teacher for one in found] == ["conv4-0", "conv4-2"]
+    assert found[1].theta.equal(worker.teacher("conv4-2").theta)
+    assert found[1].stats.equal(worker.teacher("conv4-2").stats)
+    with pytest.raises(RejectedError, match="no teacher of the pool could be read"):
+        baselines.fetch(WORLD.cards, lambda *_: [])
 
 
 @pytest.mark.parametrize(
@@ -87,11 +146,50 @@ def test_the_best_model_may_be_of_another_architecture() -> None:
     assert len(found["theta"]) != WORLD.net.layout.numel
 
 
-def test_the_best_model_needs_a_claim_and_enough_classes() -> None:
-    with pytest.raises(UsageError, match="no teacher of the pool reports an accuracy"):
-        made("best-model", WORLD)
-    with pytest.raises(UsageError, match="conv4-0 has 2 classes, episodes need 5"):
-        made("best-model", replace(with_accuracies(9.0, None, None), way=5))
+def mixed(*accuracies: float | None) -> World:
+    """A pool of a small grey, a large and three fitting teachers, of which the last has most classes."""
+    cards = (card(5, channels=1), card(6, size=32), card(7), card(8, arch="resnet10"), card(9, way=4))
+    return replace(WORLD, cards=tuple(replace(c, accuracy=a) for c, a in zip(cards, accuracies, strict=True)), way=2)
+
+
+def test_the_best_model_of_a_mixed_pool_takes_the_input_of_the_learner() -> None:
+    world = mixed(99.0, 98.0, 70.0, 80.0, None)
+    assert made("best-model", world)["teacher"] == "resnet10-8"
+    assert METHODS["best-model"].notes(CONFIG, world) == [
+        "best-model takes resnet10-8 (80.0 %): conv4-5 (99.0 %) takes 1x16x16 images and has 2 classes, which does not "
+        "fit the episodes"
+    ]
+    best = mixed(1.0, 1.0, 70.0, 80.0, 90.0)
+    found = made("best-model", best)
+    assert (found["teacher"], found["outputs"], len(found["theta"])) == ("conv4-9", 4, WORLD.net.layout.numel + 66)
+    assert METHODS["best-model"].notes(CONFIG, best) == []
+
+
+def test_the_best_model_of_few_classes_is_passed_over() -> None:
+    assert made("best-model", replace(mixed(9.0, 9.0, 70.0, 80.0, 50.0), way=3))["teacher"] == "conv4-9"
+
+
+def test_the_best_model_is_noted_to_see_other_colours_than_in_training() -> None:
+    image = replace(WORLD.image, mean=(0.4,) * 3)
+    (note,) = METHODS["best-model"].notes(CONFIG, replace(with_accuracies(1.0, 2.0, 3.0), image=image))
+    assert note == "best-model gets images normalised for the learner, conv4-2 was trained with another mean"
+
+
+def test_the_best_model_needs_a_claim_and_episodes_that_fit() -> None:
+    assert refusal("best-model", WORLD) == (
+        "best-model: no teacher of the pool reports an accuracy; give one with `pool add --accuracy`"
+    )
+    assert refusal("best-model", mixed(9.0, 10.0, None, None, None)) == (
+        "best-model: no teacher that reports an accuracy takes 3x16x16 images and has 2 classes, as the episodes need; "
+        "conv4-6 takes 3x32x32 and has 2; use another pool, or a smaller learner.way"
+    )
+    assert "has 5 classes, as the episodes need; conv4-0 takes 3x16x16 and has 2" in refusal(
+        "best-model", replace(with_accuracies(9.0, None, None), way=5)
+    )
+
+
+def test_the_other_baselines_have_nothing_to_note() -> None:
+    assert [METHODS[name].notes(METHODS[name].Config(), WORLD) for name in ("random", "average", "ota")] == [[], [], []]
 
 
 def test_the_best_model_is_read_in_three_ways(toy_pool: Path, toy_data: str) -> None:
@@ -123,9 +221,10 @@ def driver_scores(method: str, pool: Path | None, data: str, *more: str) -> dict
 
 def test_the_oracle_learns_from_real_images(toy_data: str) -> None:
     """Five ways of separable classes it has never seen: well above the fresh learner on the same episodes."""
-    more = ("method.rounds=5", "method.updates_per_round=10", "method.replay.inner_lr=0.05", "eval.lr=0.05")
+    test = ("eval.lr=0.05", "eval.lrs=[]")
+    more = ("method.rounds=5", "method.updates_per_round=10", "method.replay.inner_lr=0.05", *test)
     oracle = driver_scores("maml-oracle", None, toy_data, *more, "method.replay.lr=0.01")["maml-oracle"]
-    random = driver_scores("random", None, toy_data, "eval.lr=0.05")["random"]
+    random = driver_scores("random", None, toy_data, *test)["random"]
     assert len(oracle) == len(random) == 20
     spread = np.std(oracle - random, ddof=1) / np.sqrt(20)
     assert (oracle - random).mean() > 2 * spread

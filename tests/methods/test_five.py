@@ -14,6 +14,7 @@ from ray_dfml.core.generators import Generator
 from ray_dfml.core.images import normalise, to_bytes, to_pixels, view
 from ray_dfml.core.memory import interleaved
 from ray_dfml.methods import free
+from ray_dfml.methods.five import five
 from ray_dfml.types import Arrays, Job
 from tests.support import (
     FakeTeacher,
@@ -27,7 +28,7 @@ from tests.support import (
     small_world,
 )
 
-PLAIN = {"crop_pad": 0, "flip": "off", "steps": 3, "lr_generator": 0.01, "lr_latent": 0.02}
+PLAIN: dict[str, Any] = {"crop_pad": 0, "flip": "off", "steps": 3, "lr_generator": 0.01, "lr_latent": 0.02}
 """Without random views, so that a loss can be evaluated again; large steps, so that they show."""
 
 
@@ -49,10 +50,12 @@ class Case:
         mean, std = (torch.tensor(v, dtype=self.theta.dtype) for v in (image.mean, image.std))
 
         def judge(pixels: Tensor) -> Tensor:
-            return self.teacher.net(self.theta, normalise(pixels, mean, std))
+            return self.teacher.net(self.theta, normalise(pixels[0], mean, std))[None]
 
         cfg, asked = small_config(**changes), judge if learner else None
-        (task,), adapted = free.five(cfg, self.net_g, [self.teacher], self.theta_g[None], asked, [seed], batched=False)
+        (task,), adapted = five(
+            cfg, self.net_g, [self.teacher], self.theta_g[None], asked, [seed], way=2, batched=False
+        )
         return task, adapted[0]
 
 
@@ -228,7 +231,8 @@ def test_prior_terms_add_their_weighted_value_to_the_loss():
     }
     base = case.run(**PLAIN)[0]
     for name, value in expected.items():
-        task = case.run(**PLAIN | {name: 2.0})[0]
+        weighed: dict[str, Any] = PLAIN | {name: 2.0}
+        task = case.run(**weighed)[0]
         assert task["loss_first"] - base["loss_first"] == pytest.approx(2.0 * value, rel=1e-3, abs=1e-5)
         assert not np.allclose(task["grad"], base["grad"])
 
@@ -236,7 +240,7 @@ def test_prior_terms_add_their_weighted_value_to_the_loss():
 @pytest.mark.parametrize("name", ["bn_weight", "tv_weight"])
 def test_prior_terms_lower_what_they_weigh(name):
     case = Case()
-    strong = PLAIN | {"steps": 15}
+    strong: dict[str, Any] = PLAIN | {"steps": 15}
     values = []
     for weight in (0.0, 10.0):
         images = to_pixels(case.run(**strong | {name: weight})[0]["images"])
@@ -274,7 +278,7 @@ def test_a_sequential_generator_continues_where_the_teacher_before_left_it():
     net_g = Generator(world.image.shape, cfg.latent, cfg.width)
     for (id, seed), task in zip(job.values["slots"], found["tasks"], strict=True):
         teachers = [worker.teacher(id)]
-        (expected,), (theta_g,) = free.five(cfg, net_g, teachers, theta_g[None], None, [seed], batched=False)
+        (expected,), (theta_g,) = five(cfg, net_g, teachers, theta_g[None], None, [seed], way=2, batched=False)
         assert np.array_equal(task["images"], expected["images"])
     assert np.array_equal(found["theta_g"], theta_g.numpy())
 
@@ -298,12 +302,13 @@ def test_batched_slots_equal_slots_one_by_one(bn_weight: float):
     learner = world.net.init(torch.Generator().manual_seed(2)).double()
 
     def judge(pixels: Tensor) -> Tensor:
-        return world.net(learner, pixels)
+        return torch.stack([world.net(learner, one) for one in pixels])
 
     with double_by_default():
-        batched, weights = free.five(cfg, net_g, teachers, theta_g.expand(3, -1), judge, [5, 6, 7], batched=True)
+        starts = theta_g.expand(3, -1)
+        batched, weights = five(cfg, net_g, teachers, starts, judge, [5, 6, 7], way=2, batched=True)
         for j, seed in enumerate((5, 6, 7)):
-            (task,), alone = free.five(cfg, net_g, [teachers[j]], theta_g[None], judge, [seed], batched=False)
+            (task,), alone = five(cfg, net_g, [teachers[j]], theta_g[None], judge, [seed], way=2, batched=False)
             torch.testing.assert_close(weights[j], alone[0], rtol=0, atol=1e-8)
             np.testing.assert_allclose(batched[j]["grad"], task["grad"], rtol=0, atol=1e-8)
             assert np.abs(batched[j]["images"].astype(int) - task["images"].astype(int)).max() <= 1

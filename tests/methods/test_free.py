@@ -8,23 +8,21 @@ import torch
 from pydantic import ValidationError
 
 from ray_dfml.core import seeds
-from ray_dfml.methods import bell, free
+from ray_dfml.methods import bell, free, replay
 from ray_dfml.methods.base import Metrics, State, World, image_values, initial_learner
 from ray_dfml.types import Arrays
-from tests.support import FakeWorker, image_numbers, small_config, small_world, unique_images
+from tests.support import (
+    FakeWorker,
+    image_numbers,
+    mixed_world,
+    play,
+    same,
+    small_config,
+    small_world,
+    unique_images,
+)
 
 WORLD = small_world()
-
-
-def play(cfg: free.Config, world: World = WORLD, rounds: int = 1, first: int = 1) -> tuple[State, State, Metrics]:
-    """The state before and after `rounds` rounds on a worker in this process, and the last metrics."""
-    worker = FakeWorker(world)
-    state = before = free.init(cfg, world)
-    metrics: Metrics = {}
-    for r in range(first, first + rounds):
-        results = worker.send("free.recover", free.plan(cfg, world, state, r), free.shared(cfg, world, state, r))
-        state, metrics = free.learn(cfg, world, state, r, results, worker.send)
-    return before, state, metrics
 
 
 def fake_task(teacher: str, *, grad: float = 0.0, images: np.ndarray | None = None) -> Arrays:
@@ -33,6 +31,7 @@ def fake_task(teacher: str, *, grad: float = 0.0, images: np.ndarray | None = No
     numbers = dict.fromkeys(("loss_first", "loss_last", "ce", "accuracy", "spread"), 1.0)
     return numbers | {
         "teacher": teacher,
+        "classes": next(card.classes for card in WORLD.cards if card.id == teacher),
         "images": unique_images(4, WORLD.image.shape) if images is None else images,
         "labels": np.array([0, 1, 0, 1]),
         "view": (4, 4, False),
@@ -44,13 +43,6 @@ def fake_task(teacher: str, *, grad: float = 0.0, images: np.ndarray | None = No
 def learn(cfg: free.Config, state: State, tasks: list[Arrays], r: int) -> State:
     results = [{"tasks": [task], "theta_g": None} for task in tasks]
     return free.learn(cfg, WORLD, state, r, results, FakeWorker(WORLD).send)[0]
-
-
-def same(a: Any, b: Any) -> bool:
-    """Whether two states are equal bit for bit."""
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
-    return bool(np.array_equal(np.asarray(a), np.asarray(b)))
 
 
 def test_a_plan_is_a_function_of_seed_and_round():
@@ -92,7 +84,7 @@ def test_the_learner_judges_images_only_after_the_warm_up():
 
 
 def test_warm_up_trains_the_generator_only():
-    before, after, metrics = play(small_config(warmup=3), rounds=3, first=0)
+    before, after, metrics = play("free", small_config(warmup=3), WORLD, rounds=3, first=0)
     assert not torch.equal(after["theta_g"], before["theta_g"])
     for name in ("theta", "stats", "adam", "adam_bell", "bank", "updates"):
         assert same(after[name], before[name]), name
@@ -101,7 +93,7 @@ def test_warm_up_trains_the_generator_only():
 
 
 def test_a_round_trains_generator_and_learner_and_fills_the_bank():
-    before, after, metrics = play(small_config())
+    before, after, metrics = play("free", small_config(), WORLD)
     for name in ("theta", "theta_g", "stats"):
         assert not torch.equal(after[name], before[name]), name
     assert 1 <= after["updates"] == metrics["replay/updates"] <= 2
@@ -113,20 +105,20 @@ def test_a_round_trains_generator_and_learner_and_fills_the_bank():
 def test_the_state_before_a_round_is_left_untouched():
     cfg = small_config()
     pristine = free.init(cfg, WORLD)
-    before, _, _ = play(cfg, rounds=2)
+    before, _, _ = play("free", cfg, WORLD, rounds=2)
     assert same(before, pristine)
 
 
 def test_rounds_are_reproducible_bit_for_bit_and_differ_by_seed():
     cfg = small_config()
-    one, again, other = (play(cfg, small_world(seed=seed), rounds=2)[1] for seed in (0, 0, 1))
+    one, again, other = (play("free", cfg, small_world(seed=seed), rounds=2)[1] for seed in (0, 0, 1))
     assert same(one, again)
     assert not torch.equal(one["theta"], other["theta"])
 
 
 @pytest.mark.parametrize(("adds", "tasks"), [("all", 2), ("last", 1)])
 def test_all_tasks_of_a_round_or_the_last_one_enter_the_bank(adds, tasks):
-    _, after, _ = play(small_config(bank_adds=adds, teachers_per_round=2))
+    _, after, _ = play("free", small_config(bank_adds=adds, teachers_per_round=2), WORLD)
     assert sum(len(images) for images in after["bank"].values()) == tasks * 2 * 4
 
 
@@ -152,12 +144,12 @@ def test_without_class_names_bank_classes_are_units_of_teachers():
     )
     bank = learn(cfg, free.init(cfg, WORLD), [fake_task("conv4-0"), fake_task("conv4-1")], 1)["bank"]
     assert {key: image_numbers(images) for key, images in bank.items()} == {
-        "conv4-0#0": [0, 2], "conv4-0#1": [1, 3], "conv4-1#0": [0, 2], "conv4-1#1": [1, 3],
+        "conv4-0#toy/0": [0, 2], "conv4-0#toy/1": [1, 3], "conv4-1#toy/1": [0, 2], "conv4-1#toy/2": [1, 3],
     }  # fmt: skip
 
 
 def test_the_bank_never_exceeds_its_capacity():
-    _, after, metrics = play(small_config(bank_capacity=5), rounds=4)
+    _, after, metrics = play("free", small_config(bank_capacity=5), WORLD, rounds=4)
     counts = [len(images) for images in after["bank"].values()]
     assert max(counts) == 5
     assert metrics["bank/images"] == sum(counts)
@@ -201,7 +193,7 @@ def test_a_sequential_generator_replaces_the_meta_generator():
 
 
 def test_without_distillation_only_replay_trains_the_learner():
-    before, after, metrics = play(small_config(learner_update="none"))
+    before, after, metrics = play("free", small_config(learner_update="none"), WORLD)
     assert same(after["adam_bell"], before["adam_bell"])
     assert after["updates"] >= 1
     assert not any(name.startswith("bell") for name in metrics)
@@ -219,7 +211,7 @@ def test_the_learner_distils_what_the_teacher_saw(monkeypatch):
         return original(cfg, world, state, tasks, r)
 
     monkeypatch.setattr(bell, "update", spy)
-    play(cfg)
+    play("free", cfg, WORLD)
     worker, jobs = FakeWorker(WORLD), free.plan(cfg, WORLD, {}, 1)
     assert len(seen) == len(jobs) == 2
     for task, job in zip(seen, jobs, strict=True):
@@ -229,7 +221,7 @@ def test_the_learner_distils_what_the_teacher_saw(monkeypatch):
 
 
 def test_a_state_holds_plain_values_only():
-    _, after, _ = play(small_config())
+    _, after, _ = play("free", small_config(), WORLD)
 
     def check(value: Any) -> None:
         if isinstance(value, dict):
@@ -262,7 +254,7 @@ def test_image_values_are_shippable():
 
 
 def test_defaults_are_the_recommended_profile():
-    cfg = free.Config()
+    cfg = free.Config.model_validate({})
     found = (
         cfg.warmup,
         cfg.teachers_per_round,
@@ -283,10 +275,69 @@ def test_configurations_are_frozen_and_refuse_unknown_keys():
     with pytest.raises(ValidationError, match="extra_forbidden"):
         free.Config.model_validate({"replay": {"shots": 3}})
     with pytest.raises(ValidationError, match="frozen"):
-        free.Config().steps = 3
+        free.Config.model_validate({}).steps = 3
 
 
 def test_replay_waits_until_the_bank_has_enough_classes():
     cfg = small_config(learner_update="none", replay={"shot": 2, "query": 2, "tasks": 1, "max_updates": 1})
-    before = free.init(cfg, WORLD)
-    assert torch.equal(learn(cfg, before, [fake_task("conv4-0")], 1)["theta"], before["theta"])
+    before, worker = free.init(cfg, WORLD), FakeWorker(WORLD)
+    results = [{"tasks": [fake_task("conv4-0")], "theta_g": None}]
+    after, metrics = free.learn(cfg, WORLD, before, 1, results, worker.send)
+    assert torch.equal(after["theta"], before["theta"])
+    assert (metrics["bank/classes"], metrics["bank/missing_classes"], metrics["replay/updates"]) == (0, 4, 0)
+    assert worker.sent == []
+    with pytest.raises(ValueError, match="the bank has 0 classes with 4 images or more, a task needs 2"):
+        replay.draw(cfg.replay, WORLD, after["bank"], (1,))
+
+
+@pytest.mark.parametrize("sharing", ["meta", "sequential"])
+@pytest.mark.parametrize("batched", [False, True])
+def test_a_teacher_of_bad_weights_is_rejected_alone(sharing, batched):
+    cfg, worker = small_config(generator_sharing=sharing, teachers_per_round=6), FakeWorker(WORLD, batched=batched)
+    worker.spoil("conv4-1")
+    del worker.teachers["conv4-2"]
+    state = free.init(cfg, WORLD)
+    jobs = free.plan(cfg, WORLD, state, 1)
+    slots = [id for job in jobs for id, _ in job.values["slots"]]
+    assert set(slots) == {"conv4-0", "conv4-1", "conv4-2"}
+    results = free.recover(worker, jobs, free.shared(cfg, WORLD, state, 1))
+    rejected = {id: why for result in results for id, why in result["rejected_teachers"].items()}
+    assert rejected == {"conv4-1": "the inversion loss is not finite", "conv4-2": "conv4-2: unreadable"}
+    tasks = [task for result in results for task in result["tasks"]]
+    assert [task["teacher"] for task in tasks] == [id for id in slots if id == "conv4-0"]
+    after, metrics = free.learn(cfg, WORLD, state, 1, results, worker.send)
+    assert metrics["recover/tasks"] == len(tasks)
+    assert torch.isfinite(after["theta_g"]).all()
+    assert torch.isfinite(after["theta"]).all()
+
+
+def test_a_round_of_rejected_teachers_changes_nothing():
+    cfg = small_config()
+    state = free.init(cfg, WORLD)
+    nothing = [{"tasks": [], "theta_g": None, "rejected_teachers": {"conv4-0": "bad"}}]
+    after, metrics = free.learn(cfg, WORLD, state, 1, nothing, FakeWorker(WORLD).send)
+    assert same(after, state)
+    assert metrics == {"recover/tasks": 0}
+
+
+@pytest.mark.parametrize("sharing", ["meta", "sequential"])
+def test_a_round_on_a_mixed_pool(sharing):
+    """Whatever the teacher's size, the bank holds images of the learner's; of the grey one, grey."""
+    world, cfg = mixed_world(), small_config(generator_sharing=sharing, teachers_per_round=4, bank_key="teacher")
+    worker, state = FakeWorker(world), free.init(cfg, world)
+    results = worker.send("free.recover", free.plan(cfg, world, state, 1), free.shared(cfg, world, state, 1))
+    found = free.learn(cfg, world, state, 1, results, worker.send)
+    after, metrics = found[0], {name: float(value or 0) for name, value in found[1].items()}
+    tasks, known = [task for result in results for task in result["tasks"]], {c.id: c.classes for c in world.cards}
+    assert {task["teacher"] for task in tasks} == {"grey", "colour"}
+    for task in tasks:
+        assert len(set(task["classes"])) == 2
+        assert set(task["classes"]) <= set(known[task["teacher"]])
+        assert task["logits"].shape == (8, 2)
+    for name, images in after["bank"].items():
+        assert images.shape[1:] == (3, 20, 20)
+        assert bool((images == images[:, :1]).all()) == name.startswith("grey")
+    assert {name.split("#")[0] for name in after["bank"]} == {"grey", "colour"}
+    assert metrics["replay/updates"] >= 1
+    assert all(np.isfinite(value) for value in metrics.values())
+    assert not torch.equal(after["theta"], state["theta"])

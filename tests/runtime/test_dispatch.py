@@ -1,12 +1,16 @@
 """Dispatch without a cluster: a stand-in for Ray whose calls end when and how the test says."""
 
-from collections.abc import Callable, Sequence
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 
+from ray_dfml.errors import RejectedError
 from ray_dfml.runtime import cluster
-from ray_dfml.types import Arrays, Job
+from ray_dfml.runtime.shard import Loaded
+from ray_dfml.types import Arrays, ImageSpec, Job, TeacherCard
 
 
 class Ref:
@@ -68,7 +72,11 @@ def shards(monkeypatch: pytest.MonkeyPatch) -> list[Shard]:
 
 
 def jobs(count: int) -> list[Job]:
-    return [Job(index=i, seed=i, teacher=f"t{i}") for i in range(count)]
+    return costing(*[1.0] * count)
+
+
+def costing(*costs: float, memory: int = 0) -> list[Job]:
+    return [Job(index=i, seed=i, teacher=f"t{i}", cost=cost, memory=memory) for i, cost in enumerate(costs)]
 
 
 def test_a_shard_that_never_comes_back_does_not_hold_up_the_others(shards: list[Shard]) -> None:
@@ -89,3 +97,89 @@ def test_chunks_of_an_accelerator_keep_the_order_of_jobs(shards: list[Shard]) ->
     backend = cluster.RayBackend(both_up, batched=True)
     assert backend.map("op", jobs(5), {}) == [{"index": i} for i in range(5)]
     assert both_up[0].calls + both_up[1].calls == [[0, 1, 2], [3, 4]]
+
+
+def test_costly_jobs_are_sent_first_and_queued_where_least_is_ahead(shards: list[Shard]) -> None:
+    """Costs 1, 10, 6, 5, 1: a second job of 5 waits behind that of 6, not behind that of 10."""
+    both_up = [Shard(up=True), Shard(up=True)]
+    results = cluster.RayBackend(both_up, batched=False).map("op", costing(1, 10, 6, 5, 1), {})
+    assert results == [{"index": i} for i in range(5)], "results come in job order all the same"
+    assert (both_up[0].calls[0], both_up[1].calls[:2]) == ([1], [[2], [3]])
+
+
+def test_at_most_two_chunks_are_queued_per_shard(shards: list[Shard], monkeypatch: pytest.MonkeyPatch) -> None:
+    both_up = [Shard(up=True), Shard(up=True)]
+    queued: list[int] = []
+    wait = StandIn.wait
+
+    def watch(refs: Sequence[Ref], num_returns: int) -> tuple[list[Ref], list[Ref]]:
+        queued.append(len(refs))
+        return wait(refs, num_returns)
+
+    monkeypatch.setattr(StandIn, "wait", staticmethod(watch))
+    cluster.RayBackend(both_up, batched=False).map("op", costing(9, 9, *[1] * 8), {})
+    assert queued == [4, 4, 4, 4, 4, 4, 4, 3, 2, 1]
+
+
+def test_chunks_of_an_accelerator_cost_the_same(shards: list[Shard]) -> None:
+    both_up = [Shard(up=True), Shard(up=True)]
+    results = cluster.RayBackend(both_up, batched=True).map("op", costing(1, 1, 8, 1, 4, 1), {})
+    assert results == [{"index": i} for i in range(6)]
+    assert both_up[0].calls + both_up[1].calls == [[2], [0, 1, 3, 4, 5]]
+
+
+def test_chunks_of_an_accelerator_fit_its_cache(shards: list[Shard], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cluster, "CACHE_BYTES", 20)
+    both_up = [Shard(up=True), Shard(up=True)]
+    results = cluster.RayBackend(both_up, batched=True).map("op", costing(*[1.0] * 6, memory=10), {})
+    assert results == [{"index": i} for i in range(6)]
+    assert sorted(both_up[0].calls + both_up[1].calls) == [[0, 1], [2], [3, 4], [5]]
+
+
+class OnDemand(Mapping[str, Loaded]):
+    """Teachers that are made when they are asked for; the second has gone bad. `alive` counts those in memory."""
+
+    def __init__(self) -> None:
+        self._made: list[weakref.ref[np.ndarray]] = []
+
+    @property
+    def alive(self) -> int:
+        return sum(ref() is not None for ref in self._made)
+
+    def __getitem__(self, id: str) -> Loaded:
+        if id == "b":
+            raise RejectedError("b: weights/b.safetensors has changed")
+        theta = np.full(3, ord(id), np.float32)
+        self._made.append(weakref.ref(theta))
+        image = ImageSpec(channels=1, height=16, width=16, mean=(0.0,), std=(1.0,))
+        return TeacherCard(id=id, arch="conv4", image=image, classes=("x", "y")), theta, np.zeros(0, np.float32)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter("abcd")
+
+    def __len__(self) -> int:
+        return 4
+
+
+def test_teachers_are_put_in_the_store_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    teachers, alive, stored = OnDemand(), [], []
+
+    class Store:
+        ObjectRef = int
+
+        @staticmethod
+        def put(teacher: Loaded) -> int:
+            alive.append(teachers.alive)
+            stored.append(teacher[1].tolist())
+            return len(stored) - 1
+
+        @staticmethod
+        def get(ref: int) -> list[float]:
+            return stored[ref]
+
+    monkeypatch.setattr(cluster, "ray", Store)
+    store = cluster.PoolStore(teachers)
+    assert alive == [1, 1, 1], "the one before is gone when the next is put"
+    assert [store(id) for id in "acd"] == [[ord(id)] * 3 for id in "acd"]
+    with pytest.raises(RejectedError, match=r"b: weights/b\.safetensors has changed"):
+        store("b")

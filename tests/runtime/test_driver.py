@@ -77,18 +77,6 @@ def test_pools_of_one_run_are_told_apart(toy_pool: Path, toy_data: str) -> None:
     assert {id.split(":")[0] for id in found.teachers} == {"0", "1"}
 
 
-def test_data_must_fit_the_teachers(toy_pool: Path) -> None:
-    with pytest.raises(UsageError, match="--data glyphs: images are 1x28x28, the learner takes 1x16x16"):
-        driver.read_inputs(toy.config("free", toy_pool, "glyphs"))
-
-
-def test_teachers_of_one_run_must_agree(tmp_path: Path, toy_pool: Path, toy_data: str) -> None:
-    other = toy.build_pool(tmp_path / "three", toy_data, models=1, way=3)
-    config = toy.config("free", toy_pool, toy_data).model_copy(update={"pool": (str(toy_pool), str(other))})
-    with pytest.raises(UsageError, match=r"must agree .* has 2 classes, .* has 3; split the pool"):
-        driver.read_inputs(config)
-
-
 def test_the_oracle_needs_data_and_gets_only_the_training_classes(toy_data: str) -> None:
     with pytest.raises(UsageError, match="--data"):
         driver.read_inputs(toy.config("maml-oracle", None, None))

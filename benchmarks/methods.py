@@ -1,0 +1,159 @@
+"""All methods on Omniglot with equal time: a pool of 20 Conv4-32 teachers per seed, 5-way, 600 episodes, 1- and 5-shot.
+
+Usage: python benchmarks/methods.py SPEC OUT [--seconds 180] [--seeds 0,1,2] [--methods free,purer,...]
+Rows are files OUT/METHOD-SEED.json; those that exist are kept, so that a stopped run goes on, and two processes may
+share the seeds. `--table` prints the table of what is there and measures nothing.
+
+A method trains until its process has used `--seconds` of processor time (one thread), whatever else the machine does;
+validation and test are not counted. The step size at test is chosen per method on validation episodes, as `train` does.
+"""
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ray_dfml.config import resolve
+from ray_dfml.core.scoring import mean_ci95
+from ray_dfml.data import datasets
+from ray_dfml.data.pool import Pool
+from ray_dfml.data.pretrain import PretrainConfig
+from ray_dfml.methods.base import World
+from ray_dfml.pipeline import Labelled, Trainer
+from ray_dfml.runtime import build_pool
+from ray_dfml.runtime.local import LocalBackend
+
+INVERSION = {"free": "characters", "purer": "characters-purer", "bidf-mkd": "characters-bidf"}
+BASELINES = ("random", "best-model", "average", "ota", "dro")
+ORACLE = (
+    "method.rounds=100000", "method.updates_per_round=5", "method.replay.shot=1", "method.replay.tasks=4",
+    "method.replay.inner_lr=0.1", "method.replay.lr=0.003",
+)  # fmt: skip
+"""The replay of the presets, on real images."""
+
+TEST = ("eval.val_episodes=30",)
+CHECKPOINTS = 4
+"""Validations of a training run, spread over its time."""
+
+
+def pool_of(spec: str, folder: Path, seed: int) -> Pool:
+    """The seed's pool, built if it is not there."""
+    if folder.exists():
+        return Pool.open(folder)
+    image, planned = build_pool.plan(spec, models=20, archs=["conv4"], way=5, seed=seed)
+    pool = Pool.create(folder)
+    build_pool.build(
+        pool, spec, image, planned, PretrainConfig(), workers=1, seed=seed, on_teacher=lambda id, accuracy: None
+    )
+    return pool
+
+
+def run(method: str, seed: int, spec: str, out: Path, seconds: float) -> dict[str, Any]:
+    """One row: scores per episode, and what was met on the way."""
+    pool = pool_of(spec, out / f"pool-{seed}", seed)
+    data = datasets.load(spec)
+    parts = {split: data.subset(split) for split in ("train", "val", "test")}
+    sets = [Labelled("omniglot", s, np.ascontiguousarray(parts[s].images), parts[s].labels) for s in ("val", "test")]
+    oracle = method == "maml-oracle"
+    config = resolve(method, preset=INVERSION.get(method), sets=(*(ORACLE if oracle else ()), *TEST), seed=seed)
+    real = {c: parts["train"].images[parts["train"].labels == i] for i, c in enumerate(parts["train"].class_names)}
+    first = pool.cards[0]
+    world = World(
+        cards=() if oracle else pool.cards, arch="conv4", image=first.image, way=5, seed=seed,
+        real=real if oracle else {},
+    )  # fmt: skip
+    teachers = {card.id: (card, *pool.load(card.id)) for card in pool.cards}
+    trainer = Trainer(config.model_dump(mode="json"), world, sets, LocalBackend(teachers.__getitem__), None)
+    spent, began, rows, r = 0.0, time.perf_counter(), [], 0
+    while r < config.method.rounds and spent < seconds:
+        used = time.process_time()
+        metrics = trainer.round(r)
+        spent += time.process_time() - used
+        row = {"seconds": round(spent, 2)} | {k: v for k, v in metrics.items() if not k.startswith("seconds/")}
+        row["recovery_share"] = metrics.get(f"seconds/{method}.recover", 0.0) / metrics["seconds/round"]
+        if method in (*INVERSION, "maml-oracle") and spent > seconds * (len(_validated(rows)) + 1) / CHECKPOINTS:
+            row["validation"] = trainer.validate(r)
+        rows.append(row)
+        r += 1
+    scores = {f"{s.method} {s.shot}": s.accuracies.tolist() for s in trainer.test("last")}
+    return {
+        "method": method, "seed": seed, "preset": config.preset, "rounds": r, "train_seconds": round(spent, 1),
+        "wall_seconds": round(time.perf_counter() - began, 1), "test_step": trainer.step_sizes(), "scores": scores,
+        "log": rows,
+    }  # fmt: skip
+
+
+def _validated(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [row for row in rows if "validation" in row]
+
+
+def table(out: Path) -> None:
+    """Print the table of all rows, with paired differences to the best baseline in the space of parameters."""
+    rows = [json.loads(path.read_text()) for path in sorted(out.glob("*-[0-9]*.json"))]
+    names = sorted({key.rsplit(" ", 1)[0] for row in rows for key in row["scores"]})
+    for shot in (1, 5):
+        found: dict[str, dict[int, np.ndarray]] = {name: {} for name in names}
+        for row in rows:
+            for name in names:
+                if f"{name} {shot}" in row["scores"]:
+                    found[name][row["seed"]] = np.array(row["scores"][f"{name} {shot}"])
+        base = {n: s for n, s in found.items() if s and n.startswith(BASELINES)}
+        best = max(base, key=lambda n: np.mean([a.mean() for a in base[n].values()])) if base else None
+        print(f"\n{shot}-shot; best baseline: {best}\n")
+        print("| method | seeds | accuracy | per seed | std over seeds | paired difference to the best baseline |")
+        print("|---|---|---|---|---|---|")
+        for name in sorted(names, key=lambda n: -np.mean([a.mean() for a in found[n].values()])):
+            seeds = found[name]
+            mean, ci = mean_ci95(np.concatenate(list(seeds.values())))
+            each = [float(a.mean()) for a in seeds.values()]
+            gap = "-"
+            if best and name != best:
+                gaps = [a - base[best][s] for s, a in seeds.items() if s in base[best]]
+                gap = "{:+.2f} ± {:.2f}".format(*mean_ci95(np.concatenate(gaps))) if gaps else "-"
+            shown = ", ".join(f"{a:.1f}" for a in each)
+            print(f"| {name} | {len(each)} | {mean:.2f} ± {ci:.2f} | {shown} | {np.std(each):.2f} | {gap} |")
+    print(
+        "\n| run | rounds | training s | recovery s | meta-updates | teacher's accuracy | validation at | test step |"
+    )
+    print("|---|---|---|---|---|---|---|---|")
+    for row in rows:
+        log = row["log"]
+        took = np.diff([0.0] + [line["seconds"] for line in log])
+        recovery = sum(t * line["recovery_share"] for t, line in zip(took, log, strict=True))
+        updates = sum(line.get("replay/updates") or 0 for line in log)
+        seen = [line["recover/accuracy"] for line in log if line.get("recover/accuracy") is not None]
+        curve = ", ".join(f"{line['seconds']:.0f} s: {line['validation']:.1f}" for line in log if "validation" in line)
+        print(
+            f"| {row['method']} {row['seed']} | {row['rounds']} | {row['train_seconds']:.0f} | {recovery:.0f} | "
+            f"{updates or '-'} | {f'{np.mean(seen[-5:]):.1f}' if seen else '-'} | {curve or '-'} | "
+            f"{', '.join(f'{v:g}' for v in row['test_step'].values()) or '-'} |"
+        )
+
+
+def main() -> None:
+    """Measure what is missing, then print the table."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("spec")
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--seconds", type=float, default=180.0)
+    parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--methods", default=",".join((*INVERSION, *BASELINES, "maml-oracle")))
+    parser.add_argument("--table", action="store_true")
+    given = parser.parse_args()
+    given.out.mkdir(parents=True, exist_ok=True)
+    for seed in [] if given.table else [int(s) for s in given.seeds.split(",")]:
+        for method in given.methods.split(","):
+            target = given.out / f"{method}-{seed}.json"
+            if not target.exists():
+                row = run(method, seed, given.spec, given.out, given.seconds)
+                target.with_suffix(".part").write_text(json.dumps(row))
+                target.with_suffix(".part").rename(target)
+                print(method, seed, row["train_seconds"], flush=True)
+    table(given.out)
+
+
+if __name__ == "__main__":
+    main()

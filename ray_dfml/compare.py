@@ -1,0 +1,342 @@
+"""`report`: runs beside each other, with accuracy, cost, and the paired difference to the best baseline.
+
+From run folders only. Two scores are of the same episodes if these agree: the data and their md5 as the run noted it,
+split, way, shot, query, `eval.seed`, number of episodes, and batch norm. Such scores are a `set`; nothing is compared
+across sets.
+"""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from ray_dfml import plots, report
+from ray_dfml.core.scoring import mean_ci95
+from ray_dfml.errors import RejectedError
+from ray_dfml.pipeline import POOLED
+from ray_dfml.plots import number
+from ray_dfml.report import Record, dicts
+
+BASELINES = ("random", "best-model", "average", "ota", "dro")
+"""What a difference is taken to, in any reading: neither a method that inverts teachers nor one that sees real data."""
+
+FIELDS = ("data", "split", "way", "shot", "query", "eval.seed", "episodes", "bn")
+"""What two scores of the same episodes agree in."""
+
+KEYS = (
+    "kind", "set", "method", "selection", "preset", "profile", "seeds", "mean", "ci95", "sd", "difference",
+    "difference_ci95", "against", "steps", "rounds", "recover_seconds", "seconds", "state", "runs", "note", "data",
+    "md5", "split", "way", "shot", "bn", "episodes", "query", "eval_seed",
+)  # fmt: skip
+"""Keys of a row. `kind` is `run`, or `mean` for a mean of seeds; `seeds`, `steps` and `runs` are lists; accuracies are
+in percent, differences in percentage points."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Rows of KEYS in the order to show them, set after set, and (set, remark) pairs."""
+
+    rows: list[dict[str, Any]]
+    notes: list[tuple[int, str]]
+
+    def tree(self) -> dict[str, Any]:
+        """`runs`, `groups` (means of seeds) and `notes`, for JSON."""
+        kinds = {name: [row for row in self.rows if row["kind"] == kind] for name, kind in _KINDS.items()}
+        return kinds | {"notes": [{"set": where, "note": text} for where, text in self.notes]}
+
+
+_KINDS = {"runs": "run", "groups": "mean"}
+
+
+@dataclass(frozen=True, eq=False)
+class _Entry:
+    """A score: its row, the FIELDS of its episodes, all settings but the seed, and the accuracies [episodes].
+
+    `flaw` says why there are none.
+    """
+
+    row: dict[str, Any]
+    where: tuple[str, ...]
+    settings: str
+    accuracies: np.ndarray | None
+    flaw: str | None
+
+    @property
+    def name(self) -> str:
+        """Method, selection and run."""
+        return f"{self.row['method']}/{self.row['selection']} of {self.row['runs'][0]}"
+
+    @property
+    def baseline(self) -> bool:
+        """Whether it may be a reference. What was chosen on test may not."""
+        method = self.row["method"]
+        known = any(method == one or method.startswith(f"{one}-") for one in BASELINES)
+        return known and self.row["selection"] != "test-best" and self.row["mean"] is not None
+
+
+def compare(runs: Sequence[Path]) -> Comparison:
+    """All scores of run folders. A folder named twice counts once.
+
+    Raises UsageError for a folder that is no run, RejectedError for a file that is not what it should be.
+    """
+    records = list({run.resolve(): report.read(run) for run in runs}.values())
+    entries = _once([entry for record in records for entry in _entries(record)])
+    sets: dict[tuple[str, ...], list[_Entry]] = {}
+    for entry in sorted(entries, key=_place):
+        sets.setdefault(entry.where, []).append(entry)
+    rows, notes = [], []
+    for i, (where, members) in enumerate(sets.items(), 1):
+        reference, reason = _reference(where, members, entries)
+        rows += [row | {"set": i} for row in _rows(members, reference, reason)]
+        notes += [(i, remark) for remark in _left_out(members, entries)]
+    rows += [_without_scores(record) for record in records if not record.scores]
+    return Comparison([{key: row.get(key) for key in KEYS} for row in rows], notes)
+
+
+# ------------------------------------------------------------------------------------------------------------- reading
+
+
+def text(value: object) -> str:
+    """A value from a file in one line of printable characters: it cannot drive a terminal or break a table."""
+    return "".join(c if c.isprintable() else "?" for c in " ".join(str(value).split()))
+
+
+def _about(record: Record) -> dict[str, Any]:
+    spent = plots.stages(record.metrics).get(f"{record.name}.recover")
+    config, seed = record.config, _whole(record.config.get("seed"))
+    return {
+        "kind": "run",
+        "method": text(record.name),
+        "preset": _text(config.get("preset")),
+        "profile": _text(config.get("profile")),
+        "seeds": [] if seed is None else [seed],
+        "rounds": record.rounds,
+        "recover_seconds": None if spent is None else round(float(spent.sum()), 3),
+        "seconds": None if record.seconds is None else round(record.seconds, 3),
+        "state": text(record.status.get("state", "unknown")),
+        "runs": [text(record.path)],
+    }
+
+
+def _entries(record: Record) -> list[_Entry]:
+    about, found = _about(record), _episodes(record.path / "episodes.parquet")
+    evaluation = _part(record.config, "eval")
+    query, eval_seed = (_whole(evaluation.get(key)) for key in ("query", "seed"))
+    entries = []
+    for score in record.scores:
+        method, data, md5 = str(score.get("method")), str(score.get("data")), _md5(record, score.get("data"))
+        own = method == record.name or method.startswith(f"{record.name}-")
+        row = about if own else about | dict.fromkeys(("preset", "profile", "rounds", "recover_seconds", "seconds"))
+        row = row | {key: _text(score.get(key)) for key in ("data", "split", "selection", "bn")}
+        row = row | {key: _whole(score.get(key)) for key in ("way", "shot", "episodes")}
+        row |= {"method": text(method), "md5": md5, "query": query}
+        row |= {"eval_seed": eval_seed, "mean": number(score.get("mean")), "ci95": number(score.get("ci95"))}
+        step = _step(record, method, str(score.get("selection")))
+        row["steps"] = [] if step is None else [step]
+        identity = None if md5 is None else f"{data.split(':')[0]} {md5}"
+        where = (identity, row["split"], row["way"], row["shot"], query, eval_seed, row["episodes"], row["bn"])
+        unknown = f"not recorded in {record.path.resolve()}"
+        must = {"data", "query", "eval.seed"}
+        named = [unknown if v is None and f in must else json.dumps(v) for f, v in zip(FIELDS, where, strict=True)]
+        key = tuple(repr(score.get(k)) for k in ("method", "data", "shot", "selection"))
+        accuracies, flaw = _checked(row, found.get(key, []))
+        entries.append(_Entry(row, tuple(named), _settings(record, method), accuracies, flaw))
+    return entries
+
+
+def _episodes(path: Path) -> dict[tuple[str, ...], list[tuple[int, float]]]:
+    """(method, data, shot, selection) -> (episode, accuracy) pairs in order of episodes."""
+    if not path.exists():
+        return {}
+    found: dict[tuple[str, ...], list[tuple[int, float]]] = {}
+    try:
+        with pq.ParquetFile(path) as file:
+            columns = file.read().to_pydict()
+        names = ("method", "data", "shot", "selection", "episode", "accuracy")
+        for *key, episode, accuracy in zip(*(columns[name] for name in names), strict=True):
+            found.setdefault(tuple(repr(k) for k in key), []).append((int(episode), float(accuracy)))
+    except (OSError, pa.ArrowException, KeyError, ValueError, TypeError):
+        raise RejectedError(
+            f"{path}: not a table of episodes; restore the file, or remove it to report without differences"
+        ) from None
+    return {key: sorted(pairs) for key, pairs in found.items()}
+
+
+def _checked(row: Mapping[str, Any], pairs: Sequence[tuple[int, float]]) -> tuple[np.ndarray | None, str | None]:
+    """The accuracies [episodes] if they are those of the score; else why they cannot be used."""
+    if not pairs:
+        return None, "no accuracies of its episodes in episodes.parquet"
+    accuracies, mean = np.array([accuracy for _, accuracy in pairs]), row["mean"]
+    whole = len(pairs) == row["episodes"] and [i for i, _ in pairs] == list(range(len(pairs)))
+    if not whole or mean is None or not abs(accuracies.mean() - mean) < 1e-3:
+        return None, "episodes.parquet and scores.json disagree"
+    return accuracies, None
+
+
+def _md5(record: Record, data: object) -> str | None:
+    """md5 of a data spec as the manifest notes it, of `pooled` those of all; None if it is not noted."""
+    known = {str(one.get("spec")): one.get("md5") for one in dicts(record.manifest.get("data"))}
+    found = [known.get(spec) for spec in (known if data == POOLED else [str(data)])]
+    return "+".join(text(md5) for md5 in found) if found and all(found) else None
+
+
+def _step(record: Record, method: str, selection: str) -> float | None:
+    """Step size of the adaptation at test: the one the run chose, else `eval.lr`; None for a reading without steps.
+
+    Where the last weights are the validated ones, the run notes their step once, under `val`.
+    """
+    if method.endswith(("-direct", "-assign")) or _part(record.config, "learner").get("head") == "protonet":
+        return None
+    chosen, name = _part(record.status, "test_step"), method.removesuffix("-finetune")
+    steps = [chosen.get(f"{one}/{kind}") for one in (method, name) for kind in (selection, "val")]
+    known = [step for step in map(number, [*steps, _part(record.config, "eval").get("lr")]) if step is not None]
+    return known[0] if known else None
+
+
+def _settings(record: Record, method: str) -> str:
+    """All that decides a score, apart from the seed and the episodes. `random` has no settings but the learner's."""
+    names = {"learner", "eval"} if method == "random" else set(record.config) - {"seed", "data", "pool"}
+    kept = {name: record.config.get(name) for name in names}
+    if method != "random":
+        pools = [one.get("sha256") for one in dicts(record.manifest.get("pool"))]
+        kept["pool"] = pools or record.config.get("pool")
+    return json.dumps(kept, sort_keys=True, default=str)
+
+
+def _without_scores(record: Record) -> dict[str, Any]:
+    validation = plots.series(record.metrics, "validation")[1]
+    facts = ["no scores" if record.config.get("data") else "no scores: no data to test on"]
+    if record.status.get("rounds"):
+        facts.append(f"{record.rounds} of {text(record.status['rounds'])} rounds done")
+    if len(validation):
+        facts.append(f"last validation {validation[-1]:.2f} %")
+    if record.status.get("last_error"):
+        facts.append(text(record.status["last_error"]))
+    return _about(record) | {"steps": [], "note": "; ".join(facts)}
+
+
+def _part(tree: Mapping[str, Any], name: str) -> dict[str, Any]:
+    found = tree.get(name)
+    return found if isinstance(found, dict) else {}
+
+
+def _text(value: object) -> str | None:
+    return None if value is None else text(value)
+
+
+def _whole(value: object) -> int | None:
+    return value if isinstance(value, int) else None
+
+
+# ----------------------------------------------------------------------------------------------------------- comparing
+
+
+def _once(entries: Sequence[_Entry]) -> list[_Entry]:
+    """Equal scores of `random`, which many runs have beside their own, as one that names those runs.
+
+    A run of `random` itself comes first: it knows its preset, profile and cost.
+    """
+    kept: dict[object, _Entry] = {}
+    for entry in sorted(entries, key=lambda entry: entry.row["rounds"] is None):
+        row = entry.row
+        content = None if entry.accuracies is None else entry.accuracies.tobytes()
+        same = (entry.where, row["selection"], *row["seeds"], row["mean"], row["ci95"], content)
+        key: object = same if row["method"] == "random" else id(entry)
+        if key in kept:
+            entry = replace(kept[key], row=kept[key].row | {"runs": kept[key].row["runs"] + row["runs"]})
+        kept[key] = entry
+    return list(kept.values())
+
+
+def _place(entry: _Entry) -> tuple[Any, ...]:
+    row = entry.row
+    names = [str(row[key]) for key in ("data", "split")]
+    return (*names, row["way"] or 0, row["shot"] or 0, str(row["bn"]), entry.where)
+
+
+def _reference(
+    where: tuple[str, ...], members: Sequence[_Entry], entries: Iterable[_Entry]
+) -> tuple[_Entry | None, str]:
+    """The baseline with the highest mean among the scores of a set, or None and why."""
+    known = [entry for entry in members if entry.baseline]
+    if known:
+        best = max(known, key=lambda entry: entry.row["mean"])
+        return (None, f"the best baseline, {best.name}: {best.flaw}") if best.flaw else (best, "")
+    others = [entry for entry in entries if entry.baseline]
+    if not others:
+        return None, "no baseline among these runs"
+    nearest = min(others, key=lambda entry: len(_differing(where, entry.where)))
+    return None, f"no baseline on these episodes: {_apart(nearest, where)}"
+
+
+def _differing(a: tuple[str, ...], b: tuple[str, ...]) -> list[str]:
+    return [name for name, x, y in zip(FIELDS, a, b, strict=True) if x != y]
+
+
+def _apart(entry: _Entry, where: tuple[str, ...]) -> str:
+    unknown = " or not recorded" if any("not recorded in" in value for value in (*entry.where, *where)) else ""
+    return f"{entry.name} has other{unknown} {', '.join(_differing(entry.where, where))}"
+
+
+def _left_out(members: Sequence[_Entry], entries: Iterable[_Entry]) -> list[str]:
+    """Baselines on the same kind of task whose episodes are others, apart from `random`."""
+
+    def kind(entry: _Entry) -> tuple[Any, ...]:
+        return (str(entry.row["data"]).split(":")[0], *(entry.row[key] for key in ("split", "way", "shot")))
+
+    first = members[0]
+    known = [entry for entry in entries if entry.baseline and entry.row["method"] != "random"]
+    found = [entry for entry in known if entry.where != first.where and kind(entry) == kind(first)]
+    return [f"not compared: {_apart(entry, first.where)}" for entry in found]
+
+
+def _rows(members: Sequence[_Entry], reference: _Entry | None, reason: str) -> list[dict[str, Any]]:
+    """The scores of a set, best first; seeds of equal settings together, followed by their mean."""
+    families: dict[tuple[str, ...], list[_Entry]] = {}
+    for entry in members:
+        key = (entry.settings, entry.row["method"], entry.row["selection"])
+        families.setdefault(key, []).append(entry)
+    rows = []
+    for family in sorted(families.values(), key=lambda family: -_mean(family, "mean", 0.0)):
+        family.sort(key=lambda entry: entry.row["seeds"])
+        rows += [entry.row | _against([entry], reference, reason) for entry in family]
+        if len({seed for entry in family for seed in entry.row["seeds"]}) > 1:
+            rows.append(_group(family) | _against(family, reference, reason))
+    return rows
+
+
+def _against(family: Sequence[_Entry], reference: _Entry | None, reason: str) -> dict[str, Any]:
+    """The paired difference of a score, or of the mean of seeds in each episode, to the reference; or why not."""
+    flaw = reason or next((f"{entry.name}: {entry.flaw}" for entry in family if entry.flaw), None)
+    if any(entry is reference for entry in family):
+        return {"note": "the reference" if len(family) == 1 else "one of these is the reference"}
+    accuracies = [entry.accuracies for entry in family if entry.accuracies is not None]
+    if flaw or reference is None or reference.accuracies is None:
+        return {"note": flaw}
+    difference, ci95 = mean_ci95(np.mean(accuracies, axis=0) - reference.accuracies)
+    return {"difference": round(difference, 4), "difference_ci95": round(ci95, 4), "against": reference.name}
+
+
+def _group(family: Sequence[_Entry]) -> dict[str, Any]:
+    """The mean of seeds: `ci95` over all their episodes pooled, `sd` the sample standard deviation of their means."""
+    means = [entry.row["mean"] for entry in family if entry.row["mean"] is not None]
+    accuracies = [entry.accuracies for entry in family if entry.accuracies is not None]
+    row = family[0].row | {
+        name: [value for entry in family for value in entry.row[name]] for name in ("seeds", "runs", "steps")
+    }
+    row |= {"kind": "mean", "mean": _mean(family, "mean", None), "ci95": None, "steps": sorted(set(row["steps"]))}
+    row["state"] = ", ".join(dict.fromkeys(entry.row["state"] for entry in family))
+    row["sd"] = round(float(np.std(means, ddof=1)), 4) if len(means) > 1 else None
+    if len(accuracies) == len(family):
+        row["mean"], row["ci95"] = (round(value, 4) for value in mean_ci95(np.concatenate(accuracies)))
+    return row | {name: _mean(family, name, None) for name in ("rounds", "recover_seconds", "seconds")}
+
+
+def _mean(family: Sequence[_Entry], name: str, default: Any) -> Any:
+    values = [entry.row[name] for entry in family if entry.row[name] is not None]
+    return round(sum(values) / len(values), 4) if values else default

@@ -1,0 +1,279 @@
+"""BiDf-MKD with the teachers' weights: recover, distil into a task model, recover at its boundary, distil through it.
+
+[Hu2023b] Learning to Learn from APIs: Black-Box Data-Free Meta-Learning, arXiv 2305.18413 (ICML 2023); here its
+white-box form, which back-propagates through the teacher instead of estimating gradients from queries.
+
+A round, per teacher and on one shard: a support set from a generator trained from scratch, the inner distillation of
+the learner on it, and a query set recovered against the distilled weights. Then meta-updates: the first one holds the
+outer distillations, second order through the inner ones, the others replay. Deviations are rows of docs/methods.md.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from ray_dfml.core import losses, optim, seeds
+from ray_dfml.core.generators import generator
+from ray_dfml.core.images import normalise, to_pixels, view
+from ray_dfml.core.inner_loop import GradOf, adapt, graph_grad, plain_grad
+from ray_dfml.core.net import Net, net
+from ray_dfml.errors import RejectedError
+from ray_dfml.methods import bank as bank_of
+from ray_dfml.methods import replay
+from ray_dfml.methods.base import (
+    Metrics,
+    ReplayConfig,
+    Send,
+    State,
+    Teacher,
+    Worker,
+    World,
+    image_values,
+    initial_learner,
+    stacked,
+    teacher_job,
+)
+from ray_dfml.methods.inversion import BETAS, Inversion, InversionConfig, Judge, checked_generator, groups
+from ray_dfml.methods.inversion import notes as notes
+from ray_dfml.types import Arrays, Job
+
+READINGS = ("finetune",)
+
+
+class Config(InversionConfig):
+    """BiDf-MKD's hyper-parameters. The defaults are the `fixed` profile; docs/methods.md has all three side by side."""
+
+    rounds: int = Field(default=300, ge=1, description="Outer iterations: times that teachers are inverted.")
+    teachers_per_round: int = Field(
+        default=4, ge=1, description="Teachers inverted in a round, drawn with replacement; the paper takes one."
+    )
+    images_per_class: int = Field(default=30, ge=2, description="Images recovered per class, support and query alike.")
+    iterations: int = Field(default=200, ge=1, description="Adam steps of an inversion.")
+    lr_generator: float = Field(default=1e-3, gt=0, description="Adam step size of theta_G and Z.")
+    conditional: bool = Field(
+        default=True, description="A generator that is told the label (the paper); the released one is not."
+    )
+    boundary: bool = Field(default=True, description="Recover the query set against the task model.")
+    boundary_after: int = Field(
+        default=0, ge=0, description="Meta-updates before the query set is drawn to the boundary; the code: 4000."
+    )
+    distill: str = Field(
+        default="kl", pattern="^(kl|probdot)$", description="Distillation loss: KL, or the released code's form."
+    )
+    inner_steps: int = Field(default=10, ge=0, description="SGD steps of the inner distillation.")
+    inner_lr: float = Field(default=0.01, gt=0, description="Their step size.")
+    generate_every: int = Field(
+        default=20,
+        ge=0,
+        description="Meta-updates in a round; 0: until `replay.patience` of them bring no new best (code).",
+    )
+    bank_capacity: int = Field(default=600, ge=1, description="Images kept per class, first in first out.")
+    bank_key: bank_of.BankKey = Field(
+        default="class",
+        description="A bank class is a class name (side information of the cards), or a (teacher, class) pair.",
+    )
+    replay: ReplayConfig = ReplayConfig(tasks=4, patience=200, max_updates=1000)
+
+
+def _classes(cfg: Config, way: int) -> int:
+    return way if cfg.conditional else 0
+
+
+def init(cfg: Config, world: World) -> State:
+    """The learner and an empty bank. Raises UsageError as `checked_generator`."""
+    checked_generator("bidf-mkd", cfg, world, _classes(cfg, world.way))
+    return replay.with_optimiser(initial_learner(world)) | {"bank": {}}
+
+
+def plan(cfg: Config, world: World, state: State, r: int) -> list[Job]:
+    """One job per teacher drawn, with replacement."""
+    rng = seeds.generator(world.seed, r, "plan")
+    picks = torch.randint(len(world.cards), (cfg.teachers_per_round,), generator=rng).tolist()
+    return [
+        teacher_job(world.cards[i], index=j, seed=seeds.derive(world.seed, r, "recover", j), values={})
+        for j, i in enumerate(picks)
+    ]
+
+
+def shared(cfg: Config, world: World, state: State, r: int) -> Arrays:
+    """The learner's weights and the settings."""
+    return image_values(world.image) | {
+        "cfg": cfg.model_dump(),
+        "theta": state["theta"].numpy(),
+        "arch": world.arch,
+        "way": world.way,
+        "boundary": cfg.boundary and state["updates"] >= cfg.boundary_after,
+    }
+
+
+def synthesize(
+    cfg: Config, teachers: Sequence[Teacher], judge: Judge | None, names: Sequence[int], shape: tuple[int, int, int],
+    way: int, *, device: torch.device, batched: bool, stream: str,
+) -> list[Arrays]:  # fmt: skip
+    """One set of images of each of b teachers ([Hu2023b] label-conditional inversion).
+
+    A generator is drawn anew for each; Adam moves it and the codes for `cfg.iterations` steps, and the images of the
+    lowest loss are kept. `names` and `stream` seed the draws. Returns tasks as `Inversion.task` with `loss_first` and
+    `loss_last`.
+    """
+    net_g = generator(shape, cfg.latent, cfg.width, _classes(cfg, way))
+    inversion = Inversion(cfg, net_g, teachers, way, names, device=device, batched=batched, stream=stream)
+    theta_g = torch.stack([net_g.reset(rng) for rng in inversion.rngs]).to(device)
+    z = inversion.codes()
+    adam_g, adam_z = optim.Adam.zeros(theta_g), optim.Adam.zeros(z)
+    first = best = torch.full((len(teachers),), math.inf, device=device)
+    kept: tuple[Tensor, Tensor] | None = None
+    for i in range(cfg.iterations):
+        leaf_g, leaf_z = theta_g.detach().requires_grad_(), z.detach().requires_grad_()
+        loss, images, logits = inversion.losses(leaf_g, leaf_z, judge)
+        grad_g, grad_z = torch.autograd.grad(loss.sum(), (leaf_g, leaf_z))
+        loss, images, logits = loss.detach(), images.detach(), logits.detach()
+        if kept is None:
+            first, best, kept = loss, loss, (images, logits)
+        else:
+            better = loss < best
+            best = torch.where(better, loss, best)
+            shaped = (better[:, None, None, None, None], better[:, None, None])
+            new = [torch.where(m, now, old) for m, now, old in zip(shaped, (images, logits), kept, strict=True)]
+            kept = (new[0], new[1])
+        if i < cfg.iterations - 1:
+            theta_g, adam_g = optim.adam_step(theta_g, grad_g, adam_g, lr=cfg.lr_generator, betas=BETAS)
+            z, adam_z = optim.adam_step(z, grad_z, adam_z, lr=cfg.lr_generator, betas=BETAS)
+    assert kept is not None
+    return [
+        inversion.task(j, kept[0][j], kept[1][j]) | {"loss_first": float(first[j]), "loss_last": float(best[j])}
+        for j in range(len(teachers))
+    ]
+
+
+def recover(worker: Worker, jobs: Sequence[Job], shared: Arrays) -> list[Arrays]:
+    """The `bidf-mkd.recover` op: support, inner distillation, query set of each job's teacher.
+
+    Returns `support` and `query` as recovered tasks. Teachers of one architecture go at once except on a CPU; one whose
+    loss is not finite is rejected.
+    """
+    cfg = Config.model_validate(shared["cfg"])
+    learner = net(shared["arch"], tuple(shared["shape"]), shared["way"])
+    theta = torch.tensor(shared["theta"], device=worker.device)
+    results: dict[int, Arrays] = {}
+    slots = []
+    for i, job in enumerate(jobs):
+        try:
+            slots.append((i, job, worker.teacher(str(job.teacher))))
+        except RejectedError as error:
+            results[i] = {"rejected": str(error)}
+    for group in groups(slots, lambda slot: slot[2], batched=worker.batched):
+        many = len(group) > 1
+        found = _recover(cfg, learner, theta, group, shared, device=worker.device, batched=many)
+        results |= {i: result for (i, _, _), result in zip(group, found, strict=True)}
+    return [results[i] for i in range(len(jobs))]
+
+
+def _recover(
+    cfg: Config, learner: Net, theta: Tensor, group: list[tuple[int, Job, Teacher]], shared: Arrays,
+    *, device: torch.device, batched: bool,
+) -> list[Arrays]:  # fmt: skip
+    teachers = [teacher for _, _, teacher in group]
+    shape, way = tuple(shared["shape"]), shared["way"]
+    mean, std = (torch.tensor(shared[k], device=device) for k in ("mean", "std"))
+    names = [job.seed for _, job, _ in group]
+    support = synthesize(cfg, teachers, None, names, shape, way, device=device, batched=batched, stream="support")
+    judge = _task_models(cfg, learner, theta, support, mean, std, batched) if shared["boundary"] else None
+    query = synthesize(cfg, teachers, judge, names, shape, way, device=device, batched=batched, stream="query")
+    finite = [math.isfinite(s["loss_last"] + q["loss_last"]) for s, q in zip(support, query, strict=True)]
+    return [
+        {"support": s, "query": q} if fine else {"rejected": "the inversion loss is not finite"}
+        for s, q, fine in zip(support, query, finite, strict=True)
+    ]
+
+
+def _task_models(
+    cfg: Config, learner: Net, theta: Tensor, support: Sequence[Arrays], mean: Tensor, std: Tensor, batched: bool
+) -> Judge:
+    phi = torch.stack([_inner(cfg, learner, theta, task, mean, std, plain_grad) for task in support])
+    return lambda pixels: stacked(learner, phi, normalise(pixels, mean, std), batched=batched)
+
+
+def _set(cfg: Config, task: Arrays, mean: Tensor, std: Tensor) -> tuple[Tensor, Tensor]:
+    """A recovered task as the learner meets it: the view that its teacher's logits [n q] are of, normalised."""
+    pixels = view(to_pixels(task["images"], mean.device), task["view"], pad=cfg.crop_pad, fill=cfg.crop_fill)
+    return normalise(pixels, mean, std), torch.tensor(task["logits"], device=mean.device)
+
+
+def _inner(
+    cfg: Config, learner: Net, theta: Tensor, support: Arrays, mean: Tensor, std: Tensor, grad_of: GradOf
+) -> Tensor:
+    """Task model [p]: `inner_steps` SGD steps from theta on the distillation of a support set ([Hu2023b], inner)."""
+    x, soft = _set(cfg, support, mean, std)
+    return adapt(
+        lambda w: losses.distillation(soft, learner(w, x), form=cfg.distill),
+        theta, lr=cfg.inner_lr, steps=cfg.inner_steps, grad_of=grad_of,
+    )  # fmt: skip
+
+
+def grad(worker: Worker, jobs: Sequence[Job], shared: Arrays) -> list[Arrays]:
+    """The `bidf.grad` op: gradient [p] at theta of the outer distillation, through the inner steps ([Hu2023b]).
+
+    A job's values: `support` and `query`, the recovered tasks of one teacher. Returns `grad`, `loss` in nats, and
+    `accuracy`: the share of query images on which task model and teacher agree.
+    """
+    cfg = Config.model_validate(shared["cfg"])
+    learner = net(shared["arch"], tuple(shared["shape"]), shared["way"])
+    theta = torch.tensor(shared["theta"], device=worker.device)
+    mean, std = (torch.tensor(shared[k], device=worker.device) for k in ("mean", "std"))
+    results = []
+    for job in jobs:
+        leaf = theta.detach().requires_grad_()
+        phi = _inner(cfg, learner, leaf, job.values["support"], mean, std, graph_grad)
+        x, soft = _set(cfg, job.values["query"], mean, std)
+        logits = learner(phi, x)
+        loss = losses.distillation(soft, logits, form=cfg.distill)
+        (found,) = torch.autograd.grad(loss, leaf)
+        agree = float((logits.argmax(-1) == soft.argmax(-1)).float().mean())
+        results.append({"grad": found.cpu().numpy(), "loss": float(loss.detach()), "accuracy": agree})
+    return results
+
+
+def learn(cfg: Config, world: World, state: State, r: int, results: list[Arrays], send: Send) -> tuple[State, Metrics]:
+    """Bank both sets of each teacher, then meta-updates: outer distillations in the first, filled up to `replay.tasks`
+    with replay, and replay alone in the others."""
+    metrics: Metrics = {"recover/tasks": len(results)}
+    if not results:
+        return state, metrics
+    for kind in ("support", "query"):
+        metrics |= {
+            f"recover/{kind}_{name}": sum(result[kind][name] for result in results) / len(results)
+            for name in ("loss_first", "loss_last", "ce", "accuracy", "spread")
+        }
+    metrics["recover/accuracy"] = metrics["recover/support_accuracy"]
+    bank = state["bank"]
+    for result in results:
+        for kind in ("support", "query"):
+            bank = bank_of.store(bank, result[kind], cfg.bank_key, cfg.bank_capacity)
+    values = shared(cfg, world, state, r)
+    state = {**state, "bank": bank}
+    jobs = [
+        Job(index=j, seed=0, values={kind: result[kind] for kind in ("support", "query")})
+        for j, result in enumerate(results)
+    ]
+    extra = send("bidf.grad", jobs, values)
+    metrics["distill/loss"] = sum(one["loss"] for one in extra) / len(extra)
+    metrics["distill/agreement"] = 100.0 * sum(one["accuracy"] for one in extra) / len(extra)
+    metrics["distill/grad_norm"] = float(sum(torch.tensor(one["grad"]).norm() for one in extra) / len(extra))
+    metrics |= bank_of.figures(cfg.replay, world, bank, cfg.bank_key)
+    ready = (metrics["bank/classes"] or 0) >= world.way
+    count = max(cfg.replay.tasks - len(extra), 0) if ready else 0
+    first = cfg.replay.model_copy(update={"tasks": count})
+    tasks = replay.draw(first, world, bank, (r, "distill"))
+    state, found = replay.step(cfg.replay, world, state, tasks, (r, "distill"), send, extra)
+    if not ready or cfg.generate_every == 1:
+        return state, metrics | {"replay/updates": 0, "replay/accuracy": found["accuracy"]}
+    bout = cfg.replay
+    if cfg.generate_every:
+        left = cfg.generate_every - 1
+        bout = bout.model_copy(update={"patience": left, "max_updates": left})
+    state, found = replay.until_plateau(bout, world, state, bank, r, send)
+    return state, metrics | found

@@ -1,0 +1,186 @@
+"""`dro`: a hyper-network that outputs the teachers' weights from embeddings, robust to shifts of these.
+
+[Wang2022] Meta-Learning without Data via Wasserstein Distributionally-Robust Model Fusion, UAI 2022 (PMLR 180),
+reconstructed from its abstract: results are of "our DRO". The abstract has no numbers and no network. Ours are, among
+others, the standardisation of the weights, the step of the inner maximisation, the chunk size and the initial draws.
+"""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor
+
+from ray_dfml.core import optim, seeds
+from ray_dfml.core.weights import Layout
+from ray_dfml.methods.base import MethodConfig, Metrics, Send, State, Worker, World, initial_learner
+from ray_dfml.methods.baselines import check_same_network, fetch, mean
+from ray_dfml.types import Arrays, Job
+
+READINGS = ("finetune",)
+
+
+class Config(MethodConfig):
+    """Number of Adam steps = `rounds` x `steps_per_round`."""
+
+    rounds: int = Field(default=200, ge=1, description="Outer iterations.")
+    steps_per_round: int = Field(default=100, ge=1, description="Adam steps in a round.")
+    teachers_per_step: int = Field(
+        default=2, ge=1, description="Teachers in a step's loss, drawn without replacement; at most all of them."
+    )
+    embedding: int = Field(default=64, ge=1, description="Length of a teacher's embedding, and of a chunk's.")
+    hidden: int = Field(default=256, ge=1, description="Units of each of the two hidden layers of the hyper-network.")
+    chunk: int = Field(default=4096, ge=1, description="Weights that one pass of the hyper-network outputs.")
+    ascent_steps: int = Field(default=3, ge=0, description="Steps of the inner maximisation over the shift.")
+    gamma: float = Field(default=1.0, gt=0, description="Price of a squared unit of shift (Wasserstein penalty).")
+    lr: float = Field(default=1e-3, gt=0, description="Adam step size of the hyper-network and the embeddings.")
+    sample: Literal["mean", "convex"] = Field(
+        default="mean", description="Embedding of the result: the mean, or a random convex combination."
+    )
+
+
+def layout(cfg: Config, teachers: int, weights: int) -> Layout:
+    """Parts of psi: the flat parameters of the hyper-network and all embeddings, for so many teachers and weights."""
+    d, h = cfg.embedding, cfg.hidden
+    shapes = {
+        "teachers": (teachers, d), "chunks": (-(-weights // cfg.chunk), d),
+        "0.weight": (h, 2 * d), "0.bias": (h,), "1.weight": (h, h), "1.bias": (h,),
+        "2.weight": (cfg.chunk, h), "2.bias": (cfg.chunk,),
+    }  # fmt: skip
+    return Layout((name, torch.Size(shape)) for name, shape in shapes.items())
+
+
+def hyper(psi: dict[str, Tensor], e: Tensor, weights: int) -> Tensor:
+    """h_psi: standardised weights [b weights] from embeddings [b d], chunk by chunk, the last one cut."""
+    chunks = psi["chunks"]
+    x = torch.cat([e[:, None].expand(-1, len(chunks), -1), chunks.expand(len(e), -1, -1)], -1)
+    x = F.relu(F.linear(x, psi["0.weight"], psi["0.bias"]))
+    x = F.relu(F.linear(x, psi["1.weight"], psi["1.bias"]))
+    return F.linear(x, psi["2.weight"], psi["2.bias"]).flatten(1)[:, :weights]
+
+
+def penalised(cfg: Config, psi: dict[str, Tensor], e: Tensor, shift: Tensor, target: Tensor) -> Tensor:
+    """||h(e + shift) - target||^2 / p - gamma ||shift||^2 for embeddings and shifts [b d], targets [b p]: [b]."""
+    error = (hyper(psi, e + shift, target.shape[1]) - target).square().mean(1)
+    return error - cfg.gamma * shift.square().sum(1)
+
+
+def worst_shift(cfg: Config, psi: dict[str, Tensor], e: Tensor, target: Tensor) -> Tensor:
+    """The shift [b d] after gradient ascent on `penalised` from 0.
+
+    The step size is 1 / (2 gamma): a step then goes to (gradient of the error) / (2 gamma), which the maximum fulfils,
+    for any gamma.
+    """
+    psi = {name: part.detach() for name, part in psi.items()}
+    shift = torch.zeros_like(e)
+    for _ in range(cfg.ascent_steps):
+        leaf = shift.requires_grad_()
+        (grad,) = torch.autograd.grad(penalised(cfg, psi, e.detach(), leaf, target).sum(), leaf)
+        shift = shift.detach() + grad / (2 * cfg.gamma)
+    return shift
+
+
+def gradient(cfg: Config, parts: Layout, psi: Tensor, rows: Sequence[int], target: Tensor) -> tuple[Tensor, Tensor]:
+    """Loss, the mean of `penalised` over teachers (rows of the embeddings) at their worst shifts, and its gradient by
+    psi [p], with the shifts held (the derivative of a maximum)."""
+    leaf = psi.detach().requires_grad_()
+    split = parts.unflatten(leaf)
+    e = split["teachers"][list(rows)]
+    loss = penalised(cfg, split, e, worst_shift(cfg, split, e, target), target).mean()
+    return loss.detach(), torch.autograd.grad(loss, leaf)[0]
+
+
+def standardisation(parts: Layout, theta: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of each named tensor over all teachers' weights [n p] and all its entries, both [p].
+
+    So every weight counts alike, and gamma has one meaning in all layers. A tensor without spread gets 1.
+    """
+    columns = theta.split(parts.sizes, 1)
+    sizes = torch.tensor(parts.sizes)
+    centre = torch.stack([column.mean() for column in columns])
+    spread = torch.stack([column.std(correction=0) for column in columns])
+    return centre.repeat_interleave(sizes), torch.where(spread > 0, spread, 1.0).repeat_interleave(sizes)
+
+
+def notes(cfg: Config, world: World) -> list[str]:
+    """That this is a reconstruction."""
+    return ['"our DRO": reconstructed from the abstract of the paper']
+
+
+def init(cfg: Config, world: World) -> State:
+    """A fresh learner, hyper-network and embeddings. Raises UsageError for a pool of unlike networks."""
+    check_same_network("dro", world)
+    state = initial_learner(world, zero_head_bias=True)
+    parts = layout(cfg, len(world.cards), len(state["theta"]))
+    rng = seeds.generator(world.seed, "psi")
+    drawn = {name: torch.zeros(shape) for name, shape in parts.shapes.items()}
+    for name, shape in parts.shapes.items():
+        if not name.endswith("bias"):
+            drawn[name] = torch.randn(shape, generator=rng)
+    for name, gain in (("0.weight", 2.0), ("1.weight", 2.0), ("2.weight", 1.0)):
+        drawn[name] *= (gain / drawn[name].shape[1]) ** 0.5
+    psi = parts.flatten(drawn)
+    rows = {card.id: i for i, card in enumerate(world.cards)}
+    return state | {"psi": psi, "adam": optim.Adam.zeros(psi)._asdict(), "rows": rows}
+
+
+def plan(cfg: Config, world: World, state: State, r: int) -> list[Job]:
+    """Nothing is recovered."""
+    return []
+
+
+def shared(cfg: Config, world: World, state: State, r: int) -> Arrays:
+    """Nothing is shared."""
+    return {}
+
+
+def recover(worker: Worker, jobs: Sequence[Job], shared: Arrays) -> list[Arrays]:
+    """Nothing is recovered."""
+    return []
+
+
+def learn(cfg: Config, world: World, state: State, r: int, results: list[Arrays], send: Send) -> tuple[State, Metrics]:
+    """`steps_per_round` Adam steps on psi, then the learner: h at one embedding, statistics the mean of the teachers'.
+
+    The standardisation is that of the first round. Raises FloatingPointError if the loss is not finite.
+    """
+    found = fetch(world.cards, send)
+    theta = torch.stack([one.theta for one in found])
+    if "centre" not in state:
+        centre, spread = standardisation(world.net.layout, theta)
+        state = {**state, "centre": centre, "spread": spread}
+    target = (theta - state["centre"]) / state["spread"]
+    parts = layout(cfg, len(state["rows"]), theta.shape[1])
+    rows = [state["rows"][one.teacher] for one in found]
+    psi, adam = state["psi"], optim.Adam(**state["adam"])
+    total = 0.0
+    for _ in range(cfg.steps_per_round):
+        order = torch.randperm(len(rows), generator=seeds.generator(world.seed, "dro", adam.step))
+        picks = order[: cfg.teachers_per_step].tolist()
+        loss, grad = gradient(cfg, parts, psi, [rows[i] for i in picks], target[picks])
+        if not torch.isfinite(loss):
+            raise FloatingPointError("dro: the loss is not finite; lower method.lr or raise method.gamma")
+        total += float(loss)
+        psi, adam = optim.adam_step(psi, grad, adam, lr=cfg.lr)
+    split = parts.unflatten(psi)
+    e = split["teachers"][rows]
+    pairs = zip(e, target, strict=True)
+    fit = sum(float((hyper(split, one[None], len(aim))[0] - aim).square().mean()) for one, aim in pairs)
+    made = hyper(split, (shares(cfg, world.seed, len(e)) @ e)[None], theta.shape[1])[0]
+    return {
+        **state,
+        "theta": state["centre"] + state["spread"] * made,
+        "stats": mean([one.stats for one in found]),
+        "psi": psi,
+        "adam": adam._asdict(),
+    }, {"dro/loss": total / cfg.steps_per_round, "dro/fit": fit / len(rows)}
+
+
+def shares(cfg: Config, seed: int, teachers: int) -> Tensor:
+    """Weights [n] of the embeddings, their sum 1: equal, or uniform on the simplex, the same in every round."""
+    if cfg.sample == "mean":
+        return torch.full((teachers,), 1 / teachers)
+    draws = -torch.rand(teachers, generator=seeds.generator(seed, "convex")).clamp_min(1e-38).log()
+    return draws / draws.sum()

@@ -1,0 +1,135 @@
+"""ECI on the shards: steps of a teacher's learnable images, and the pixel gradient of the learner's outer loss.
+
+[Hu2023] PURER, arXiv 2303.11183 (episode curriculum inversion). The images live in the teacher's normalised space and
+are never clamped. A step descends CE + total variation + batch-norm statistics + norm of the images; where the
+curriculum is due, the first step of a job also ascends the learner's outer loss, whose gradient is a value of the job.
+"""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ray_dfml.core import losses, memory, optim
+from ray_dfml.core.images import fit, normalise
+from ray_dfml.core.inner_loop import adapted, graph_grad
+from ray_dfml.core.net import net
+from ray_dfml.methods.base import Teacher, Worker, stacked
+from ray_dfml.types import Arrays, ImageSpec, Job
+
+if TYPE_CHECKING:
+    from ray_dfml.methods.purer import Config
+
+
+def as_learner_sees(x: Tensor, teacher: ImageSpec, learner: ImageSpec) -> Tensor:
+    """A teacher's normalised images [n c h w] as the learner's [n c' h' w']; the same tensor where the inputs agree."""
+    if teacher == learner:
+        return x
+    mean, std = (torch.tensor(values, device=x.device)[:, None, None] for values in (teacher.mean, teacher.std))
+    to_mean, to_std = (torch.tensor(values, device=x.device) for values in (learner.mean, learner.std))
+    return normalise(fit(x * std + mean, learner.shape), to_mean, to_std)
+
+
+def invert(
+    cfg: "Config", teachers: Sequence[Teacher], jobs: Sequence[Job], *, device: torch.device, batched: bool
+) -> list[Arrays]:
+    """`cfg.image_steps` Adam steps on the images of b teachers of one architecture and input.
+
+    A job's values: `x` [n c h w], Adam's `m`, `v`, `step`, and `push` [n c h w], which is added to the gradient of the
+    first step, or None. Returns these anew, and figures of the last step: losses in nats, accuracy in percent.
+    """
+    network, classes = teachers[0].net, len(teachers[0].card.classes)
+    theta, stats = (torch.stack([getattr(t, name) for t in teachers]) for name in ("theta", "stats"))
+    labels = memory.interleaved(classes, cfg.images_per_class).to(device)
+    x = torch.stack([torch.tensor(job.values["x"], device=device) for job in jobs])
+    adams = [
+        optim.Adam(
+            torch.tensor(job.values["m"], device=device),
+            torch.tensor(job.values["v"], device=device),
+            job.values["step"],
+        )
+        for job in jobs
+    ]
+    rngs = [torch.Generator().manual_seed(job.seed) for job in jobs]
+    with_statistics = bool(cfg.bn_weight) and stats.shape[1] > 0
+    first, figures = torch.zeros(len(jobs)), {}
+    for i in range(cfg.image_steps):
+        leaf = x.detach().requires_grad_()
+        shifts = [torch.randint(-cfg.shift, cfg.shift + 1, (2,), generator=rng).tolist() for rng in rngs]
+        seen = torch.stack([torch.roll(one, at, (-2, -1)) for one, at in zip(leaf, shifts, strict=True)])
+        if with_statistics:
+            logits, found = stacked(network.with_stats, theta, seen, stats, batched=batched)
+        else:
+            logits, found = stacked(network, theta, seen, stats, batched=batched), None
+        total = []
+        for j in range(len(jobs)):
+            loss = F.cross_entropy(logits[j], labels)
+            loss = loss + cfg.tv_weight * losses.variation_norms(seen[j])
+            loss = loss + cfg.l2_weight * torch.linalg.vector_norm(seen[j])
+            if found is not None:
+                gap = losses.statistics_norms(found[j], stats[j], network.stats_layout.sizes)
+                loss = loss + cfg.bn_weight * gap
+            total.append(loss)
+        loss = torch.stack(total)
+        (grad,) = torch.autograd.grad(loss.sum(), leaf)
+        first = loss.detach() if i == 0 else first
+        figures = {"loss": loss.detach(), "logits": logits.detach()}
+        moved = []
+        for j, job in enumerate(jobs):
+            g = grad[j]
+            if i == 0 and job.values["push"] is not None:
+                g = g + torch.tensor(job.values["push"], device=device)
+            one, adams[j] = optim.adam_step(x[j], g, adams[j], lr=cfg.lr_images)
+            moved.append(one)
+        x = torch.stack(moved)
+    return [
+        {
+            "x": x[j].cpu().numpy(),
+            "m": adams[j].m.cpu().numpy(),
+            "v": adams[j].v.cpu().numpy(),
+            "step": adams[j].step,
+            "loss_first": float(first[j]),
+            "loss_last": float(figures["loss"][j]),
+            "ce": float(F.cross_entropy(figures["logits"][j], labels)),
+            "accuracy": 100.0 * float((figures["logits"][j].argmax(-1) == labels).float().mean()),
+        }
+        for j in range(len(jobs))
+    ]
+
+
+def grad(worker: Worker, jobs: Sequence[Job], shared: Arrays) -> list[Arrays]:
+    """The `purer.grad` op: gradients of the outer loss with respect to a pseudo task's normalised pixels, through the
+    inner loop ([Hu2023], the step of the gradient switch).
+
+    A job's values: `support` [s c h w], `query` [u c h w]. Returns `support` and `query` gradients and `loss` in nats.
+    """
+    network = net(shared["arch"], tuple(shared["shape"]), shared["way"])
+    theta = torch.tensor(shared["theta"], device=worker.device)
+    results = []
+    for job in jobs:
+        parts = [torch.tensor(job.values[k], device=worker.device).requires_grad_() for k in ("support", "query")]
+        labels = [memory.interleaved(shared["way"], len(part) // shared["way"]).to(worker.device) for part in parts]
+        phi = adapted(
+            network, theta.requires_grad_(), parts[0], labels[0], head=shared["head"], lr=shared["inner_lr"],
+            steps=shared["inner_steps"], grad_of=graph_grad,
+        )  # fmt: skip
+        loss = F.cross_entropy(network(phi, parts[1]), labels[1])
+        found = torch.autograd.grad(loss, parts)
+        grads = {name: g.cpu().numpy() for name, g in zip(("support", "query"), found, strict=True)}
+        results.append({"loss": float(loss.detach()), **grads})
+    return results
+
+
+def push_of(
+    x: Tensor, rows: np.ndarray, gradient: Tensor, teacher: ImageSpec, learner: ImageSpec, weight: float
+) -> np.ndarray:
+    """What a teacher's images [n c h w] receive of a pixel gradient of the learner's: -weight x gradient at `rows` [k],
+    carried back through the change of size and normalisation; zero elsewhere."""
+    leaf = x[rows].detach().requires_grad_()
+    back = torch.autograd.grad(as_learner_sees(leaf, teacher, learner), leaf, gradient)[0]
+    push = torch.zeros_like(x)
+    push[rows] = -weight * back
+    return push.numpy()

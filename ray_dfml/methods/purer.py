@@ -1,0 +1,261 @@
+"""PURER: one set of learnable images for the whole pool, made harder whenever the learner stops improving on it.
+
+[Hu2023] Architecture, Dataset and Model-Scale Agnostic Data-free Meta-Learning, arXiv 2303.11183 (CVPR 2023). ECI is
+here and in `eci`; ICFIL, which acts at meta-test, is `icfil` and the setting `eval.icfil`.
+
+A round is `image_steps` steps on the images of every teacher, on the shards, then `updates` meta-updates on pseudo
+tasks of these images. A teacher has a set of its own; a class that several teachers know has the images of all of them.
+Deviations of the released code and of this implementation are rows of docs/methods.md.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from pydantic import Field
+
+from ray_dfml.core import memory, seeds
+from ray_dfml.errors import RejectedError, UsageError
+from ray_dfml.methods import eci, replay
+from ray_dfml.methods.bank import BankKey
+from ray_dfml.methods.base import (
+    MetaConfig,
+    MethodConfig,
+    Metrics,
+    Send,
+    State,
+    Worker,
+    World,
+    initial_learner,
+    teacher_job,
+)
+from ray_dfml.methods.inversion import dropped_statistics, groups
+from ray_dfml.types import Arrays, Job, TeacherCard
+
+READINGS = ("finetune",)
+
+
+class Config(MethodConfig):
+    """PURER's hyper-parameters. The defaults are the `fixed` profile; docs/methods.md has all three side by side."""
+
+    rounds: int = Field(default=1500, ge=1, description="Outer iterations.")
+    image_steps: int = Field(default=10, ge=1, description="Adam steps on the images in a round.")
+    updates: int = Field(default=10, ge=1, description="Meta-updates in a round; the paper alternates one and one.")
+    image_warmup: int = Field(
+        default=20, ge=0, description="First rounds without meta-updates: noise teaches the learner nothing."
+    )
+    teachers_per_round: int = Field(
+        default=0, ge=0, description="Teachers whose images move in a round, drawn without replacement; 0 is all."
+    )
+    images_per_class: int = Field(default=20, ge=2, description="Learnable images per class of a teacher.")
+    lr_images: float = Field(default=0.25, gt=0, description="Adam step size of the images.")
+    tv_weight: float = Field(default=1e-4, ge=0, description="Weight of the four norms of differences of neighbours.")
+    l2_weight: float = Field(default=1e-5, ge=0, description="Weight of the norm of the images.")
+    bn_weight: float = Field(default=1e-2, ge=0, description="Weight of the teacher's batch-norm statistics.")
+    shift: int = Field(default=2, ge=0, description="Largest random cyclic shift of the images, pixels.")
+    curriculum: float = Field(default=10.0, ge=0, description="Weight of the adversarial step; 0 is no curriculum.")
+    curriculum_after: int = Field(default=4000, ge=1, description="Meta-updates before the first adversarial step.")
+    curriculum_patience: int = Field(
+        default=6, ge=1, description="Updates without a new best training accuracy before the next one."
+    )
+    start: Literal["random", "average"] = Field(
+        default="random", description="Initial learner; the released scripts start from the mean of all teachers."
+    )
+    image_key: BankKey = Field(
+        default="class",
+        description="A class of pseudo tasks is a class name (side information of the cards), or a (teacher, class).",
+    )
+    meta: MetaConfig = MetaConfig(tasks=4)
+
+
+def notes(cfg: Config, world: World) -> list[str]:
+    """Teachers for which the statistics term does not apply."""
+    return dropped_statistics(world.cards, cfg.bn_weight)
+
+
+def init(cfg: Config, world: World) -> State:
+    """The learner, images N(0, 1) per teacher, and the switch.
+
+    Raises UsageError where a class has too few images for a task, or teachers that have no mean are to be averaged.
+    """
+    if cfg.meta.shot + cfg.meta.query > cfg.images_per_class:
+        raise UsageError(
+            f"purer: tasks take {cfg.meta.shot} + {cfg.meta.query} images of a class, method.images_per_class is "
+            f"{cfg.images_per_class}; raise it or lower method.meta.query"
+        )
+    odd = [c.id for c in world.cards if (c.arch, c.image.shape, len(c.classes)) != _kind(world)]
+    if cfg.start == "average" and odd:
+        raise UsageError(
+            f"purer: {odd[0]} is no network like the learner's, so there is no mean; set method.start=random"
+        )
+    state = replay.with_optimiser(initial_learner(world))
+    return state | {
+        "images": {card.id: _fresh(cfg, world, card) for card in world.cards},
+        "push": {},
+        "switch": {"best": -1.0, "waited": 0, "due": 0, "fired": 0},
+    }
+
+
+def _kind(world: World) -> tuple[str, tuple[int, int, int], int]:
+    return (world.arch, world.image.shape, world.way)
+
+
+def _fresh(cfg: Config, world: World, card: TeacherCard) -> State:
+    shape = (cfg.images_per_class * len(card.classes), *card.image.shape)
+    x = torch.randn(shape, generator=seeds.generator(world.seed, "images", card.id))
+    return {"x": x, "m": torch.zeros_like(x), "v": torch.zeros_like(x), "step": 0}
+
+
+def plan(cfg: Config, world: World, state: State, r: int) -> list[Job]:
+    """One job per teacher: its images, their moments, and what the curriculum pushes them by."""
+    cards = list(world.cards)
+    if 0 < cfg.teachers_per_round < len(cards):
+        rng = seeds.generator(world.seed, r, "plan")
+        cards = [cards[i] for i in torch.randperm(len(cards), generator=rng)[: cfg.teachers_per_round].tolist()]
+    jobs = []
+    for j, card in enumerate(cards):
+        own = state["images"][card.id]
+        values = {k: own[k].numpy() for k in ("x", "m", "v")} | {"step": own["step"]}
+        push = state["push"].get(card.id)
+        values["push"] = None if push is None else np.asarray(push)
+        jobs.append(teacher_job(card, index=j, seed=seeds.derive(world.seed, r, "recover", j), values=values))
+    return jobs
+
+
+def shared(cfg: Config, world: World, state: State, r: int) -> Arrays:
+    """The settings of the inversion."""
+    return {"cfg": cfg.model_dump()}
+
+
+def recover(worker: Worker, jobs: Sequence[Job], shared: Arrays) -> list[Arrays]:
+    """The `purer.recover` op: `eci.invert` on the images of each job's teacher. Teachers of one architecture go at once
+    except on a CPU; one whose loss is not finite is rejected."""
+    cfg = Config.model_validate(shared["cfg"])
+    results: dict[int, Arrays] = {}
+    slots = []
+    for i, job in enumerate(jobs):
+        try:
+            slots.append((i, job, worker.teacher(str(job.teacher))))
+        except RejectedError as error:
+            results[i] = {"rejected": str(error)}
+    for group in groups(slots, lambda slot: slot[2], batched=worker.batched):
+        found = eci.invert(
+            cfg, [t for _, _, t in group], [job for _, job, _ in group], device=worker.device, batched=len(group) > 1
+        )
+        for (i, job, _), result in zip(group, found, strict=True):
+            finite = math.isfinite(result["loss_last"]) and bool(np.isfinite(result["x"]).all())
+            results[i] = (
+                result | {"teacher": job.teacher} if finite else {"rejected": "the inversion loss is not finite"}
+            )
+    return [results[i] for i in range(len(jobs))]
+
+
+def learn(cfg: Config, world: World, state: State, r: int, results: list[Arrays], send: Send) -> tuple[State, Metrics]:
+    """Store the images, then meta-updates on pseudo tasks of them, then the curriculum's pixel gradient where due."""
+    metrics: Metrics = {"recover/tasks": len(results)}
+    if results:
+        metrics |= {
+            f"recover/{name}": sum(result[name] for result in results) / len(results)
+            for name in ("loss_first", "loss_last", "ce", "accuracy")
+        }
+    images = dict(state["images"])
+    for result in results:
+        own = {k: torch.tensor(result[k]) for k in ("x", "m", "v")} | {"step": result["step"]}
+        images[result["teacher"]] = own
+    done = {result["teacher"] for result in results}
+    state = {**state, "images": images, "push": {id: p for id, p in state["push"].items() if id not in done}}
+    if r == 0 and cfg.start == "average":
+        state = _averaged(world, state, send)
+    if r < cfg.image_warmup:
+        return state, metrics
+    store = _Store(cfg, world, state)
+    if len(store.classes) < world.way:
+        raise RejectedError(f"the usable teachers know {len(store.classes)} classes, a task needs {world.way}")
+    found: Metrics = {}
+    for u in range(cfg.updates):
+        tasks = [store.pixels(store.draw(world.seed, r, "pseudo", u, t)) for t in range(cfg.meta.tasks)]
+        state, found = replay.step(cfg.meta, world, state, tasks, (r, "pseudo", u), send)
+        state = {**state, "switch": switched(cfg, state["switch"], state["updates"], found["accuracy"] or 0.0)}
+    metrics |= {f"replay/{name}": value for name, value in found.items()}
+    metrics |= {"replay/updates": cfg.updates, "curriculum/fired": state["switch"]["fired"]}
+    if state["switch"]["due"]:
+        state, metrics["curriculum/outer_loss"] = _curriculum(cfg, world, state, r, store, send)
+    return state, metrics
+
+
+def switched(cfg: Config, switch: State, updates: int, accuracy: float) -> State:
+    """The gradient switch after meta-update number `updates` with mean training accuracy in percent ([Hu2023]).
+
+    Due for the first time at `curriculum_after`; then, while not due, after `curriculum_patience` updates without a new
+    best accuracy, which starts anew.
+    """
+    if not cfg.curriculum or switch["due"] or updates < cfg.curriculum_after:
+        return switch
+    if updates == cfg.curriculum_after:
+        return {**switch, "due": 1}
+    if accuracy > switch["best"]:
+        return {**switch, "best": accuracy, "waited": 0}
+    if switch["waited"] + 1 < cfg.curriculum_patience:
+        return {**switch, "waited": switch["waited"] + 1}
+    return {**switch, "best": -1.0, "waited": 0, "due": 1}
+
+
+def _averaged(world: World, state: State, send: Send) -> State:
+    jobs = [teacher_job(card, index=i, seed=0, values={}) for i, card in enumerate(world.cards)]
+    results = send("weights", jobs, {})
+    theta = torch.zeros_like(state["theta"])
+    for result in results:
+        theta += torch.tensor(result["theta"]) / len(results)
+    return {**state, "theta": theta}
+
+
+def _curriculum(cfg: Config, world: World, state: State, r: int, store: "_Store", send: Send) -> tuple[State, float]:
+    """One adversarial step is due: the pixel gradient of the outer loss of a pseudo task, kept for the next job of each
+    teacher in it, whose first image step it joins. These images do not change in between: it is the paper's step."""
+    drawn = store.draw(world.seed, r, "curriculum")
+    values = store.pixels(drawn)
+    job = Job(index=0, seed=0, values=values)
+    (result,) = send("purer.grad", [job], replay.shared_values(cfg.meta, world, state))
+    push = {}
+    rows = np.concatenate([drawn["support"], drawn["query"]])
+    gradient = torch.tensor(np.concatenate([result["support"], result["query"]]))
+    for i, card in enumerate(store.cards):
+        mine = rows[:, 0] == i
+        if mine.any():
+            push[card.id] = eci.push_of(
+                state["images"][card.id]["x"], rows[mine, 1], gradient[torch.tensor(mine)], card.image, world.image,
+                cfg.curriculum,
+            )  # fmt: skip
+    switch = {**state["switch"], "due": 0, "fired": state["switch"]["fired"] + 1}
+    return {**state, "push": state["push"] | push, "switch": switch}, result["loss"]
+
+
+class _Store:
+    """The images of all teachers as the learner sees them, and the rows (teacher, image) of each class."""
+
+    def __init__(self, cfg: Config, world: World, state: State) -> None:
+        self.cards, self._world, self._meta = world.cards, world, cfg.meta
+        self.images = [
+            eci.as_learner_sees(state["images"][card.id]["x"], card.image, world.image).numpy() for card in world.cards
+        ]
+        self.classes: dict[str, Any] = {}
+        for i, card in enumerate(world.cards):
+            for local, name in enumerate(card.classes):
+                key = name if cfg.image_key == "class" else f"{card.id}#{name}"
+                rows = np.arange(cfg.images_per_class) * len(card.classes) + local
+                pairs = np.stack([np.full_like(rows, i), rows], 1)
+                self.classes[key] = np.concatenate([self.classes[key], pairs]) if key in self.classes else pairs
+
+    def draw(self, *tag: int | str) -> dict[str, np.ndarray]:
+        """A pseudo task as rows (teacher, image): support [s 2] and query [u 2], interleaved."""
+        meta, rng = self._meta, seeds.generator(*tag)
+        _, support, query = memory.draw_task(
+            self.classes, way=self._world.way, shot=meta.shot, query=meta.query, generator=rng
+        )
+        return {"support": support, "query": query}
+
+    def pixels(self, task: dict[str, np.ndarray]) -> Arrays:
+        """Its images, normalised for the learner, float32."""
+        return {name: np.stack([self.images[i][row] for i, row in rows]) for name, rows in task.items()}

@@ -1,0 +1,56 @@
+"""Which jobs go together and which go first: by what they cost, not by how many they are. Results never depend on it.
+
+[Graham1969] Bounds on Multiprocessing Timing Anomalies, SIAM J. Appl. Math. 17(2): longest processing time first.
+"""
+
+from collections.abc import Iterator, Sequence
+from itertools import groupby, islice
+
+from ray_dfml.types import Job
+
+
+def longest_first(jobs: Sequence[Job]) -> list[Job]:
+    """Jobs by falling cost, equal ones in their order: what is long must not begin last."""
+    return sorted(jobs, key=lambda job: -job.cost)
+
+
+def chunks(jobs: Sequence[Job], shards: int, limit: int) -> list[list[Job]]:
+    """Jobs as chunks for shards that batch, by falling cost; within a chunk by index.
+
+    There is one part per shard, of costs as equal as `_parts` makes them. A part is cut where its teachers would occupy
+    more than `limit` bytes together; one that is larger alone has a chunk of its own.
+    """
+    found = [chunk for part in _parts(jobs, shards) for chunk in _cut(sorted(part, key=lambda job: job.index), limit)]
+    return sorted(found, key=lambda chunk: -sum(job.cost for job in chunk))
+
+
+def _parts(jobs: Sequence[Job], shards: int) -> list[list[Job]]:
+    """Each job, the costliest first, to the part with the least: the costliest part is at most 4/3 - 1/(3 shards) times
+    the best possible one ([Graham1969] Theorem 2). Jobs of equal cost are dealt in runs: equal costs give slices whose
+    lengths differ by one at most."""
+    parts: list[list[Job]] = [[] for _ in range(shards)]
+    load = [0.0] * shards
+    for cost, equal in groupby(longest_first(jobs), key=lambda job: job.cost):
+        run = list(equal)
+        counts = [0] * shards
+        for _ in run:
+            least = load.index(min(load))
+            load[least] += cost
+            counts[least] += 1
+        rest = iter(run)
+        for part, count in zip(parts, counts, strict=True):
+            part.extend(islice(rest, count))
+    return parts
+
+
+def _cut(part: Sequence[Job], limit: int) -> Iterator[list[Job]]:
+    chunk: list[Job] = []
+    held: dict[str | None, int] = {}
+    for job in part:
+        held[job.teacher] = job.memory
+        if chunk and sum(held.values()) > limit:
+            yield chunk
+            chunk, held = [], {job.teacher: job.memory}
+        chunk.append(job)
+    if chunk:
+        yield chunk

@@ -1,0 +1,223 @@
+"""What a run reads before it starts: pools and data, checked, and the learner's shape that follows from them."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ray_dfml.config import RunConfig
+from ray_dfml.core import episodes
+from ray_dfml.core.images import fit, to_bytes, to_pixels
+from ray_dfml.data import datasets
+from ray_dfml.data.pool import Pool
+from ray_dfml.errors import RejectedError, UsageError
+from ray_dfml.evaluate import EvalConfig
+from ray_dfml.methods import METHODS
+from ray_dfml.methods.base import World
+from ray_dfml.pipeline import Labelled
+from ray_dfml.runtime.shard import Loaded
+from ray_dfml.types import ImageSpec, TeacherCard
+
+DEFAULT_WAY = 5
+"""Classes of an episode where neither a teacher nor a setting says."""
+
+FIT_IMAGES = 512
+"""Images resized at once."""
+
+
+class Teachers(Mapping[str, Loaded]):
+    """Teachers of open pools by id; none is kept in memory.
+
+    Asking for one reads and checks its file anew. Raises RejectedError where that has gone bad since, KeyError for an
+    unknown id.
+    """
+
+    def __init__(self, members: Mapping[str, tuple[TeacherCard, Pool]]) -> None:
+        """`members`: id in this run -> the card as its pool has it, and the pool."""
+        self._members = dict(members)
+
+    def __getitem__(self, id: str) -> Loaded:
+        card, pool = self._members[id]
+        return replace(card, id=id), *pool.load(card.id)
+
+    def __contains__(self, id: object) -> bool:
+        return id in self._members
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._members)
+
+    def __len__(self) -> int:
+        return len(self._members)
+
+    @property
+    def cards(self) -> tuple[TeacherCard, ...]:
+        """What is known of each, without reading it."""
+        return tuple(replace(card, id=id) for id, (card, _) in self._members.items())
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a run reads: the usable teachers, the real sets, what was refused and why, what a reader must know."""
+
+    world: World
+    sets: list[Labelled]
+    teachers: Teachers
+    rejected: dict[str, str]
+    pools: list[dict[str, Any]]
+    data: list[dict[str, Any]]
+    notes: list[str]
+
+
+def read_inputs(config: RunConfig) -> Inputs:
+    """Open pools and data, and check every teacher once.
+
+    Raises RejectedError where no teacher is usable, UsageError where pools, data and settings do not fit each other.
+    """
+    teachers, rejected, pools = _open(config)
+    loaded = {spec: datasets.load(spec) for spec in config.data}
+    if not teachers and not loaded:
+        raise UsageError(f"{config.name}: name a pool with --pool, or data with --data")
+    image = learner_input(
+        {card.id: card.image for card in teachers.cards} or {f"--data {spec}": _spec(loaded[spec]) for spec in loaded}
+    )
+    way = _way(config, teachers.cards)
+    sets: list[Labelled] = []
+    real: dict[str, np.ndarray] = {}
+    notes: list[str] = []
+    for spec, one in loaded.items():
+        if one.shape != image.shape:
+            notes.append(resizing(spec, one.shape, image.shape))
+        for split in ("val", "test"):
+            part = one.subset(split)
+            check_episodes(part.labels, f"--data {spec}, split {split}", way, config.eval)
+            sets.append(Labelled(spec, split, fitted(part.images, image.shape, f"--data {spec}"), part.labels))
+    if config.name == "maml-oracle":
+        if not loaded:
+            raise UsageError("maml-oracle trains on real images: name them with --data")
+        for spec, one in loaded.items():
+            part = one.subset("train")
+            images = fitted(part.images, image.shape, f"--data {spec}")
+            real |= {f"{spec}/{c}": images[part.labels == i] for i, c in enumerate(part.class_names)}
+    world = World(
+        cards=teachers.cards, arch=config.learner.arch, image=image, way=way, seed=config.seed,
+        head=config.learner.head, real=real,
+    )  # fmt: skip
+    method = METHODS[config.name]
+    method.init(config.method, world)  # refuses here, in the driver, what it cannot start from
+    data = [
+        {
+            "spec": spec,
+            "md5": one.source.get("md5") or one.source.get("pixels_md5"),
+            "licence": one.source.get("licence"),
+        }
+        for spec, one in loaded.items()
+    ]
+    return Inputs(world, sets, teachers, rejected, pools, data, notes + method.notes(config.method, world))
+
+
+def _open(config: RunConfig) -> tuple[Teachers, dict[str, str], list[dict[str, Any]]]:
+    """The usable teachers of the run's pools, why the others were refused, and the pools as the manifest notes them."""
+    members: dict[str, tuple[TeacherCard, Pool]] = {}
+    rejected: dict[str, str] = {}
+    pools = []
+    for number, path in enumerate(config.pool):
+        pool = Pool.open(Path(path))
+        pools.append({"path": path, "sha256": pool.sha256(), "teachers": len(pool.cards)})
+        for card in pool.cards:
+            id = card.id if len(config.pool) == 1 else f"{number}:{card.id}"
+            try:
+                if card.access != "weights":
+                    raise RejectedError(f"{config.name} needs weights, this teacher gives {card.access}")
+                pool.load(card.id)
+                members[id] = (card, pool)
+            except RejectedError as error:
+                rejected[id] = str(error)
+    if config.pool and not members:
+        raise RejectedError(
+            f"no usable teacher in {', '.join(config.pool)}: {next(iter(rejected.values()), 'it is empty')}"
+        )
+    return Teachers(members), rejected, pools
+
+
+def check_episodes(labels: np.ndarray, what: str, way: int, cfg: EvalConfig) -> None:
+    """Raises UsageError where the labels [n] of a split cannot make the episodes that the configuration asks for."""
+    for shot in cfg.shots:
+        try:
+            episodes.draw(labels, way=way, shot=shot, query=cfg.query, seed=cfg.seed, index=0)
+        except ValueError as error:
+            raise UsageError(f"{what}: {error}; change eval.shots or eval.query, or the way") from None
+
+
+def resizing(spec: str, found: Sequence[int], wanted: Sequence[int]) -> str:
+    """What a reader is told where the images of a data set are brought to the learner's size."""
+    return f"--data {spec}: images of {_size(found)} are brought to the learner's {_size(wanted)}"
+
+
+def fitted(images: np.ndarray, shape: tuple[int, int, int], what: str) -> np.ndarray:
+    """uint8 images [n c h w] brought to (channels, height, width) by `core.images.fit`; where they agree, themselves.
+
+    Raises UsageError, which begins with `what`, for channels that cannot be turned into the wanted ones.
+    """
+    if images.shape[1:] == shape:
+        return np.ascontiguousarray(images)
+    out = np.empty((len(images), *shape), np.uint8)
+    try:
+        for start in range(0, len(images), FIT_IMAGES):
+            part = slice(start, start + FIT_IMAGES)
+            out[part] = to_bytes(fit(to_pixels(images[part]), shape))
+    except ValueError as error:
+        raise UsageError(f"{what}: {error}") from None
+    return out
+
+
+def learner_input(inputs: Mapping[str, ImageSpec]) -> ImageSpec:
+    """The learner's input for teachers, or data sets, with these inputs: the largest channels, height and width.
+
+    Mean and std are theirs where all agree, else the averages over them, those of grey images repeated for every
+    channel: with statistics of the batch the first batch norm takes out shift and scale, so that one normalisation
+    serves all domains. Raises UsageError for numbers of channels that are neither equal nor 1 and c.
+    """
+    name, widest = max(inputs.items(), key=lambda item: item[1].channels)
+    channels = widest.channels
+    for other, image in inputs.items():
+        if image.channels not in (1, channels):
+            raise UsageError(
+                f"{other} takes {_size(image.shape)} images and {name} {_size(widest.shape)}: channels of one run must "
+                "be equal, or 1 and another number; split the pool or the data"
+            )
+    return ImageSpec(
+        channels=channels,
+        height=max(image.height for image in inputs.values()),
+        width=max(image.width for image in inputs.values()),
+        mean=_agreed([image.mean * (channels // image.channels) for image in inputs.values()]),
+        std=_agreed([image.std * (channels // image.channels) for image in inputs.values()]),
+    )
+
+
+def _agreed(values: Sequence[tuple[float, ...]]) -> tuple[float, ...]:
+    if len(set(values)) == 1:
+        return values[0]
+    return tuple(sum(column) / len(values) for column in zip(*values, strict=True))
+
+
+def _spec(one: datasets.ImageSet) -> ImageSpec:
+    channels, height, width = one.shape
+    return ImageSpec(channels=channels, height=height, width=width, mean=one.mean, std=one.std)
+
+
+def _way(config: RunConfig, cards: Sequence[TeacherCard]) -> int:
+    way = config.learner.way
+    if not cards:
+        return way or DEFAULT_WAY
+    classes = {name for card in cards for name in card.classes}
+    if way is not None and way > len(classes):
+        raise UsageError(
+            f"learner.way={way}: the teachers know {len(classes)} classes together; lower it, or add teachers"
+        )
+    return way or min(len(card.classes) for card in cards)
+
+
+def _size(shape: Sequence[int]) -> str:
+    return "x".join(str(n) for n in shape)

@@ -1,0 +1,358 @@
+"""BiDf-MKD: two sets of a teacher, the distillation between them, and the gradient through it."""
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from ray_dfml.core import losses, optim, seeds
+from ray_dfml.core.generators import generator
+from ray_dfml.core.images import normalise, to_bytes, to_pixels, view
+from ray_dfml.core.inner_loop import Loss, adapt, plain_grad
+from ray_dfml.methods import bidf, replay
+from ray_dfml.methods.base import State, World, image_values
+from ray_dfml.methods.inversion import Inversion, Judge
+from ray_dfml.types import Arrays, Job
+from tests.support import FakeWorker, card, mixed_world, normal, play, same, small_bidf, small_world
+
+WORLD = small_world()
+CPU = torch.device("cpu")
+MEAN, STD = torch.full((3,), 0.5), torch.full((3,), 0.25)
+
+
+def synthesize(cfg: bidf.Config, judge: Judge | None = None, *, seed: int = 3, teacher: str = "conv4-0") -> Arrays:
+    teachers = [FakeWorker(WORLD).teacher(teacher)]
+    tasks, _ = bidf.synthesize(cfg, teachers, judge, [seed], WORLD.image.shape, 2, device=CPU, batched=False)
+    return tasks[0]
+
+
+def seen(cfg: bidf.Config, task: Arrays, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The stored images under the stored view, normalised for the learner."""
+    pixels = view(to_pixels(task["images"]), task["view"], pad=cfg.crop_pad, fill=cfg.crop_fill)
+    return normalise(pixels, MEAN.to(dtype), STD.to(dtype))
+
+
+def recover(cfg: bidf.Config, world: World = WORLD, *, batched: bool = False, **changes: Any) -> list[Arrays]:
+    """The results of a first round whose plan is one job per teacher."""
+    state, worker = bidf.init(cfg, world), FakeWorker(world, batched=batched)
+    jobs = [Job(index=j, seed=j, teacher=c.id) for j, c in enumerate(world.cards)]
+    return bidf.recover(worker, jobs, bidf.shared(cfg, world, state, 0) | changes)
+
+
+def values(cfg: bidf.Config, **changes: Any) -> tuple[Arrays, Arrays]:
+    """A `bidf.grad` job and its shared values, in float64: noise, and logits of an imaginary teacher."""
+    rng = np.random.default_rng(0)
+    job: Arrays = {}
+    for i, kind in enumerate(("support", "query")):
+        images = rng.integers(0, 256, (6, *WORLD.image.shape), dtype=np.uint8)
+        job[kind] = {"images": images, "view": (4, 5, i == 1), "logits": 2 * normal(6, 2, seed=i).numpy()}
+    theta = WORLD.net.init(torch.Generator().manual_seed(0)).double() + 0.1 * normal(WORLD.net.layout.numel)
+    numbers = {"theta": theta.numpy(), "mean": MEAN.double().numpy(), "std": STD.double().numpy()}
+    return job, image_values(WORLD.image) | numbers | {"cfg": cfg.model_dump(), "arch": "conv4", "way": 2} | changes
+
+
+def grad(job: Arrays, shared: Arrays) -> Arrays:
+    return bidf.grad(FakeWorker(small_world(cards=0)), [Job(index=0, seed=0, values=job)], shared)[0]
+
+
+def distillation(cfg: bidf.Config, task: Arrays) -> Loss:
+    """The distillation loss of learner weights on a set."""
+    soft = torch.tensor(task["logits"])
+    return lambda w: losses.distillation(soft, WORLD.net(w, seen(cfg, task, w.dtype)), form=cfg.distill)
+
+
+@pytest.mark.parametrize("form", ["kl", "probdot"])
+def test_the_gradient_equals_finite_differences_through_the_inner_steps(form):
+    """Large inner steps: without the second-order term the slope would be another."""
+    cfg = small_bidf(inner_lr=0.5, inner_steps=3, distill=form)
+    job, shared = values(cfg)
+    found, direction = grad(job, shared), normal(len(shared["theta"]), seed=5)
+    eps = 1e-8  # small: the net has kinks
+    up, down = (grad(job, shared | {"theta": shared["theta"] + e * direction.numpy()})["loss"] for e in (eps, -eps))
+    measured = (up - down) / (2 * eps)
+    assert float(torch.tensor(found["grad"]) @ direction) == pytest.approx(measured, rel=1e-4)
+    theta = torch.tensor(shared["theta"])
+    phi = adapt(distillation(cfg, job["support"]), theta, lr=0.5, steps=3, grad_of=plain_grad)
+    first_order = float(plain_grad(distillation(cfg, job["query"]))(phi) @ direction)
+    assert abs(first_order - measured) > 0.01 * abs(measured)
+
+
+@pytest.mark.parametrize("changes", [{"inner_steps": 0}, {"inner_lr": 1e-12}])
+def test_without_inner_distillation_the_gradient_is_that_of_the_query_s_distillation(changes):
+    cfg = small_bidf(**changes)
+    job, shared = values(cfg)
+    found, loss = grad(job, shared), distillation(cfg, job["query"])
+    theta = torch.tensor(shared["theta"]).requires_grad_()
+    torch.testing.assert_close(torch.tensor(found["grad"]), torch.autograd.grad(loss(theta), theta)[0])
+    assert found["loss"] == pytest.approx(float(loss(theta).detach()), rel=1e-9)
+    logits = WORLD.net(theta, seen(cfg, job["query"], theta.dtype))
+    soft = torch.tensor(job["query"]["logits"])
+    assert found["accuracy"] == pytest.approx(float((logits.argmax(1) == soft.argmax(1)).double().mean()))
+
+
+def test_the_inner_distillation_moves_the_outer_one():
+    """Support and query are not exchanged, and the inner loss is the outer's: steps lower it on the support."""
+    cfg = small_bidf(inner_lr=0.1, inner_steps=5)
+    job, shared = values(cfg)
+    itself, plain = job | {"query": job["support"]}, shared | {"cfg": cfg.model_dump() | {"inner_steps": 0}}
+    assert grad(itself, shared)["loss"] < 0.8 * grad(itself, plain)["loss"]
+    swapped = {"support": job["query"], "query": job["support"]}
+    assert abs(grad(swapped, shared)["loss"] - grad(job, shared)["loss"]) > 1e-3
+
+
+def test_the_images_of_the_lowest_loss_are_kept(monkeypatch):
+    cfg, tried = small_bidf(iterations=12, lr_generator=0.3, crop_pad=0, flip="off"), []
+    original = Inversion.losses
+
+    def spy(self: Inversion, *parts: Any) -> tuple[Tensor, Tensor, Tensor]:
+        found = original(self, *parts)
+        tried.append(tuple(part.detach() for part in found))
+        return found
+
+    monkeypatch.setattr(Inversion, "losses", spy)
+    bests = set()
+    for seed in range(4):
+        tried.clear()
+        task = synthesize(cfg, seed=seed)
+        assert len(tried) == 12
+        found = [float(loss) for loss, _, _ in tried]
+        best = int(np.argmin(found))
+        bests.add(best)
+        assert task["loss_first"] == found[0]
+        assert task["loss_last"] == task["ce"] == found[best]
+        assert np.array_equal(task["images"], to_bytes(tried[best][1][0]))
+    assert bests - {0, 11}
+
+
+def test_a_set_follows_the_framework_s_adam_from_a_fresh_generator():
+    cfg = small_bidf(iterations=3, crop_pad=0, flip="off", conditional=False, lr_generator=0.01)
+    teacher, rng = FakeWorker(WORLD).teacher("conv4-0"), torch.Generator().manual_seed(3)
+    net_g, labels = generator(WORLD.image.shape, 8, 4), torch.arange(2).repeat(4)
+    theta_g = net_g.reset(rng).requires_grad_()
+    z = torch.randn(8, 8, generator=rng).requires_grad_()
+    adam, values = torch.optim.Adam([theta_g, z], lr=0.01, betas=(0.5, 0.999)), []
+    for _ in range(3):
+        adam.zero_grad()
+        images = net_g(theta_g, z)
+        logits = teacher.net(teacher.theta, normalise(images, MEAN, STD), teacher.stats)
+        loss = torch.nn.functional.cross_entropy(logits, labels)
+        loss.backward()
+        adam.step()
+        values.append(float(loss.detach()))
+    task = synthesize(cfg)
+    assert [task["loss_first"], task["loss_last"]] == pytest.approx([values[0], min(values)], rel=1e-4)
+    assert min(values) == values[-1] < values[0] - 1e-3
+    assert np.abs(task["images"].astype(int) - to_bytes(images).astype(int)).max() <= 1
+
+
+def test_inversion_finds_images_of_the_wished_classes():
+    task = synthesize(small_bidf(iterations=40, lr_generator=0.02, crop_pad=1))
+    assert task["loss_last"] < 0.6 * task["loss_first"]
+    assert task["accuracy"] == 100
+
+
+@pytest.mark.parametrize("conditional", [True, False])
+def test_a_generator_is_told_the_label_or_not(conditional, monkeypatch):
+    made = []
+    monkeypatch.setattr(bidf, "generator", lambda *shape: made.append(shape) or generator(*shape))
+    synthesize(small_bidf(conditional=conditional, iterations=1))
+    assert made == [(WORLD.image.shape, 8, 4, 2 if conditional else 0)]
+
+
+def test_seeds_alone_decide_a_set():
+    cfg = small_bidf()
+    assert same(synthesize(cfg), synthesize(cfg))
+    assert not np.array_equal(synthesize(cfg)["images"], synthesize(cfg, seed=4)["images"])
+
+
+def test_the_query_set_is_recovered_against_the_distilled_weights():
+    """Both sets by hand: support without a judge, phi by steps on it, query with phi as the judge."""
+    cfg = small_bidf(inner_lr=0.5, inner_steps=3, adversarial=5.0)
+    found, theta = recover(cfg)[0], bidf.init(cfg, WORLD)["theta"]
+    support = synthesize(cfg, seed=seeds.derive(0, "support"))
+    assert same(found["support"], support)
+    phi = adapt(distillation(cfg, support), theta, lr=0.5, steps=3, grad_of=plain_grad)
+    queries = {}
+    for name, weights in (("phi", phi), ("theta", theta)):
+        queries[name] = synthesize(
+            cfg, lambda pixels, w=weights: WORLD.net(w, normalise(pixels[0], MEAN, STD))[None],
+            seed=seeds.derive(0, "query"),
+        )  # fmt: skip
+    queries["none"] = synthesize(cfg, seed=seeds.derive(0, "query"))
+    assert same(found["query"], queries["phi"])
+    assert found["query"]["loss_last"] != queries["theta"]["loss_last"]
+    assert found["query"]["loss_last"] < queries["none"]["loss_last"]
+    still = recover(small_bidf(inner_steps=0, adversarial=5.0))[0]
+    assert same(still["support"], found["support"])
+    assert same(still["query"], queries["theta"])
+
+
+def test_without_the_boundary_no_disagreement_is_in_the_query_s_loss():
+    cfg = small_bidf(boundary=False, adversarial=5.0)
+    found = recover(cfg)[0]
+    assert same(found["query"], synthesize(cfg, seed=seeds.derive(0, "query")))
+    with_ = recover(small_bidf(adversarial=5.0))[0]
+    assert same(found["support"], with_["support"])
+    assert with_["query"]["loss_first"] < found["query"]["loss_first"]
+
+
+@pytest.mark.parametrize(("boundary", "updates", "expected"), [(True, 6, False), (True, 7, True), (False, 7, False)])
+def test_the_boundary_counts_after_so_many_updates(boundary, updates, expected):
+    cfg = small_bidf(boundary=boundary, boundary_after=7)
+    state = {**bidf.init(cfg, WORLD), "updates": updates}
+    assert bidf.shared(cfg, WORLD, state, 0)["boundary"] is expected
+
+
+def test_a_plan_draws_teachers_with_replacement_and_seeds_jobs():
+    cfg = small_bidf(teachers_per_round=4)
+    plans = [bidf.plan(cfg, WORLD, {}, r) for r in range(100)]
+    assert [job.seed for job in plans[3]] == [seeds.derive(0, 3, "recover", j) for j in range(4)]
+    assert same([job.values for job in plans[3]], [{}] * 4)
+    drawn = [[job.teacher for job in plan] for plan in plans]
+    assert drawn == [[job.teacher for job in bidf.plan(cfg, WORLD, {}, r)] for r in range(100)]
+    assert all(100 < sum(one.count(c.id) for one in drawn) < 166 for c in WORLD.cards)  # mean 133, deviation 9
+    assert any(len(set(one)) < 3 for one in drawn)
+
+
+def sends(cfg: bidf.Config, *, rounds: int = 1) -> tuple[list[tuple[str, int]], State, State]:
+    worker = FakeWorker(WORLD)
+    before, after, _ = play("bidf-mkd", cfg, WORLD, rounds=rounds, worker=worker)
+    return [(op, len(jobs)) for op, jobs in worker.sent], before, after
+
+
+@pytest.mark.parametrize(("teachers", "every", "expected"), [
+    (2, 3, [("bidf.grad", 2), ("maml.grad", 1), ("maml.grad", 3), ("maml.grad", 3)]),
+    (2, 1, [("bidf.grad", 2), ("maml.grad", 1)]),
+    (3, 2, [("bidf.grad", 3), ("maml.grad", 3)]),
+    (4, 1, [("bidf.grad", 4)]),
+])  # fmt: skip
+def test_the_first_update_holds_the_distillations_and_the_rest_is_replay(teachers, every, expected):
+    sent, _, after = sends(small_bidf(teachers_per_round=teachers, generate_every=every))
+    assert sent == [("bidf-mkd.recover", teachers), *expected]
+    assert after["updates"] == after["adam"]["step"] == every
+
+
+def test_a_round_may_last_until_a_plateau():
+    bout = {"shot": 1, "query": 2, "tasks": 2, "inner_steps": 0, "patience": 2, "max_updates": 30}
+    sent, _, after = sends(small_bidf(generate_every=0, replay=bout))
+    assert 3 <= after["updates"] < 31
+    short, _, capped = sends(small_bidf(generate_every=0, replay=bout | {"patience": 9, "max_updates": 4}))
+    assert capped["updates"] == 5
+    assert len(sent) - len(short) == after["updates"] - 5
+
+
+def test_the_first_update_is_a_step_on_the_mean_gradient_of_both_kinds():
+    cfg, worker = small_bidf(generate_every=1), FakeWorker(WORLD)
+    state = bidf.init(cfg, WORLD)
+    results = worker.send("bidf-mkd.recover", bidf.plan(cfg, WORLD, state, 1), bidf.shared(cfg, WORLD, state, 1))
+    after, metrics = bidf.learn(cfg, WORLD, state, 1, results, worker.send)
+    own = bidf.grad(worker, worker.sent[1][1], bidf.shared(cfg, WORLD, state, 1))
+    replayed = replay.grad(worker, worker.sent[2][1], replay.shared_values(cfg.replay, WORLD, state))
+    mean = torch.stack([torch.tensor(one["grad"]) for one in (*replayed, *own)]).mean(0)
+    assert min(float(torch.tensor(one["grad"]).norm()) for one in (*replayed, *own)) > 1e-4
+    expected, _ = optim.adam_step(state["theta"], mean, optim.Adam.zeros(mean), lr=cfg.replay.lr)
+    torch.testing.assert_close(after["theta"], expected)
+    assert metrics["distill/loss"] == pytest.approx(sum(one["loss"] for one in own) / 2)
+    assert metrics["distill/agreement"] == pytest.approx(50 * sum(one["accuracy"] for one in own))
+
+
+def test_the_bank_holds_both_sets_under_their_class_names():
+    cfg, worker = small_bidf(), FakeWorker(WORLD)
+    state = bidf.init(cfg, WORLD)
+    results = recover(cfg)[:2]
+    after, metrics = bidf.learn(cfg, WORLD, state, 0, results, worker.send)
+    one, two = results
+    parts = [one["support"], one["query"], two["support"], two["query"]]
+    expected = np.concatenate([part["images"][part["labels"] == part["classes"].index("toy/1")] for part in parts])
+    assert np.array_equal(after["bank"]["toy/1"], expected)
+    assert {name: len(images) for name, images in after["bank"].items()} == {"toy/0": 8, "toy/1": 16, "toy/2": 8}
+    assert (metrics["bank/images"], metrics["bank/missing_classes"]) == (32, 1)
+    assert state["bank"] == {}
+    units = bidf.learn(small_bidf(bank_key="teacher", bank_capacity=5), WORLD, state, 0, results, worker.send)[0][
+        "bank"
+    ]
+    assert sorted(units) == ["conv4-0#toy/0", "conv4-0#toy/1", "conv4-1#toy/1", "conv4-1#toy/2"]
+    assert {len(images) for images in units.values()} == {5}
+
+
+def test_without_enough_images_a_round_is_its_distillations():
+    cfg = small_bidf(replay={"shot": 3, "query": 6, "tasks": 3, "inner_steps": 0})
+    sent, before, after = sends(cfg)
+    assert [op for op, _ in sent] == ["bidf-mkd.recover", "bidf.grad"]
+    assert after["updates"] == 1
+    assert not torch.equal(after["theta"], before["theta"])
+    _, _, metrics = play("bidf-mkd", cfg, WORLD)
+    assert (metrics["bank/classes"], metrics["bank/missing_classes"], metrics["replay/updates"]) == (0, 4, 0)
+    with pytest.raises(ValueError, match="the bank has 0 classes with 9 images or more, a task needs 2"):
+        replay.draw(cfg.replay, WORLD, after["bank"], (0,))
+
+
+def test_teachers_at_once_give_what_they_give_one_by_one():
+    world = replace(WORLD, cards=(card(0), card(1), card(2, arch="conv4-64"), card(3, way=3)))
+    one, all_ = (
+        recover(small_bidf(iterations=2, adversarial=0.0), world, batched=batched) for batched in (False, True)
+    )
+    for a, b in zip(one, all_, strict=True):
+        for kind in ("support", "query"):
+            assert a[kind]["teacher"] == b[kind]["teacher"]
+            assert a[kind]["classes"] == b[kind]["classes"]
+            assert a[kind]["loss_last"] == pytest.approx(b[kind]["loss_last"], abs=1e-3)
+            np.testing.assert_allclose(a[kind]["logits"], b[kind]["logits"], atol=2e-2)
+
+
+@pytest.mark.parametrize("batched", [False, True])
+def test_task_models_at_once_judge_as_they_do_one_by_one(batched):
+    cfg, theta = small_bidf(inner_lr=0.5), bidf.init(small_bidf(), WORLD)["theta"]
+    supports = [one["support"] for one in recover(cfg)]
+    judge = bidf._task_models(cfg, WORLD.net, theta, supports, MEAN, STD, batched)
+    pixels = torch.rand(3, 8, *WORLD.image.shape, generator=torch.Generator().manual_seed(0))
+    for logits, support, x in zip(judge(pixels), supports, pixels, strict=True):
+        phi = adapt(distillation(cfg, support), theta, lr=0.5, steps=2, grad_of=plain_grad)
+        torch.testing.assert_close(logits, WORLD.net(phi, normalise(x, MEAN, STD)), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("batched", [False, True])
+def test_a_teacher_of_bad_weights_is_rejected_alone(batched):
+    cfg, worker = small_bidf(), FakeWorker(WORLD, batched=batched)
+    worker.spoil("conv4-1")
+    del worker.teachers["conv4-2"]
+    jobs = [Job(index=j, seed=j, teacher=c.id) for j, c in enumerate(WORLD.cards)]
+    results = bidf.recover(worker, jobs, bidf.shared(cfg, WORLD, bidf.init(cfg, WORLD), 0))
+    assert results[1:] == [{"rejected": "the inversion loss is not finite"}, {"rejected": "conv4-2: unreadable"}]
+    np.testing.assert_allclose(results[0]["support"]["logits"], recover(cfg)[0]["support"]["logits"], atol=2e-2)
+    after, metrics = bidf.learn(cfg, WORLD, bidf.init(cfg, WORLD), 0, results[:1], worker.send)
+    assert metrics["recover/tasks"] == 1
+    assert sorted(after["bank"]) == ["toy/0", "toy/1"]
+    nothing = bidf.init(cfg, WORLD)
+    assert bidf.learn(cfg, WORLD, nothing, 0, [], worker.send) == (nothing, {"recover/tasks": 0})
+
+
+def test_a_round_on_a_mixed_pool():
+    world, cfg = mixed_world(), small_bidf(replay={"shot": 1, "query": 2, "tasks": 2, "inner_steps": 1})
+    for result, given in zip(recover(cfg, world), world.cards, strict=True):
+        for task in result.values():
+            assert task["images"].shape == (8, 3, 20, 20)
+            grey = (task["images"] == task["images"][:, :1]).all()
+            assert bool(grey) == (given.image.channels == 1)
+            assert len(set(task["classes"])) == 2
+            assert set(task["classes"]) <= set(given.classes)
+    _, after, metrics = play("bidf-mkd", cfg, world, rounds=2)
+    assert after["updates"] == 6
+    assert all(np.isfinite(value) for value in metrics.values())
+
+
+def test_support_and_query_ask_a_larger_teacher_for_the_same_classes():
+    world = replace(WORLD, cards=tuple(card(i, way=6) for i in range(3)))
+    for result in recover(small_bidf(iterations=1), world):
+        assert result["support"]["classes"] == result["query"]["classes"]
+
+
+def test_rounds_leave_their_state_untouched_and_are_reproducible():
+    cfg = small_bidf()
+    pristine, (before, after, _) = bidf.init(cfg, WORLD), play("bidf-mkd", cfg, WORLD, rounds=2)
+    assert same(before, pristine)
+    assert same(after, play("bidf-mkd", cfg, WORLD, rounds=2)[1])
+    assert not torch.equal(after["theta"], play("bidf-mkd", cfg, small_world(seed=1), rounds=2)[1]["theta"])

@@ -1,0 +1,56 @@
+"""`--dry-run`: what is known of each method, on mixed pools too, without running it."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ray_dfml.core.net import net
+from ray_dfml.methods import METHODS
+from ray_dfml.runtime import estimate as module
+from ray_dfml.runtime.driver import Inputs, Machine, read_inputs
+from ray_dfml.runtime.estimate import estimate
+from tests.runtime import toy
+
+
+def planned(inputs: Inputs, name: str, machine: Machine = toy.LOCAL, *more: str) -> dict[str, Any]:
+    return estimate(toy.config(name, None, None, *more), inputs, machine)
+
+
+@pytest.fixture(scope="module")
+def inputs(toy_pool: Path, toy_data: str) -> Inputs:
+    return read_inputs(toy.config("free", toy_pool, toy_data))
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_has_rounds_and_minutes_of_test(inputs: Inputs, name: str) -> None:
+    found = planned(inputs, name)
+    assert (found["method"], found["teachers"], found["rejected teachers"]) == (name, 4, 0)
+    assert found["rounds"] == toy.config(name, None, None).method.rounds
+    assert float(found["test minutes"]) >= 0
+    assert ("training minutes" in found) == ("meta-updates" in found) == (name in ("free", "maml-oracle"))
+
+
+def test_the_choice_of_a_step_size_is_counted(inputs: Inputs, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One minute an episode: 2 x 20 at test, and 2 x 10 at validation for each candidate where there is a choice."""
+    monkeypatch.setattr(module, "_seconds", lambda work: 60.0)
+    for steps, wanted in (("[0.1,0.2,0.3]", "100.0"), ("[0.1]", "40.0"), ("[]", "40.0")):
+        assert planned(inputs, "random", toy.LOCAL, f"eval.lrs={steps}")["test minutes"] == wanted
+    assert planned(inputs, "random", Machine(workers=2), "eval.lrs=[]")["test minutes"] == "20.0"
+
+
+def test_recovery_from_a_mixed_pool_costs_what_its_mean_teacher_does(
+    mixed_pools: tuple[Path, Path], toy_data: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A minute a pass over the teacher of nearest cost: 6 rounds of 2 teachers and 3 passes; 10 updates of 3 tasks."""
+    config = toy.config("free", None, None)
+    inputs = read_inputs(config.model_copy(update={"pool": tuple(map(str, mixed_pools)), "data": (toy_data,)}))
+    costs = [net(card.arch, card.image.shape, len(card.classes)).macs for card in inputs.world.cards]
+    mean = sum(costs) / 4
+    nearest = min(costs, key=lambda cost: abs(cost - mean))
+    assert max(costs) > nearest, "the mean lies nearer to the smaller ResNet than to the larger"
+    works: list[object] = []
+    monkeypatch.setattr(module, "_seconds", lambda work: works.append(work()) or 60.0)
+    wanted = 6 * 2 * 3 * mean / nearest + 10 * 3
+    assert estimate(config, inputs, toy.LOCAL)["training minutes"] == f"{wanted:.1f} to {wanted:.1f}"
+    assert len(works) == 3, "a recovery, an update and an episode were done"

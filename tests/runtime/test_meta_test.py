@@ -1,0 +1,70 @@
+"""`evaluate` on data of another size than the learner's."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from ray_dfml import learner
+from ray_dfml.core.net import net
+from ray_dfml.data import datasets
+from ray_dfml.errors import UsageError
+from ray_dfml.runtime import meta_test
+from ray_dfml.runtime.inputs import fitted
+from ray_dfml.types import ImageSpec
+
+
+def export(folder: Path, shape: tuple[int, int, int]) -> Path:
+    """An untrained two-way learner of images of this shape."""
+    channels, height, width = shape
+    image = ImageSpec(channels=channels, height=height, width=width, mean=(0.4,) * channels, std=(0.3,) * channels)
+    network = net("conv4", shape, 2)
+    learner.export(
+        folder, theta=np.zeros(network.layout.numel, np.float32), stats=network.initial_stats(), arch="conv4",
+        image=image, way=2, method="free", bn="transductive", steps=1, lr=0.1, selection="last", profile="fixed",
+        seed=0,
+    )  # fmt: skip
+    return folder / learner.WEIGHTS
+
+
+def evaluated(weights: Path, spec: str) -> list[dict[str, Any]]:
+    return meta_test.meta_test(
+        weights, spec=spec, split="test", way=None, shots=[1], episodes=4, bn=None, seed=0, workers=1, backend="local"
+    )
+
+
+def test_images_of_another_size_are_brought_to_the_learner(
+    tmp_path: Path, toy_data: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The shared images are the fitted ones, and one line says so."""
+    seen: list[np.ndarray] = []
+    plain = meta_test.evaluate.shared
+
+    def note(*args: Any, **values: Any) -> dict[str, Any]:
+        seen.append(values["images"])
+        return plain(*args, **values)
+
+    monkeypatch.setattr(meta_test.evaluate, "shared", note)
+    rows = evaluated(export(tmp_path, (3, 20, 20)), toy_data)
+    assert [(row["method"], row["episodes"], row["data"]) for row in rows] == [
+        ("free", 4, toy_data), ("random", 4, toy_data),
+    ]  # fmt: skip
+    wanted = fitted(datasets.load(toy_data).subset("test").images, (3, 20, 20), "")
+    assert [np.array_equal(images, wanted) for images in seen] == [True, True]
+    assert capsys.readouterr().err == f"--data {toy_data}: images of 1x16x16 are brought to the learner's 3x20x20\n"
+
+
+def test_images_of_the_learners_size_are_used_as_they_are(
+    tmp_path: Path, toy_data: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert len(evaluated(export(tmp_path, (1, 16, 16)), toy_data)) == 2
+    assert capsys.readouterr().err == ""
+
+
+def test_other_channels_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, toy_data: str) -> None:
+    one = datasets.load(toy_data)
+    colour = datasets.replace(one, images=np.repeat(one.images, 3, 1), mean=one.mean * 3, std=one.std * 3)
+    monkeypatch.setattr(meta_test.datasets, "load", lambda spec: colour)
+    with pytest.raises(UsageError, match=r"^--data x: cannot turn images of 3 channels into 2"):
+        evaluated(export(tmp_path, (2, 16, 16)), "x")

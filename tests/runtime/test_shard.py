@@ -1,0 +1,87 @@
+"""A shard's cache of teachers: bounded in bytes, the longest unused go first, each loaded when it is asked for."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+import torch
+
+from ray_dfml.core.net import net
+from ray_dfml.runtime import local, shard
+from ray_dfml.runtime.local import LocalBackend
+from ray_dfml.runtime.shard import Loaded, Shard
+from ray_dfml.types import Arrays, ImageSpec, Job, TeacherCard
+
+IMAGE = ImageSpec(channels=3, height=16, width=16, mean=(0.5,) * 3, std=(0.25,) * 3)
+NET = net("resnet10", IMAGE.shape, 2)
+BYTES = 4 * (NET.layout.numel + NET.stats_layout.numel)
+"""Of a ResNet-10: 20 MB."""
+
+
+class Source:
+    """Teachers whose weights are all their number; `loads` are the ids in the order they were asked for."""
+
+    def __init__(self) -> None:
+        self.loads: list[str] = []
+
+    def __call__(self, id: str) -> Loaded:
+        self.loads.append(id)
+        card = TeacherCard(id=id, arch="resnet10", image=IMAGE, classes=("a", "b"))
+        theta = np.full(NET.layout.numel, int(id), np.float32)
+        return card, theta, np.ones(NET.stats_layout.numel, np.float32)
+
+
+def held(one: Shard) -> list[str]:
+    return list(one._hosted)
+
+
+def test_the_longest_unused_teachers_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shard, "CACHE_BYTES", 2 * BYTES)
+    source = Source()
+    one = Shard(source, device=torch.device("cpu"))
+    for id in "1213":
+        assert float(one.teacher(id).theta[0]) == int(id)
+    assert (source.loads, held(one)) == (["1", "2", "3"], ["1", "3"])
+    assert float(one.teacher("2").theta[-1]) == 2
+    assert (source.loads, held(one)) == (["1", "2", "3", "2"], ["3", "2"])
+
+
+def test_the_bound_holds_to_the_byte(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Statistics count as well as weights."""
+    monkeypatch.setattr(shard, "CACHE_BYTES", 2 * BYTES - 1)
+    one = Shard(Source(), device=torch.device("cpu"))
+    for id in "12":
+        one.teacher(id)
+    assert held(one) == ["2"]
+    assert one.teacher("2").bytes == BYTES
+
+
+def test_a_teacher_larger_than_the_bound_is_hosted_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shard, "CACHE_BYTES", 1)
+    one = Shard(Source(), device=torch.device("cpu"))
+    assert [float(one.teacher(id).theta[0]) for id in "12"] == [1.0, 2.0]
+    assert held(one) == ["2"]
+
+
+@pytest.mark.parametrize("batched", [False, True])
+def test_a_pool_larger_than_the_bound_is_worked_through(monkeypatch: pytest.MonkeyPatch, batched: bool) -> None:
+    """Each teacher is loaded once, in whatever order, and results come in job order."""
+    monkeypatch.setattr(shard, "CACHE_BYTES", 2 * BYTES)
+    monkeypatch.setattr(local, "CACHE_BYTES", 2 * BYTES)
+    source = Source()
+    calls: list[int] = []
+    backend = LocalBackend(source)
+    backend._shard.batched = batched
+    run = backend._shard.run
+
+    def count(op: str, jobs: Sequence[Job], shared: Arrays) -> list[Arrays]:
+        calls.append(len(jobs))
+        return run(op, jobs, shared)
+
+    monkeypatch.setattr(backend._shard, "run", count)
+    jobs = [Job(index=i, seed=0, teacher=str(i), cost=float(i), memory=BYTES) for i in range(5)]
+    results = backend.map("weights", jobs, {})
+    assert [int(result["theta"][0]) for result in results] == [0, 1, 2, 3, 4]
+    assert sorted(source.loads) == ["0", "1", "2", "3", "4"]
+    assert sorted(calls) == ([1, 2, 2] if batched else [1] * 5)
+    assert len(held(backend._shard)) == 2

@@ -1,0 +1,334 @@
+"""Runs beside each other: differences are those of the same episodes, computed by hand here."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import yaml
+
+from ray_dfml import config
+from ray_dfml.compare import FIELDS, KEYS, compare
+from ray_dfml.core.scoring import mean_ci95
+from ray_dfml.errors import RejectedError, UsageError
+
+Scores = Mapping[str, Sequence[float]]
+
+FREE, AVERAGE, RANDOM = [50.0, 60.0, 70.0, 80.0], [40.0, 52.0, 58.0, 70.0], [20.0, 20.0, 40.0, 40.0]
+
+
+def make(
+    path: Path, scores: Scores, *, name: str = "free", seed: int = 0, sets: Sequence[str] = (), rounds: int = 2,
+    state: str = "done", data: Sequence[str] = ("glyphs",), md5: str = "cd" * 16, **changes: Any,
+) -> Path:  # fmt: skip
+    """A run folder with `scores`: "METHOD/SELECTION" -> accuracies of its episodes; `changes` are of every score."""
+    path.mkdir(parents=True)
+    tree = config.resolve(name, seed=seed, pool=["pools/p"], data=list(data), sets=sets).model_dump(mode="json")
+    (path / "config.yaml").write_text(yaml.safe_dump(tree))
+    noted = {"pool": [{"path": "pools/p", "sha256": "ab"}], "data": [{"spec": one, "md5": md5} for one in data]}
+    (path / "manifest.json").write_text(json.dumps(noted))
+    (path / "status.json").write_text(json.dumps({"state": state, "round": rounds, "rounds": 2, "last_error": None}))
+    lines = [
+        {"round": r, f"seconds/{name}.recover": 1.5, "seconds/round": 4.0, "validation": 30.0} for r in range(rounds)
+    ]
+    (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    rows, episodes = [], []
+    for key, accuracies in scores.items():
+        method, selection = key.split("/")
+        mean, ci95 = mean_ci95(np.array(accuracies))
+        row = {"method": method, "data": data[0], "split": "test", "way": 5, "shot": 1, "episodes": len(accuracies)}
+        row |= {"bn": "transductive", "profile": "fixed", "selection": selection, "mean": mean, "ci95": ci95} | changes
+        rows.append(row)
+        shown = {k: row[k] for k in ("method", "data", "shot", "selection")}
+        episodes += [shown | {"episode": i, "accuracy": value} for i, value in enumerate(accuracies)]
+    (path / "scores.json").write_text(json.dumps(rows))
+    if episodes:
+        pq.write_table(pa.Table.from_pylist(episodes), path / "episodes.parquet")
+    return path
+
+
+def edit(file: Path, **changes: Any) -> None:
+    """Change keys of a JSON object in a file."""
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+def row_of(rows: Sequence[Mapping[str, Any]], method: str, selection: str = "last") -> Mapping[str, Any]:
+    """The one row of a method and selection."""
+    (found,) = [row for row in rows if (row["method"], row["selection"]) == (method, selection)]
+    return found
+
+
+def test_the_difference_is_that_of_each_episode(tmp_path):
+    """Differences 10, 8, 12, 10 to the baseline: mean 10, standard deviation sqrt(2), four episodes."""
+    rows = compare([make(tmp_path / "a", {"free/last": FREE, "random/last": AVERAGE})]).rows
+    free, random = row_of(rows, "free"), row_of(rows, "random")
+    assert free["difference"] == 10.0
+    assert free["difference_ci95"] == pytest.approx(1.96 * 2**0.5 / 2, abs=1e-4)
+    assert free["against"] == f"random/last of {tmp_path / 'a'}"
+    assert free["note"] is None
+    assert (random["difference"], random["note"]) == (None, "the reference")
+    unpaired = (free["ci95"] ** 2 + random["ci95"] ** 2) ** 0.5
+    assert unpaired == pytest.approx(1.96 * (125 + 117) ** 0.5 / 2)
+    assert free["difference_ci95"] < unpaired / 10
+
+
+def test_the_order_of_rows_in_the_table_of_episodes_does_not_matter(tmp_path):
+    run = make(tmp_path / "a", {"free/last": FREE, "random/last": AVERAGE})
+    table = pq.read_table(run / "episodes.parquet")
+    pq.write_table(table.take([7, 3, 1, 5, 0, 2, 6, 4]), run / "episodes.parquet")
+    assert row_of(compare([run]).rows, "free")["difference_ci95"] == pytest.approx(1.96 * 2**0.5 / 2, abs=1e-4)
+
+
+def test_the_reference_is_the_best_baseline_of_all_runs(tmp_path):
+    """Never a method that inverts, the ceiling, or what was chosen on test."""
+    high = [99.0, 99.0, 98.0, 99.0]
+    runs = [
+        make(tmp_path / "free", {"free/last": FREE, "random/last": RANDOM}),
+        make(tmp_path / "purer", {"purer/val": high, "random/last": RANDOM}, name="purer"),
+        make(tmp_path / "oracle", {"maml-oracle/val": high}, name="maml-oracle"),
+        make(tmp_path / "best", {"best-model-assign/last": [30.0, 30, 30, 30]}, name="best-model"),
+        make(tmp_path / "dro", {"dro/test-best": high, "dro/last": AVERAGE}, name="dro"),
+    ]
+    rows = compare(runs).rows
+    assert {row["against"] for row in rows} == {None, f"dro/last of {tmp_path / 'dro'}"}
+    assert {row["set"] for row in rows} == {1}
+    differences = {f"{row['method']}/{row['selection']}": row["difference"] for row in rows}
+    assert differences == {
+        "free/last": 10.0, "purer/val": 43.75, "maml-oracle/val": 43.75, "dro/test-best": 43.75, "dro/last": None,
+        "best-model-assign/last": -25.0, "random/last": -25.0,
+    }  # fmt: skip
+    means = [row["mean"] for row in rows]
+    assert means == sorted(means, reverse=True)
+
+
+OTHER: dict[str, dict[str, Any]] = {
+    "data": {"md5": "ef" * 16},
+    "split": {"split": "val"},
+    "way": {"way": 3},
+    "shot": {"shot": 5},
+    "query": {"sets": ["eval.query=3"]},
+    "eval.seed": {"sets": ["eval.seed=1"]},
+    "bn": {"bn": "support"},
+}
+
+
+@pytest.mark.parametrize("field", FIELDS)
+def test_other_episodes_give_no_difference_but_a_reason(tmp_path, field):
+    free = make(tmp_path / "free", {"free/last": FREE})
+    accuracies = AVERAGE[:3] if field == "episodes" else AVERAGE
+    other = make(tmp_path / "average", {"average/last": accuracies}, name="average", **OTHER.get(field, {}))
+    equal = make(tmp_path / "equal", {"average/last": AVERAGE}, name="average")
+    rows = compare([free, other]).rows
+    assert {row["set"] for row in rows} == {1, 2}
+    row = row_of(rows, "free")
+    assert (row["difference"], row["difference_ci95"], row["against"]) == (None, None, None)
+    assert row["note"] == f"no baseline on these episodes: average/last of {other} has other {field}"
+    assert row_of(compare([free, equal]).rows, "free")["difference"] == 10.0
+
+
+def test_a_baseline_left_out_is_named_beside_the_one_that_is_used(tmp_path):
+    runs = [
+        make(tmp_path / "free", {"free/last": FREE, "random/last": RANDOM}),
+        make(tmp_path / "ota", {"ota/last": AVERAGE, "random/last": RANDOM}, name="ota", sets=["eval.seed=1"]),
+        make(tmp_path / "dro", {"dro/last": AVERAGE}, name="dro", shot=5),
+    ]
+    found = compare(runs)
+    assert row_of(found.rows, "free")["against"] == f"random/last of {runs[0]}"
+    assert found.notes == [(1, f"not compared: ota/last of {runs[1]} has other eval.seed")]
+    assert found.tree()["notes"] == [{"set": 1, "note": found.notes[0][1]}]
+
+
+def test_the_same_data_in_another_place_are_the_same_episodes(tmp_path):
+    free = make(tmp_path / "free", {"free/last": FREE}, data=["omniglot:a/o.parquet"])
+    here = make(tmp_path / "here", {"average/last": AVERAGE}, name="average", data=["omniglot:b/o.parquet"])
+    other = make(tmp_path / "other", {"average/last": AVERAGE}, name="average", data=["parquet:b/o.parquet"])
+    assert row_of(compare([free, here]).rows, "free")["difference"] == 10.0
+    assert row_of(compare([free, other]).rows, "free")["difference"] is None
+
+
+@pytest.mark.parametrize("field", ["data", "query", "eval.seed"])
+def test_unrecorded_episodes_are_compared_within_a_run_only(tmp_path, field):
+    runs = [
+        make(tmp_path / "free", {"free/last": FREE, "random/last": RANDOM}),
+        make(tmp_path / "average", {"average/last": AVERAGE}, name="average"),
+    ]
+    for run in runs:
+        if field == "data":
+            edit(run / "manifest.json", data=[])
+        else:
+            tree = yaml.safe_load((run / "config.yaml").read_text())
+            tree["eval"].pop(field.removeprefix("eval."))
+            (run / "config.yaml").write_text(yaml.safe_dump(tree))
+    assert row_of(compare(runs).rows, "free")["difference"] == 35.0
+    (runs[0] / "scores.json").write_text(json.dumps(json.loads((runs[0] / "scores.json").read_text())[:1]))
+    row = row_of(compare(runs).rows, "free")
+    assert row["difference"] is None
+    assert f"other or not recorded {field}" in row["note"]
+
+
+def test_data_sets_pooled_are_the_same_if_all_are(tmp_path):
+    two, runs = ["glyphs", "omniglot:o.parquet"], []
+    for path, name, values, specs in (("free", "free", FREE, two), ("same", "average", AVERAGE, two),
+                                      ("turned", "average", AVERAGE, two[::-1])):  # fmt: skip
+        run = make(tmp_path / path, {f"{name}/last": values}, name=name, data=specs)
+        edit(run / "manifest.json", data=[{"spec": spec, "md5": spec[:2] * 16} for spec in specs])
+        scores = json.loads((run / "scores.json").read_text())
+        (run / "scores.json").write_text(json.dumps([row | {"data": "pooled"} for row in scores]))
+        table = pq.read_table(run / "episodes.parquet").to_pylist()
+        pq.write_table(pa.Table.from_pylist([row | {"data": "pooled"} for row in table]), run / "episodes.parquet")
+        runs.append(run)
+    assert row_of(compare(runs[:2]).rows, "free")["difference"] == 10.0
+    assert row_of(compare([runs[0], runs[2]]).rows, "free")["difference"] is None
+
+
+def test_equal_scores_of_random_are_shown_once(tmp_path):
+    runs = [
+        make(tmp_path / "free", {"free/last": FREE, "random/last": RANDOM}),
+        make(tmp_path / "average", {"average/last": AVERAGE, "random/last": RANDOM}, name="average"),
+        make(tmp_path / "random", {"random/last": RANDOM}, name="random"),
+    ]
+    row = row_of(compare(runs).rows, "random")
+    assert row["runs"] == [str(runs[2]), str(runs[0]), str(runs[1])]
+    assert (row["profile"], row["seconds"], row["rounds"]) == ("fixed", 8.0, 2)
+    row = row_of(compare(runs[:2]).rows, "random")
+    assert (row["profile"], row["seconds"], row["rounds"]) == (None, None, None)
+    other = make(tmp_path / "other", {"free/last": FREE, "random/last": [20.0, 40.0, 20.0, 40.0]})
+    rows = [row for row in compare([*runs, other]).rows if row["method"] == "random"]
+    assert [row["mean"] for row in rows] == [30.0, 30.0]
+    assert sum(row["method"] == "free" for row in compare([runs[0], other]).rows) == 2
+
+
+def test_seeds_of_equal_settings_have_a_mean(tmp_path):
+    """Means 65, 67, 72; differences averaged per episode 13, 11, 15, 13, that is 13 with deviation sqrt(2)."""
+    shifts = [0.0, 2.0, 7.0]
+    runs = [
+        make(tmp_path / f"s{seed}", {"free/last": [a + shift for a in FREE], "random/last": RANDOM}, seed=seed)
+        for seed, shift in enumerate(shifts)
+    ]
+    runs.append(make(tmp_path / "average", {"average/last": AVERAGE}, name="average"))
+    edit(runs[2] / "status.json", test_step={"free/last": 0.2})
+    (runs[2] / "metrics.jsonl").write_text('{"round": 0, "seconds/free.recover": 4.5, "seconds/round": 14.0}\n')
+    found = compare(runs).tree()
+    assert [row["seeds"] for row in found["runs"] if row["method"] == "free"] == [[0], [1], [2]]
+    (group,) = [row for row in found["groups"] if row["method"] == "free"]
+    pooled = np.concatenate([np.array(FREE) + shift for shift in shifts])
+    assert group["mean"] == 68.0
+    assert group["ci95"] == pytest.approx(1.96 * pooled.std() / 12**0.5, abs=1e-4)
+    assert group["sd"] == pytest.approx(13**0.5, abs=1e-4)
+    assert group["difference"] == 13.0
+    assert group["difference_ci95"] == pytest.approx(1.96 * 2**0.5 / 2, abs=1e-4)
+    assert (group["seeds"], group["steps"]) == ([0, 1, 2], [0.01, 0.2])
+    assert (group["seconds"], group["recover_seconds"]) == (10.0, 3.5)
+    order = [(row["method"], row["kind"]) for row in compare(runs).rows]
+    assert order == [("free", "run")] * 3 + [("free", "mean"), ("average", "run")] + [("random", "run")] * 3 + [
+        ("random", "mean")
+    ]
+
+
+@pytest.mark.parametrize("sets", [["method.steps=2"], ["eval.lrs=[0.1]"]])
+def test_seeds_of_other_settings_have_none(tmp_path, sets):
+    runs = [
+        make(tmp_path / "a", {"free/last": FREE}, seed=0),
+        make(tmp_path / "b", {"free/last": AVERAGE}, seed=1, sets=sets),
+        make(tmp_path / "c", {"free/val": AVERAGE}, seed=2),
+        make(tmp_path / "d", {"free/last": AVERAGE}, seed=0),
+    ]
+    edit(runs[3] / "manifest.json", pool=[{"sha256": "other"}])
+    assert compare(runs).tree()["groups"] == []
+
+
+def test_a_mean_of_seeds_is_no_difference_to_itself(tmp_path):
+    runs = [make(tmp_path / str(seed), {"random/last": RANDOM}, name="random", seed=seed) for seed in (0, 1)]
+    (group,) = compare(runs).tree()["groups"]
+    assert (group["difference"], group["note"], group["sd"]) == (None, "one of these is the reference", 0.0)
+
+
+def test_runs_without_scores_say_what_they_have(tmp_path):
+    runs = [
+        make(tmp_path / "failed", {}, state="failed", rounds=1),
+        make(tmp_path / "new", {}, state="created", rounds=0),
+        make(tmp_path / "free", {"free/last": FREE}),
+        make(tmp_path / "blind", {}, name="average"),
+    ]
+    edit(runs[0] / "status.json", last_error="ValueError: \x1b[31mred")
+    tree = yaml.safe_load((runs[3] / "config.yaml").read_text())
+    (runs[3] / "config.yaml").write_text(yaml.safe_dump(tree | {"data": []}))
+    rows = compare(runs).rows
+    assert [(row["set"], row["state"], row["mean"]) for row in rows] == [
+        (1, "done", 65.0), (None, "failed", None), (None, "created", None), (None, "done", None),
+    ]  # fmt: skip
+    assert rows[1]["note"] == "no scores; 1 of 2 rounds done; last validation 30.00 %; ValueError: ?[31mred"
+    assert (rows[1]["seconds"], rows[1]["recover_seconds"], rows[1]["rounds"]) == (4.0, 1.5, 1)
+    assert rows[2]["note"] == "no scores; 0 of 2 rounds done"
+    assert rows[3]["note"].startswith("no scores: no data to test on")
+    assert all(tuple(row) == KEYS for row in rows)
+
+
+def test_cost_and_step_of_a_run(tmp_path):
+    run = make(
+        tmp_path / "best",
+        {"best-model-finetune/val": FREE, "best-model-finetune/last": FREE, "best-model-direct/last": FREE,
+         "random/last": RANDOM},
+        name="best-model",
+    )  # fmt: skip
+    edit(run / "status.json", test_step={"best-model/val": 0.2, "random/last": 0.05})
+    rows = compare([run]).rows
+    steps = {f"{row['method']}/{row['selection']}": row["steps"] for row in rows}
+    assert steps == {
+        "best-model-finetune/val": [0.2], "best-model-finetune/last": [0.2], "best-model-direct/last": [],
+        "random/last": [0.05],
+    }  # fmt: skip
+    own = row_of(rows, "best-model-direct")
+    assert (own["recover_seconds"], own["seconds"], own["rounds"], own["seeds"]) == (3.0, 8.0, 2, [0])
+    edit(run / "status.json", test_step=None)
+    assert row_of(compare([run]).rows, "random")["steps"] == [0.01]
+    rows = compare([make(tmp_path / "proto", {"free/last": FREE}, sets=["learner.head=protonet"])]).rows
+    assert rows[0]["steps"] == []
+
+
+def test_scores_whose_episodes_cannot_be_used_say_so(tmp_path):
+    run = make(tmp_path / "a", {"free/last": FREE, "random/last": AVERAGE})
+    whole = (run / "scores.json").read_text()
+    scores = json.loads(whole)
+    scores[0]["mean"] += 1
+    (run / "scores.json").write_text(json.dumps(scores))
+    row = row_of(compare([run]).rows, "free")
+    assert row["difference"] is None
+    assert row["note"].endswith("episodes.parquet and scores.json disagree")
+    (run / "scores.json").write_text(json.dumps([json.loads(whole)[0], scores[1] | {"mean": 1.0}]))
+    row = row_of(compare([run]).rows, "free")
+    assert row["difference"] is None
+    assert row["note"].startswith("the best baseline, random/last of ")
+    (run / "scores.json").write_text(whole)
+    (run / "episodes.parquet").unlink()
+    assert "no accuracies of its episodes" in row_of(compare([run]).rows, "free")["note"]
+    scores[0] |= {"way": None, "shot": None, "episodes": None, "bn": None, "mean": None, "selection": None}
+    (run / "scores.json").write_text(json.dumps(scores[:1]))
+    (row,) = compare([run]).rows
+    assert (row["mean"], row["note"]) == (None, "no baseline among these runs")
+
+
+def test_a_folder_named_twice_counts_once(tmp_path):
+    run = make(tmp_path / "a", {"free/last": FREE, "random/last": RANDOM})
+    assert len(compare([run, run, tmp_path / "a" / ".." / "a"]).rows) == 2
+
+
+@pytest.mark.parametrize("content", [b"no table", None])
+def test_a_damaged_table_of_episodes_is_named_in_one_line(tmp_path, content):
+    run = make(tmp_path / "a", {"free/last": FREE})
+    if content is None:
+        pq.write_table(pa.table({"method": ["free"], "accuracy": ["high"]}), run / "episodes.parquet")
+    else:
+        (run / "episodes.parquet").write_bytes(content)
+    with pytest.raises(RejectedError, match=r"episodes\.parquet: not a table of episodes") as caught:
+        compare([run])
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_a_folder_without_a_run(tmp_path):
+    with pytest.raises(UsageError, match="not a run folder"):
+        compare([make(tmp_path / "a", {"free/last": FREE}), tmp_path])

@@ -1,0 +1,159 @@
+"""The finetune reading by head, batch norm and calibration, and the evaluate op around it."""
+
+import inspect
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ray_dfml import evaluate
+from ray_dfml.core import episodes, memory, seeds
+from ray_dfml.core.images import normalise, to_pixels
+from ray_dfml.core.net import Net
+from ray_dfml.evaluate import EvalConfig, adapt_to, finetune
+from ray_dfml.methods.icfil import IcfilConfig, calibrate
+from ray_dfml.types import Arrays
+from tests.support import FakeWorker, image_spec, normal, small_world
+
+NETWORK, WAY, LR, STEPS = Net("conv4", (3, 16, 16), 4), 3, 0.05, 4
+HEADS = pytest.mark.parametrize("head", ["maml", "anil", "protonet"])
+BN = pytest.mark.parametrize("bn", ["transductive", "support", "running"])
+SMALL = IcfilConfig(steps=2, images=2, inversion_steps=3, head_steps=2)
+
+
+def drawn() -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Weights, statistics, support, labels and query in float64."""
+    theta = NETWORK.init(torch.Generator().manual_seed(0)).double()
+    theta = theta + 0.05 * normal(theta.numel(), seed=1)
+    stats = NETWORK.with_stats(theta, normal(16, 3, 16, 16, seed=2))[1]
+    labels = memory.interleaved(WAY, 2)
+    means = normal(WAY, 3, 1, 1, seed=3)
+    support = means[labels] + normal(len(labels), 3, 16, 16, seed=4)
+    return theta, stats, support, labels, means[memory.interleaved(WAY, 5)] + normal(15, 3, 16, 16, seed=5)
+
+
+def by_definition(head: str, bn: str) -> Tensor:
+    """Probabilities [u k] of the query, each head and each batch norm written out."""
+    theta, stats, support, labels, query = drawn()
+    at_support = stats if bn == "running" else None
+    for _ in range(0 if head == "protonet" else STEPS):
+        leaf = theta.detach().requires_grad_()
+        loss = F.cross_entropy(NETWORK(leaf, support, at_support)[:, :WAY], labels)
+        (gradient,) = torch.autograd.grad(loss, leaf)
+        if head == "anil":
+            gradient[: -NETWORK.ways * 33] = 0  # the head is 4 x 32 and 4
+        theta = theta - LR * gradient
+    at_query = {"transductive": None, "support": NETWORK.with_stats(theta, support)[1], "running": stats}[bn]
+    if head == "protonet":
+        known, asked = NETWORK.features(theta, support, at_support), NETWORK.features(theta, query, at_query)
+        means = torch.stack([known[labels == c].mean(0) for c in range(WAY)])
+        return (-torch.cdist(asked, means).square()).softmax(1)
+    return NETWORK(theta, query, at_query)[:, :WAY].softmax(1)
+
+
+@HEADS
+@BN
+def test_finetune_follows_its_definition(head, bn):
+    given: dict[str, Any] = {"steps": STEPS, "lr": LR, "bn": bn, "head": head}
+    found = finetune(NETWORK, *drawn(), **given).softmax(1)
+    torch.testing.assert_close(found, by_definition(head, bn))
+    others = [by_definition(h, b) for h in ("maml", "anil", "protonet") for b in ("transductive", "support", "running")]
+    assert sum(bool(torch.allclose(found, other)) for other in others) == 1  # all nine differ
+    calibrated = finetune(NETWORK, *drawn(), **given, icfil=SMALL, seed=3).softmax(1)
+    assert not torch.allclose(calibrated, found)
+    off = finetune(NETWORK, *drawn(), **given, icfil=IcfilConfig(head="fresh", head_steps=7), seed=3).softmax(1)
+    assert torch.equal(off, found)
+
+
+@HEADS
+@BN
+def test_calibration_comes_after_the_adaptation_and_with_its_batch_norm(head, bn):
+    theta, stats, support, labels, query = drawn()
+    given: dict[str, Any] = {"steps": STEPS, "lr": LR, "bn": bn, "head": head}
+    phi = adapt_to(NETWORK, theta, stats, support, labels, **given)
+    fixed = stats if bn == "running" else None
+    expected = calibrate(SMALL, NETWORK, phi, fixed, support, labels, head=head, seed=3)
+    new = adapt_to(NETWORK, theta, stats, support, labels, **given, icfil=SMALL, seed=3)
+    assert torch.equal(new, expected)
+    at_query = {"transductive": None, "support": NETWORK.with_stats(new, support)[1], "running": stats}[bn]
+    logits = finetune(NETWORK, theta, stats, support, labels, query, **given, icfil=SMALL, seed=3)
+    assert torch.equal(logits, NETWORK(new, query, at_query)[:, :WAY])
+
+
+@HEADS
+@BN
+def test_a_learner_without_batch_norm_adapts_and_calibrates(head, bn):
+    network = Net("mlp", (3, 16, 16), 4)
+    theta, stats = network.init(torch.Generator().manual_seed(0)).double(), network.initial_stats()
+    given: dict[str, Any] = {"steps": 1, "lr": LR, "bn": bn, "head": head}
+    plain, calibrated = (finetune(network, theta, stats, *drawn()[2:], **given, icfil=i) for i in (evaluate.OFF, SMALL))
+    assert torch.isfinite(calibrated).all()
+    assert not torch.allclose(plain, calibrated)
+
+
+def test_no_query_enters_the_calibration(monkeypatch):
+    theta, stats, support, labels, query = drawn()
+    found = []
+
+    def spy(*args: Any, **more: Any) -> Tensor:
+        found.append(calibrate(*args, **more))
+        return found[-1]
+
+    monkeypatch.setattr(evaluate, "calibrate", spy)
+    for q in (query, torch.full_like(query, float("nan"))):
+        finetune(NETWORK, theta, stats, support, labels, q, steps=2, lr=LR, bn="support", icfil=SMALL, seed=3)
+    assert torch.equal(*found)
+    assert torch.isfinite(found[0]).all()
+    assert not {name for f in (adapt_to, calibrate) for name in inspect.signature(f).parameters if "query" in name}
+
+
+# ------------------------------------------------------------------------------------------------------------- the op
+
+IMAGES = np.random.default_rng(0).integers(0, 256, (60, 3, 16, 16), dtype=np.uint8)
+LABELS = np.repeat(np.arange(6), 10)
+SPEC = image_spec()
+
+
+def accuracies(cfg: EvalConfig, count: int, **changes: Any) -> np.ndarray:
+    theta, stats, *_ = drawn()
+    given: Arrays = {"theta": theta.float().numpy(), "stats": stats.float().numpy(), "lr": LR, "head": "maml"}
+    shared = evaluate.shared(
+        cfg, arch="conv4", image=SPEC, outputs=4, reading="finetune", images=IMAGES, labels=LABELS,
+        **(given | changes),
+    )  # fmt: skip
+    jobs = evaluate.jobs(cfg, way=WAY, shot=2, count=count)
+    results = evaluate.evaluate(FakeWorker(small_world(cards=0)), jobs, shared)
+    return np.concatenate([result["accuracies"] for result in results])
+
+
+@HEADS
+@pytest.mark.parametrize("icfil", [IcfilConfig(), SMALL], ids=["plain", "icfil"])
+def test_the_op_scores_each_episode_with_its_own_seed(head, icfil):
+    cfg = EvalConfig(query=3, steps=STEPS, lr=9.0, seed=5, icfil=icfil)
+    found = accuracies(cfg, 12, head=head)
+    theta, stats, *_ = (part.float() for part in drawn())
+    mean, std = torch.tensor(SPEC.mean), torch.tensor(SPEC.std)
+    for i in (0, 11):
+        episode = episodes.draw(LABELS, way=WAY, shot=2, query=3, seed=5, index=i)
+        support, query = (normalise(to_pixels(IMAGES[rows]), mean, std) for rows in episode[:2])
+        logits = finetune(
+            NETWORK, theta, stats, support, memory.interleaved(WAY, 2), query, steps=STEPS, lr=LR, bn=cfg.bn,
+            head=head, icfil=icfil, seed=seeds.derive(5, WAY, 2, 3, i, "icfil"),
+        )  # fmt: skip
+        right = logits.argmax(1) == memory.interleaved(WAY, 3)
+        assert found[i] == pytest.approx(100 * float(right.float().mean()))
+
+
+def test_candidate_steps_are_a_setting_that_the_op_does_not_read():
+    assert EvalConfig().lrs == (0.01, 0.05, 0.2)
+    with pytest.raises(ValueError, match="greater than 0"):
+        EvalConfig(lrs=(0.1, 0.0))
+    one, other = (accuracies(EvalConfig(query=3, lrs=lrs), 5) for lrs in ((), (7.0,)))
+    assert np.array_equal(one, other)
+    assert not np.array_equal(one, accuracies(EvalConfig(query=3), 5, lr=3.0))
+    assert np.array_equal(
+        accuracies(EvalConfig(query=3, lr=3.0), 5, lr=None), accuracies(EvalConfig(query=3), 5, lr=3.0)
+    )
