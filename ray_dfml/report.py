@@ -222,6 +222,13 @@ def _facts(value: object, prefix: str = "") -> list[tuple[str, str]]:
     return [(prefix, "none" if value in (None, "", {}) else str(value))] if prefix else []
 
 
+def _steps(record: Record) -> dict[str, float]:
+    """Step sizes at test, as the run chose them: "METHOD/SELECTION" -> step."""
+    found = record.status.get("test_step")
+    given = found.items() if isinstance(found, dict) else ()
+    return {str(name): lr for name, lr in ((name, number(value)) for name, value in given) if lr is not None}
+
+
 def _values(record: Record) -> dict[str, Any]:
     """All that the templates show."""
     spent = {name: float(values.sum()) for name, values in plots.stages(record.metrics).items()}
@@ -240,6 +247,8 @@ def _values(record: Record) -> dict[str, Any]:
         "state": record.status.get("state", "unknown"),
         "started": str(record.manifest.get("started") or "not recorded").replace("T", " ").replace("+00:00", " UTC"),
         "rejected": record.rejected,
+        "notes": [str(note) for note in record.status.get("notes") or []],
+        "steps": ", ".join(f"{name} {lr:g}" for name, lr in _steps(record).items()),
         "rounds": record.rounds,
         "duration": _duration(record.seconds),
         "selection": (learner or {}).get("selection") or ("val" if "val" in selections else "last"),

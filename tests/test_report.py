@@ -290,3 +290,15 @@ def test_a_folder_without_a_run(tmp_path):
     with pytest.raises(UsageError, match="not a run folder"):
         report.write(tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_notes_and_test_steps_are_shown_and_escaped(tmp_path: Path) -> None:
+    run = make(tmp_path / "run")
+    edit(run / "status.json", notes=["the term is dropped for <b>x</b>"], test_step={"free/val": 0.2, "odd": "text"})
+    report.write(run)
+    page, card = (run / "report.html").read_text(), (run / "MODEL_CARD.md").read_text()
+    assert "the term is dropped for &lt;b&gt;x&lt;/b&gt;" in page
+    for text in (page, card):
+        assert "free/val 0.2" in text
+        assert "odd" not in text
+        assert "<b>x</b>" not in text
