@@ -1,4 +1,4 @@
-"""All methods on Omniglot with equal time: a pool of 20 Conv4-32 teachers per seed, 5-way, 600 episodes, 1- and 5-shot.
+"""All methods on Omniglot with equal time: a pool of 20 Conv4-32 teachers per seed, 5-way, 1- and 5-shot.
 
 Usage: python benchmarks/methods.py SPEC OUT [--seconds 180] [--seeds 0,1,2] [--methods free,purer,...]
 Rows are files OUT/METHOD-SEED.json; those that exist are kept, so that a stopped run goes on, and two processes may
@@ -34,7 +34,7 @@ ORACLE = (
 )  # fmt: skip
 """The replay of the presets, on real images."""
 
-TEST = ("eval.val_episodes=30",)
+TEST = ("eval.val_episodes=30", "eval.episodes=300")
 CHECKPOINTS = 4
 """Validations of a training run, spread over its time."""
 
@@ -94,12 +94,14 @@ def table(out: Path) -> None:
     """Print the table of all rows, with paired differences to the best baseline in the space of parameters."""
     rows = [json.loads(path.read_text()) for path in sorted(out.glob("*-[0-9]*.json"))]
     names = sorted({key.rsplit(" ", 1)[0] for row in rows for key in row["scores"]})
+    least = min(len(accuracies) for row in rows for accuracies in row["scores"].values())
+    print(f"{least} episodes per seed")
     for shot in (1, 5):
         found: dict[str, dict[int, np.ndarray]] = {name: {} for name in names}
         for row in rows:
             for name in names:
                 if f"{name} {shot}" in row["scores"]:
-                    found[name][row["seed"]] = np.array(row["scores"][f"{name} {shot}"])
+                    found[name][row["seed"]] = np.array(row["scores"][f"{name} {shot}"][:least])
         base = {n: s for n, s in found.items() if s and n.startswith(BASELINES)}
         best = max(base, key=lambda n: np.mean([a.mean() for a in base[n].values()])) if base else None
         print(f"\n{shot}-shot; best baseline: {best}\n")

@@ -38,9 +38,11 @@ CPU = torch.device("cpu")
 def inverse(*cards: TeacherCard, seed: int = 3, batched: bool = False, classes: int = 0, **changes: Any) -> Inversion:
     """An inversion of random teachers in float64, with the learner's 20x20 colour images; seeds count from `seed`."""
     cfg, teachers = InversionConfig.model_validate(CONFIG | changes), [random_teacher(c).double() for c in cards]
-    seeds = list(range(seed, seed + len(cards)))
+    numbers = list(range(seed, seed + len(cards)))
     with double_by_default():
-        return Inversion(cfg, Generator(LEARNER, 8, 4, classes), teachers, 2, seeds, device=CPU, batched=batched)
+        return Inversion(
+            cfg, Generator(LEARNER, 8, 4, classes), teachers, 2, numbers, device=CPU, batched=batched, stream=stream
+        )
 
 
 def weights(one: Inversion) -> Tensor:
@@ -160,6 +162,15 @@ def test_codes_are_standard_normal_of_each_teacher_s_own_stream():
     many = inverse(COLOUR, images_per_class=400).codes()
     assert many.mean().item() == pytest.approx(0, abs=0.05)
     assert many.std().item() == pytest.approx(1, abs=0.05)
+
+
+def test_sets_of_one_seed_are_of_the_same_units_and_of_other_draws():
+    large = replace(COLOUR, classes=tuple("abcdefg"))
+    for seed in range(5):
+        plain, one, other = (inverse(large, seed=seed, stream=stream) for stream in ("", "support", "query"))
+        assert plain.units[0].tolist() == one.units[0].tolist() == other.units[0].tolist()
+        drawn = [x.codes() for x in (plain, one, other)]
+        assert not any(torch.allclose(a, b) for a, b in ((drawn[0], drawn[1]), (drawn[1], drawn[2])))
 
 
 @pytest.mark.parametrize("given", [GREY, COLOUR], ids=lambda c: c.id)

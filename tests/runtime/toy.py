@@ -37,7 +37,24 @@ ORACLE = (
     "method.replay.tasks=3", "method.replay.inner_steps=2",
 )  # fmt: skip
 
-SETS: dict[str, tuple[str, ...]] = {"free": FREE + EVAL, "maml-oracle": ORACLE + EVAL}
+PURER = (
+    "method.rounds=4", "method.image_warmup=1", "method.image_steps=2", "method.updates=2", "method.curriculum_after=2",
+    "method.curriculum_patience=1", "method.images_per_class=5", "method.meta.shot=1", "method.meta.query=3",
+    "method.meta.tasks=2", "method.meta.inner_steps=1",
+)  # fmt: skip
+
+BIDF = (
+    "method.rounds=3", "method.teachers_per_round=2", "method.iterations=3", "method.images_per_class=6",
+    "method.width=4", "method.latent=8", "method.inner_steps=2", "method.generate_every=3", "method.replay.shot=1",
+    "method.replay.query=3", "method.replay.tasks=3", "method.replay.inner_steps=1",
+)  # fmt: skip
+
+DRO = ("method.rounds=2", "method.steps_per_round=3", "method.hidden=16", "method.chunk=2048")
+
+SETS: dict[str, tuple[str, ...]] = {
+    "free": FREE + EVAL, "maml-oracle": ORACLE + EVAL, "purer": PURER + EVAL, "bidf-mkd": BIDF + EVAL,
+    "dro": DRO + EVAL,
+}  # fmt: skip
 """Method -> its small settings; the baselines have only those of the test."""
 
 LOCAL = Machine(backend="local")
