@@ -35,7 +35,9 @@ LEARNER = (3, 20, 20)
 CPU = torch.device("cpu")
 
 
-def inverse(*cards: TeacherCard, seed: int = 3, batched: bool = False, classes: int = 0, **changes: Any) -> Inversion:
+def inverse(
+    *cards: TeacherCard, seed: int = 3, batched: bool = False, classes: int = 0, stream: str = "", **changes: Any
+) -> Inversion:
     """An inversion of random teachers in float64, with the learner's 20x20 colour images; seeds count from `seed`."""
     cfg, teachers = InversionConfig.model_validate(CONFIG | changes), [random_teacher(c).double() for c in cards]
     numbers = list(range(seed, seed + len(cards)))
