@@ -197,7 +197,6 @@ def test_the_curriculum_sends_one_task_and_pushes_the_images_it_was_drawn_from()
     cfg, worker = small_purer(**DUE), FakeWorker(WORLD)
     _, after, metrics = play("purer", cfg, WORLD, worker=worker)
     assert [op for op, _ in worker.sent] == ["purer.recover", "maml.grad", "maml.grad", "purer.grad"]
-    assert metrics["curriculum/fired"] == 0  # counted when the round's updates were done
     assert np.isfinite(metrics["curriculum/outer_loss"])
     assert after["switch"] | {"best": 0} == {"best": 0, "waited": 0, "due": 0, "fired": 1}
     ((_, (job,)),) = worker.sent[-1:]

@@ -129,3 +129,12 @@ def test_the_learner_is_exported_before_it_is_tested(
     with pytest.raises(RuntimeError, match="the test failed"):
         toy.train(toy.config("free", toy_pool, toy_data), tmp_path / "run")
     assert (tmp_path / "run" / "learner.safetensors").exists()
+
+
+def test_the_exported_learner_adapts_as_it_was_tested(tmp_path: Path, toy_data: str) -> None:
+    """With its own head, and with the step size that validation chose."""
+    words = ("learner.head=anil", "eval.lrs=[0.3]", "eval.lr=0.01")
+    toy.train(toy.config("random", None, toy_data, *words), tmp_path / "run")
+    card = json.loads((tmp_path / "run" / "learner.json").read_text())
+    assert (card["head"], card["lr"], card["selection"]) == ("anil", 0.3, "val")
+    assert toy.status(tmp_path / "run")["test_step"]["random/val"] == 0.3
