@@ -90,6 +90,9 @@ def _free(about: str, **method: Any) -> Preset:
 REPLAY: dict[str, Any] = {"shot": 1, "tasks": 4, "inner_lr": 0.1, "lr": 3e-3}
 """Cheap meta-updates that suit small images: with steps of 0.01 the inner loop hardly moves."""
 
+STEP: dict[str, Any] = {"lr": 0.1}
+"""The step of their inner loop: for the validation of rounds, and at test where no data chooses one."""
+
 CHARACTERS: dict[str, Any] = {
     "warmup": 2,
     "width": 16,
@@ -109,8 +112,10 @@ PRESETS: dict[str, Preset] = {
     "free-cifarfs-5w5s": Preset(
         "free", "[Wei2024] Table 2, CIFAR-FS 5-way 5-shot", {"method": {"replay": {"shot": 5}}, "eval": {"shots": (5,)}}
     ),
-    "characters": _free(
-        "28x28 characters on a small machine: narrow generator, larger inversion steps, smaller crops", **CHARACTERS
+    "characters": Preset(
+        "free",
+        "28x28 characters on a small machine: narrow generator, larger inversion steps, smaller crops",
+        {"method": CHARACTERS, "eval": STEP},
     ),
     "characters-purer": Preset(
         "purer",
@@ -123,7 +128,8 @@ PRESETS: dict[str, Preset] = {
                 "images_per_class": 16,
                 "curriculum_after": 20,
                 "meta": REPLAY,
-            }
+            },
+            "eval": STEP,
         },
     ),
     "characters-bidf": Preset(
@@ -139,7 +145,8 @@ PRESETS: dict[str, Preset] = {
                 "crop_pad": 2,
                 "bn_weight": 1.0,
                 "replay": REPLAY,
-            }
+            },
+            "eval": STEP,
         },
     ),
     "quickstart": Preset(
@@ -150,7 +157,7 @@ PRESETS: dict[str, Preset] = {
                 **CHARACTERS,
                 "rounds": 8,
             },
-            "eval": {"shots": (1,), "every": 100, "val_episodes": 50, "steps": 5},
+            "eval": {**STEP, "shots": (1,), "every": 100, "val_episodes": 50, "steps": 5},
         },
     ),
     "baseline": _free(

@@ -179,10 +179,10 @@ def learn(cfg: Config, world: World, state: State, r: int, results: list[Arrays]
         state, found = replay.step(cfg.meta, world, state, tasks, (r, "pseudo", u), send)
         state = {**state, "switch": switched(cfg, state["switch"], state["updates"], found["accuracy"] or 0.0)}
     metrics |= {f"replay/{name}": value for name, value in found.items()}
-    metrics |= {"replay/updates": cfg.updates, "curriculum/fired": state["switch"]["fired"]}
+    metrics["replay/updates"] = cfg.updates
     if state["switch"]["due"]:
         state, metrics["curriculum/outer_loss"] = _curriculum(cfg, world, state, r, store, send)
-    return state, metrics
+    return state, metrics | {"curriculum/fired": state["switch"]["fired"]}
 
 
 def switched(cfg: Config, switch: State, updates: int, accuracy: float) -> State:

@@ -183,3 +183,27 @@ def test_teachers_are_put_in_the_store_one_by_one(monkeypatch: pytest.MonkeyPatc
     assert [store(id) for id in "acd"] == [[ord(id)] * 3 for id in "acd"]
     with pytest.raises(RejectedError, match=r"b: weights/b\.safetensors has changed"):
         store("b")
+
+
+class Mortal(Shard):
+    """A shard that dies of certain jobs, and is up again at once."""
+
+    def __init__(self, *deadly: int) -> None:
+        super().__init__(up=True)
+        self.deadly = set(deadly)
+
+    def _run(self, op: str, jobs: Sequence[Job], shared: Arrays) -> Ref:
+        done = super()._run(op, jobs, shared)
+        if self.deadly & {job.index for job in jobs}:
+            return Ref(error=cluster.exceptions.ActorUnavailableError("died", None))
+        return done
+
+
+@pytest.mark.parametrize("batched", [False, True])
+def test_only_the_job_that_kills_is_given_up(shards: list[Shard], batched: bool) -> None:
+    """A chunk that dies is sent again job by job: then it shows which one it was."""
+    mortals = [Mortal(2), Mortal(2)]
+    results = cluster.RayBackend(mortals, batched=batched).map("op", costing(1, 2, 9, 3, 2, 4), {})
+    assert results.pop(2) == {"rejected": "its process died 2 times"}
+    assert results == [{"index": i} for i in (0, 1, 3, 4, 5)]
+    assert sum(2 in call for shard in mortals for call in shard.calls) == 2
