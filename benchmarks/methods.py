@@ -34,7 +34,7 @@ ORACLE = (
 )  # fmt: skip
 """The replay of the presets, on real images."""
 
-TEST = ("eval.val_episodes=30", "eval.episodes=300")
+TEST = ("eval.val_episodes=30", "eval.episodes=200")
 CHECKPOINTS = 4
 """Validations of a training run, spread over its time."""
 

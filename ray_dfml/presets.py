@@ -87,7 +87,7 @@ def _free(about: str, **method: Any) -> Preset:
     return Preset("free", about, {"method": method})
 
 
-REPLAY: dict[str, Any] = {"shot": 1, "tasks": 4, "inner_lr": 0.1, "lr": 3e-3}
+REPLAY: dict[str, Any] = {"shot": 1, "tasks": 4, "inner_lr": 0.1}
 """Cheap meta-updates that suit small images: with steps of 0.01 the inner loop hardly moves."""
 
 STEP: dict[str, Any] = {"lr": 0.1}
@@ -102,7 +102,7 @@ CHARACTERS: dict[str, Any] = {
     "lr_latent": 0.1,
     "lr_meta": 2e-3,
     "bn_weight": 1.0,
-    "replay": {**REPLAY, "max_updates": 10},
+    "replay": {**REPLAY, "lr": 3e-3, "max_updates": 10},
 }
 
 PRESETS: dict[str, Preset] = {
@@ -124,8 +124,10 @@ PRESETS: dict[str, Preset] = {
             "method": {
                 "image_steps": 2,
                 "updates": 10,
-                "image_warmup": 15,
+                "image_warmup": 12,
                 "images_per_class": 16,
+                "tv_weight": 1e-3,
+                "bn_weight": 1.0,
                 "curriculum_after": 20,
                 "meta": REPLAY,
             },
@@ -138,7 +140,7 @@ PRESETS: dict[str, Preset] = {
         {
             "method": {
                 "teachers_per_round": 2,
-                "iterations": 25,
+                "iterations": 12,
                 "images_per_class": 16,
                 "width": 16,
                 "lr_generator": 1e-2,
