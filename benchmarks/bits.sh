@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Same final weights, bit for bit: local, 1 shard, 2 shards, a shard killed in mid-round, the driver killed and resumed.
-# Usage: benchmarks/bits.sh POOL OUT     (POOL as built by benchmarks/omniglot.sh; about 8 minutes on 2 cores)
+# Usage: benchmarks/bits.sh POOL OUT     (POOL: Conv4 teachers, such as benchmarks/methods.py builds;
+# about 8 minutes on 2 cores)
 set -euo pipefail
 pool=$(realpath "$1")
 mkdir -p "$2" && cd "$2"

@@ -1,7 +1,7 @@
 """Local against one shard against two, same work, same bits: seconds of recover + grad, whole rounds, driver share.
 
 Usage: python benchmarks/speed.py POOL OUT [--rounds N] [--repeats N]     (POOL: Conv4 teachers, such as
-benchmarks/omniglot.sh builds)
+benchmarks/methods.py builds)
 
 Each repeat runs `ray-dfml train free --preset characters` three times, in turn, on the same pool. Prints one JSON
 object.

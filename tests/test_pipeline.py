@@ -1,6 +1,7 @@
 """The round loop's body: quarantine, selection, and what is scored under which name."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from tests.runtime import toy
 from tests.support import FakeWorker, random_teacher, small_world
 
 WORLD = small_world(channels=1)
+WORLD = replace(WORLD, cards=tuple(replace(c, accuracy=50.0 + i) for i, c in enumerate(WORLD.cards)))
 TEACHERS = {c.id: (c, random_teacher(c).theta.numpy(), random_teacher(c).stats.numpy()) for c in WORLD.cards}
 
 
@@ -195,3 +197,50 @@ def test_the_worker_of_the_tests_is_a_shard_in_small() -> None:
     shared = one.method.shared(one.config.method, one.world, one.state, 0)
     here = FakeWorker(WORLD).send("free.recover", jobs[:1], shared)
     toy.assert_equal(here, LocalBackend(TEACHERS.__getitem__).map("free.recover", jobs[:1], shared))
+
+
+def scripted(monkeypatch: pytest.MonkeyPatch, best: dict[float, float]) -> list[tuple[str, int, float | None]]:
+    """Scores that depend on the step size only: step -> accuracy on validation. Returns what was asked for."""
+    asked: list[tuple[str, int, float | None]] = []
+
+    def score(
+        self: Trainer, one: Labelled, shot: int, count: int, state: Any, reading: str, lr: float | None = None
+    ) -> np.ndarray:
+        asked.append((one.split, shot, lr))
+        return np.full(count, best.get(lr or 0.0, 0.0) if one.split == "val" else 99.0 - (lr or 0.0))
+
+    monkeypatch.setattr(Trainer, "_score", score)
+    return asked
+
+
+def test_the_step_size_is_chosen_on_validation_episodes_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The test would choose 0.1; validation chooses 0.5, over all shots, once for each set of weights."""
+    asked = scripted(monkeypatch, {0.1: 30.0, 0.5: 60.0, 0.9: 60.0})
+    one = trainer("free", "eval.lrs=[0.1,0.5,0.9]", "eval.shots=[1,2]")
+    scores = one.test("last") + one.test("last") + one.baseline()
+    chosen = [row for row in asked if row[0] == "val"]
+    assert chosen == [("val", shot, lr) for lr in (0.1, 0.5, 0.9) for shot in (1, 2)] * 2
+    assert {lr for split, _, lr in asked if split == "test"} == {0.5}
+    assert len(scores) == 6
+    assert one.step_sizes() == {"free/last": 0.5, "random/last": 0.5}
+
+
+@pytest.mark.parametrize(("more", "data"), [(("eval.lrs=[]",), True), ((), False), (("learner.head=protonet",), True)])
+def test_without_a_choice_the_step_is_the_given_one(
+    monkeypatch: pytest.MonkeyPatch, more: tuple[str, ...], data: bool
+) -> None:
+    asked = scripted(monkeypatch, {})
+    one = trainer("free", "eval.lr=0.07", *more, data=data)
+    one._world = replace(one._world, head=one.config.learner.head)
+    assert one.step_size("last") == 0.07
+    assert asked == []
+
+
+def test_several_sets_are_scored_one_by_one_and_pooled() -> None:
+    config = resolve("random", sets=[*toy.EVAL, "eval.lrs=[]"])
+    first, second = sets(), [replace(part, data="other", images=255 - part.images) for part in sets()]
+    one = Trainer(config.model_dump(mode="json"), WORLD, first + second, LocalBackend(TEACHERS.__getitem__), None)
+    scores = one.test("last")
+    assert [score.data for score in scores] == ["toy", "other", "pooled"]
+    assert scores[2].accuracies.tolist() == [*scores[0].accuracies, *scores[1].accuracies]
+    assert [score.data for score in one.baseline()] == ["toy", "other", "pooled"]
