@@ -117,7 +117,7 @@ def grad(worker: Worker, jobs: Sequence[Job], shared: Arrays) -> list[Arrays]:
             steps=shared["inner_steps"], grad_of=graph_grad,
         )  # fmt: skip
         loss = F.cross_entropy(network(phi, parts[1]), labels[1])
-        found = torch.autograd.grad(loss, parts)
+        found = torch.autograd.grad(loss, parts, materialize_grads=True)
         grads = {name: g.cpu().numpy() for name, g in zip(("support", "query"), found, strict=True)}
         results.append({"loss": float(loss.detach()), **grads})
     return results
