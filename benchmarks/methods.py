@@ -80,6 +80,7 @@ def run(method: str, seed: int, spec: str, out: Path, seconds: float) -> dict[st
         r += 1
     scores = {f"{s.method} {s.shot}": s.accuracies.tolist() for s in trainer.test("last")}
     return {
+        "config": config.model_dump(mode="json"),
         "method": method, "seed": seed, "preset": config.preset, "rounds": r, "train_seconds": round(spent, 1),
         "wall_seconds": round(time.perf_counter() - began, 1), "test_step": trainer.step_sizes(), "scores": scores,
         "log": rows,
@@ -109,14 +110,15 @@ def table(out: Path) -> None:
         print("|---|---|---|---|---|---|")
         for name in sorted(names, key=lambda n: -np.mean([a.mean() for a in found[n].values()])):
             seeds = found[name]
-            mean, ci = mean_ci95(np.concatenate(list(seeds.values())))
+            mean, ci = mean_ci95(np.mean(list(seeds.values()), axis=0))
             each = [float(a.mean()) for a in seeds.values()]
             gap = "-"
             if best and name != best:
                 gaps = [a - base[best][s] for s, a in seeds.items() if s in base[best]]
-                gap = "{:+.2f} ± {:.2f}".format(*mean_ci95(np.concatenate(gaps))) if gaps else "-"
+                gap = "{:+.2f} ± {:.2f}".format(*mean_ci95(np.mean(gaps, axis=0))) if gaps else "-"
+            spread = f"{np.std(each, ddof=1):.2f}" if len(each) > 1 else "-"
             shown = ", ".join(f"{a:.1f}" for a in each)
-            print(f"| {name} | {len(each)} | {mean:.2f} ± {ci:.2f} | {shown} | {np.std(each):.2f} | {gap} |")
+            print(f"| {name} | {len(each)} | {mean:.2f} ± {ci:.2f} | {shown} | {spread} | {gap} |")
     print(
         "\n| run | rounds | training s | recovery s | meta-updates | teacher's accuracy | validation at | test step |"
     )

@@ -261,12 +261,13 @@ def _place(entry: _Entry) -> tuple[Any, ...]:
 
 def _reference(
     where: tuple[str, ...], members: Sequence[_Entry], entries: Iterable[_Entry]
-) -> tuple[_Entry | None, str]:
-    """The baseline with the highest mean among the scores of a set, or None and why."""
-    known = [entry for entry in members if entry.baseline]
+) -> tuple[Sequence[_Entry] | None, str]:
+    """The baseline with the highest mean among the scores of a set, all its seeds, or None and why."""
+    known = _families([entry for entry in members if entry.baseline])
     if known:
-        best = max(known, key=lambda entry: entry.row["mean"])
-        return (None, f"the best baseline, {best.name}: {best.flaw}") if best.flaw else (best, "")
+        best = max(known, key=lambda family: _mean(family, "mean", 0.0))
+        flaw = next((f"{entry.name}: {entry.flaw}" for entry in best if entry.flaw), None)
+        return (None, f"the best baseline, {flaw}") if flaw else (best, "")
     others = [entry for entry in entries if entry.baseline]
     if not others:
         return None, "no baseline among these runs"
@@ -295,14 +296,18 @@ def _left_out(members: Sequence[_Entry], entries: Iterable[_Entry]) -> list[str]
     return [f"not compared: {_apart(entry, first.where)}" for entry in found]
 
 
-def _rows(members: Sequence[_Entry], reference: _Entry | None, reason: str) -> list[dict[str, Any]]:
-    """The scores of a set, best first; seeds of equal settings together, followed by their mean."""
+def _families(members: Iterable[_Entry]) -> list[list[_Entry]]:
+    """Scores of equal settings, method and selection together: the seeds of each."""
     families: dict[tuple[str, ...], list[_Entry]] = {}
     for entry in members:
-        key = (entry.settings, entry.row["method"], entry.row["selection"])
-        families.setdefault(key, []).append(entry)
+        families.setdefault((entry.settings, entry.row["method"], entry.row["selection"]), []).append(entry)
+    return list(families.values())
+
+
+def _rows(members: Sequence[_Entry], reference: Sequence[_Entry] | None, reason: str) -> list[dict[str, Any]]:
+    """The scores of a set, best first; seeds of equal settings together, followed by their mean."""
     rows = []
-    for family in sorted(families.values(), key=lambda family: -_mean(family, "mean", 0.0)):
+    for family in sorted(_families(members), key=lambda family: -_mean(family, "mean", 0.0)):
         family.sort(key=lambda entry: entry.row["seeds"])
         rows += [entry.row | _against([entry], reference, reason) for entry in family]
         if len({seed for entry in family for seed in entry.row["seeds"]}) > 1:
@@ -310,20 +315,25 @@ def _rows(members: Sequence[_Entry], reference: _Entry | None, reason: str) -> l
     return rows
 
 
-def _against(family: Sequence[_Entry], reference: _Entry | None, reason: str) -> dict[str, Any]:
-    """The paired difference of a score, or of the mean of seeds in each episode, to the reference; or why not."""
+def _against(family: Sequence[_Entry], reference: Sequence[_Entry] | None, reason: str) -> dict[str, Any]:
+    """The paired difference to the reference, or why not; several seeds of either are averaged in each episode."""
     flaw = reason or next((f"{entry.name}: {entry.flaw}" for entry in family if entry.flaw), None)
-    if any(entry is reference for entry in family):
-        return {"note": "the reference" if len(family) == 1 else "one of these is the reference"}
+    if reference is not None and any(entry is one for entry in family for one in reference):
+        return {"note": "the reference" if len(family) == len(reference) else "a seed of the reference"}
     accuracies = [entry.accuracies for entry in family if entry.accuracies is not None]
-    if flaw or reference is None or reference.accuracies is None:
+    if flaw or reference is None:
         return {"note": flaw}
-    difference, ci95 = mean_ci95(np.mean(accuracies, axis=0) - reference.accuracies)
-    return {"difference": round(difference, 4), "difference_ci95": round(ci95, 4), "against": reference.name}
+    base = [entry.accuracies for entry in reference if entry.accuracies is not None]
+    difference, ci95 = mean_ci95(np.mean(accuracies, axis=0) - np.mean(base, axis=0))
+    name = reference[0].name if len(reference) == 1 else f"{len(reference)} seeds of {reference[0].name}"
+    return {"difference": round(difference, 4), "difference_ci95": round(ci95, 4), "against": name}
 
 
 def _group(family: Sequence[_Entry]) -> dict[str, Any]:
-    """The mean of seeds: `ci95` over all their episodes pooled, `sd` the sample standard deviation of their means."""
+    """The mean of seeds: `ci95` over the episodes, which all seeds meet, with the seeds averaged in each.
+
+    `sd` is the sample standard deviation of the seeds' means.
+    """
     means = [entry.row["mean"] for entry in family if entry.row["mean"] is not None]
     accuracies = [entry.accuracies for entry in family if entry.accuracies is not None]
     row = family[0].row | {
@@ -333,7 +343,7 @@ def _group(family: Sequence[_Entry]) -> dict[str, Any]:
     row["state"] = ", ".join(dict.fromkeys(entry.row["state"] for entry in family))
     row["sd"] = round(float(np.std(means, ddof=1)), 4) if len(means) > 1 else None
     if len(accuracies) == len(family):
-        row["mean"], row["ci95"] = (round(value, 4) for value in mean_ci95(np.concatenate(accuracies)))
+        row["mean"], row["ci95"] = (round(value, 4) for value in mean_ci95(np.mean(accuracies, axis=0)))
     return row | {name: _mean(family, name, None) for name in ("rounds", "recover_seconds", "seconds")}
 
 

@@ -95,7 +95,7 @@ class Trainer:
             send(f"{self.config.name}.recover", jobs, self.method.shared(cfg, world, self.state, r)) if jobs else []
         )
         kept = {name: self.state[name] for name in KEPT}
-        state, metrics = self.method.learn(cfg, world, self.state, r, results, send)
+        state, metrics = self.method.learn(cfg, self.world, self.state, r, results, send)
         self.state = state | kept
         total = time.perf_counter() - started
         metrics |= {f"seconds/{op}": spent for op, spent in seconds.items()}

@@ -215,9 +215,9 @@ def test_seeds_of_equal_settings_have_a_mean(tmp_path):
     found = compare(runs).tree()
     assert [row["seeds"] for row in found["runs"] if row["method"] == "free"] == [[0], [1], [2]]
     (group,) = [row for row in found["groups"] if row["method"] == "free"]
-    pooled = np.concatenate([np.array(FREE) + shift for shift in shifts])
+    averaged = np.mean([np.array(FREE) + shift for shift in shifts], axis=0)
     assert group["mean"] == 68.0
-    assert group["ci95"] == pytest.approx(1.96 * pooled.std() / 12**0.5, abs=1e-4)
+    assert group["ci95"] == pytest.approx(1.96 * averaged.std() / len(averaged) ** 0.5, abs=1e-4)
     assert group["sd"] == pytest.approx(13**0.5, abs=1e-4)
     assert group["difference"] == 13.0
     assert group["difference_ci95"] == pytest.approx(1.96 * 2**0.5 / 2, abs=1e-4)
@@ -244,7 +244,21 @@ def test_seeds_of_other_settings_have_none(tmp_path, sets):
 def test_a_mean_of_seeds_is_no_difference_to_itself(tmp_path):
     runs = [make(tmp_path / str(seed), {"random/last": RANDOM}, name="random", seed=seed) for seed in (0, 1)]
     (group,) = compare(runs).tree()["groups"]
-    assert (group["difference"], group["note"], group["sd"]) == (None, "one of these is the reference", 0.0)
+    assert (group["difference"], group["note"], group["sd"]) == (None, "the reference", 0.0)
+
+
+def test_the_reference_is_a_baseline_with_all_its_seeds_not_its_luckiest(tmp_path):
+    """Seeds of `average` at -20, 0 and +20 points, one `free` run: its gain is to their mean."""
+    runs = [
+        make(tmp_path / f"a{seed}", {"average/last": [a + 20 * (seed - 1) for a in RANDOM]}, name="average", seed=seed)
+        for seed in range(3)
+    ]
+    runs.append(make(tmp_path / "free", {"free/last": [a + 5 for a in RANDOM]}))
+    tree = compare(runs).tree()
+    (free,) = [row for row in tree["runs"] if row["method"] == "free"]
+    assert (free["difference"], free["difference_ci95"]) == (5.0, 0.0)
+    assert free["against"].startswith("3 seeds of average/last")
+    assert {row["note"] for row in tree["runs"] if row["method"] == "average"} == {"a seed of the reference"}
 
 
 def test_runs_without_scores_say_what_they_have(tmp_path):

@@ -21,7 +21,7 @@ class Section(NamedTuple):
 
 FOOT = (
     "Accuracy: mean over episodes, ± 1.96 standard deviations / sqrt(episodes). In a row `mean of n seeds` the "
-    "interval is over the episodes of all its seeds pooled, and `sd of seeds` is the sample standard deviation of "
+    "interval is over the episodes, the seeds averaged in each, and `sd of seeds` is the sample standard deviation of "
     "their means.",
     "Difference, in points: mean over episodes of the difference in each episode to the best baseline of the table "
     f"({', '.join(BASELINES)}; not chosen on test), ± 1.96 of its standard deviations / sqrt(episodes). Several seeds "

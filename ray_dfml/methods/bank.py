@@ -6,11 +6,21 @@ from typing import Literal
 import numpy as np
 
 from ray_dfml.core import memory
+from ray_dfml.errors import UsageError
 from ray_dfml.methods.base import MetaConfig, Metrics, World
 from ray_dfml.types import Arrays
 
 BankKey = Literal["class", "teacher"]
 """A bank class is a class name (side information of the cards), or a (teacher, class) pair."""
+
+
+def check(method: str, cfg: MetaConfig, capacity: int) -> None:
+    """Raises UsageError for a bank that could never hold what a task takes of a class."""
+    if capacity < cfg.shot + cfg.query:
+        raise UsageError(
+            f"{method}: tasks take {cfg.shot} + {cfg.query} images of a class, method.bank_capacity is {capacity}; "
+            "raise it"
+        )
 
 
 def store(bank: Mapping[str, np.ndarray], task: Arrays, key: BankKey, capacity: int) -> memory.Bank:

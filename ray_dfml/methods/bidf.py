@@ -84,6 +84,7 @@ def _classes(cfg: Config, way: int) -> int:
 
 def init(cfg: Config, world: World) -> State:
     """The learner and an empty bank. Raises UsageError as `checked_generator`."""
+    bank_of.check("bidf-mkd", cfg.replay, cfg.bank_capacity)
     checked_generator("bidf-mkd", cfg, world, _classes(cfg, world.way))
     return replay.with_optimiser(initial_learner(world)) | {"bank": {}}
 

@@ -104,6 +104,7 @@ def init(cfg: Config, world: World) -> State:
 
     Raises UsageError for an input size that the generator cannot make, and for a teacher of too few classes.
     """
+    bank_of.check("free", cfg.replay, cfg.bank_capacity)
     theta_g = checked_generator("free", cfg, world).init(seeds.generator(world.seed, "theta_g"))
     learner = replay.with_optimiser(initial_learner(world))
     return learner | {

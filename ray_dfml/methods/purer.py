@@ -218,6 +218,8 @@ def _curriculum(cfg: Config, world: World, state: State, r: int, store: "_Store"
     values = store.pixels(drawn)
     job = Job(index=0, seed=0, values=values)
     (result,) = send("purer.grad", [job], replay.shared_values(cfg.meta, world, state))
+    if not all(np.isfinite(result[name]).all() for name in ("support", "query")):
+        raise FloatingPointError("the pixel gradient of the curriculum is not finite; lower method.meta.inner_lr or lr")
     push = {}
     rows = np.concatenate([drawn["support"], drawn["query"]])
     gradient = torch.tensor(np.concatenate([result["support"], result["query"]]))

@@ -91,8 +91,11 @@ def read_inputs(config: RunConfig) -> Inputs:
             notes.append(resizing(spec, one.shape, image.shape))
         for split in ("val", "test"):
             part = one.subset(split)
+            notes += _known(spec, split, {f"{one.name}/{name}" for name in part.class_names}, teachers.cards)
             check_episodes(part.labels, f"--data {spec}, split {split}", way, config.eval)
             sets.append(Labelled(spec, split, fitted(part.images, image.shape, f"--data {spec}"), part.labels))
+    if config.eval.icfil.steps:
+        notes.append("scores are with our ICFIL, a reconstruction; `adapt` and `evaluate` leave it out")
     if config.name == "maml-oracle":
         if not loaded:
             raise UsageError("maml-oracle trains on real images: name them with --data")
@@ -205,6 +208,14 @@ def _agreed(values: Sequence[tuple[float, ...]]) -> tuple[float, ...]:
 def _spec(one: datasets.ImageSet) -> ImageSpec:
     channels, height, width = one.shape
     return ImageSpec(channels=channels, height=height, width=width, mean=one.mean, std=one.std)
+
+
+def _known(spec: str, split: str, names: set[str], cards: Sequence[TeacherCard]) -> list[str]:
+    """A line where teachers know classes of the episodes: these do not measure what is learned of new classes."""
+    seen = names & {name for card in cards for name in card.classes}
+    if not seen:
+        return []
+    return [f"--data {spec}, split {split}: teachers know {len(seen)} of its {len(names)} classes, which are not new"]
 
 
 def _way(config: RunConfig, cards: Sequence[TeacherCard]) -> int:
