@@ -153,13 +153,17 @@ PRESETS: dict[str, Preset] = {
     ),
     "quickstart": Preset(
         "free",
-        "`ray-dfml quickstart`: `characters`, shorter and narrower",
+        "`ray-dfml quickstart`: `characters` with the published protocol's small steps, in training and at test",
         {
             "method": {
                 **CHARACTERS,
                 "rounds": 8,
+                "steps": 5,
+                "lr_generator": 3e-3,
+                "lr_latent": 3e-2,
+                "replay": {"shot": 1, "tasks": 6, "max_updates": 12},
             },
-            "eval": {**STEP, "shots": (1,), "every": 100, "val_episodes": 50, "steps": 5},
+            "eval": {"shots": (1,), "every": 100, "val_episodes": 50, "steps": 5, "lrs": ()},
         },
     ),
     "baseline": _free(
