@@ -57,12 +57,13 @@ _KINDS = {"runs": "run", "groups": "mean"}
 class _Entry:
     """A score: its row, the FIELDS of its episodes, all settings but the seed, and the accuracies [episodes].
 
-    `flaw` says why there are none.
+    `adaptation` is what it learned an episode with, by name of the setting. `flaw` says why there are no accuracies.
     """
 
     row: dict[str, Any]
     where: tuple[str, ...]
     settings: str
+    adaptation: dict[str, Any]
     accuracies: np.ndarray | None
     flaw: str | None
 
@@ -145,7 +146,8 @@ def _entries(record: Record) -> list[_Entry]:
         named = [unknown if v is None and f in must else json.dumps(v) for f, v in zip(FIELDS, where, strict=True)]
         key = tuple(repr(score.get(k)) for k in ("method", "data", "shot", "selection"))
         accuracies, flaw = _checked(row, found.get(key, []))
-        entries.append(_Entry(row, tuple(named), _settings(record, method), accuracies, flaw))
+        settings = _settings(record, method)
+        entries.append(_Entry(row, tuple(named), settings, _adaptation(record, method), accuracies, flaw))
     return entries
 
 
@@ -206,6 +208,16 @@ def _settings(record: Record, method: str) -> str:
         pools = [one.get("sha256") for one in dicts(record.manifest.get("pool"))]
         kept["pool"] = pools or record.config.get("pool")
     return json.dumps(kept, sort_keys=True, default=str)
+
+
+def _adaptation(record: Record, method: str) -> dict[str, Any]:
+    """What an episode was learned with: settings in which a method and its baseline should agree."""
+    learner, evaluation = _part(record.config, "learner"), _part(record.config, "eval")
+    named = {f"learner.{key}": learner.get(key) for key in ("arch", "head")}
+    if method.endswith(("-direct", "-assign")):
+        return {}
+    steps = ("steps", "lrs" if evaluation.get("lrs") else "lr", "icfil")
+    return named | {f"eval.{key}": evaluation.get(key) for key in steps}
 
 
 def _without_scores(record: Record) -> dict[str, Any]:
@@ -326,7 +338,10 @@ def _against(family: Sequence[_Entry], reference: Sequence[_Entry] | None, reaso
     base = [entry.accuracies for entry in reference if entry.accuracies is not None]
     difference, ci95 = mean_ci95(np.mean(accuracies, axis=0) - np.mean(base, axis=0))
     name = reference[0].name if len(reference) == 1 else f"{len(reference)} seeds of {reference[0].name}"
-    return {"difference": round(difference, 4), "difference_ci95": round(ci95, 4), "against": name}
+    found = {"difference": round(difference, 4), "difference_ci95": round(ci95, 4), "against": name}
+    own, other = family[0].adaptation, reference[0].adaptation
+    unlike = [key for key in {**own, **other} if own and other and own.get(key) != other.get(key)]
+    return found | ({"note": f"adapts with other {', '.join(unlike)} than the reference"} if unlike else {})
 
 
 def _group(family: Sequence[_Entry]) -> dict[str, Any]:

@@ -43,7 +43,7 @@ class EvalConfig(BaseModel):
     steps: int = Field(default=10, ge=0, description="Adaptation steps on the support.")
     lr: float = Field(default=0.01, gt=0, description="Their step size.")
     lrs: tuple[Annotated[float, Field(gt=0)], ...] = Field(
-        default=(0.01, 0.05, 0.2),
+        default=(0.01, 0.05, 0.2, 0.5),
         description="Candidate step sizes at test; the best on validation episodes is used. Empty: `lr`.",
     )
     bn: BatchNormMode = Field(

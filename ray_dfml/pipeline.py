@@ -117,6 +117,10 @@ class Trainer:
         """The state after the last round: what a checkpoint holds."""
         return self.state
 
+    def rejected(self) -> dict[str, str]:
+        """Teachers that failed at work, and why."""
+        return self.state["rejected"]
+
     def validate(self, r: int) -> float | None:
         """Mean accuracy in percent on the validation episodes of every set, at the largest shot; the best weights are
         kept.

@@ -105,6 +105,17 @@ def test_the_reference_is_the_best_baseline_of_all_runs(tmp_path):
     assert means == sorted(means, reverse=True)
 
 
+def test_a_difference_between_unlike_adaptations_says_so(tmp_path):
+    """The same episodes, but other steps: a difference may be the protocol's, not the method's."""
+    base = make(tmp_path / "a", {"average/last": AVERAGE}, name="average")
+    same = make(tmp_path / "b", {"free/last": FREE}, sets=["eval.val_episodes=7", "eval.lr=0.3"])
+    other = make(tmp_path / "c", {"purer/last": FREE}, name="purer", sets=["eval.steps=3", "learner.head=anil"])
+    rows = compare([base, same, other]).rows
+    assert row_of(rows, "free")["note"] is None
+    assert row_of(rows, "purer")["note"] == "adapts with other learner.head, eval.steps than the reference"
+    assert row_of(rows, "purer")["difference"] == 10.0
+
+
 OTHER: dict[str, dict[str, Any]] = {
     "data": {"md5": "ef" * 16},
     "split": {"split": "val"},

@@ -113,7 +113,7 @@ def test_every_profile_is_pinned_above() -> None:
 def test_the_published_test_has_one_step_size(method: str) -> None:
     """`paper` and `code` choose none; the recommended profile chooses on validation."""
     assert PUBLISHED_TEST == {"eval": {"lrs": ()}}
-    assert resolve(method).eval.lrs == (0.01, 0.05, 0.2)
+    assert resolve(method).eval.lrs == (0.01, 0.05, 0.2, 0.5)
     assert resolve(method).eval.lr == 0.01
     for profile in ("paper", "code"):
         assert resolve(method, profile=profile).eval.lrs == ()

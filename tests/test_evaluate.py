@@ -148,7 +148,7 @@ def test_the_op_scores_each_episode_with_its_own_seed(head, icfil):
 
 
 def test_candidate_steps_are_a_setting_that_the_op_does_not_read():
-    assert EvalConfig().lrs == (0.01, 0.05, 0.2)
+    assert EvalConfig().lrs == (0.01, 0.05, 0.2, 0.5)
     with pytest.raises(ValueError, match="greater than 0"):
         EvalConfig(lrs=(0.1, 0.0))
     one, other = (accuracies(EvalConfig(query=3, lrs=lrs), 5) for lrs in ((), (7.0,)))

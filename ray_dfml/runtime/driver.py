@@ -33,6 +33,12 @@ from ray_dfml.runtime.shard import Loaded
 LEARNER_LIVES = 3
 """Deaths of the learner's process in one round before the run fails."""
 
+CHEAP = 0.1
+"""A checkpoint that takes so many seconds or less is written after every round."""
+
+CHECKPOINT_SHARE = 0.05
+"""Of the time that a run may spend on larger ones: they wait until the rounds since the last took long enough."""
+
 
 class Session(Protocol):
     """A trainer somewhere."""
@@ -131,8 +137,9 @@ def _run(
         r, state = _last(folder)
         session.start(state)
         folder.truncate_log(r)
-        began, first, lives = time.perf_counter(), r, LEARNER_LIVES
-        busy = 0.0
+        began, first, furthest, lives = time.perf_counter(), r, r, LEARNER_LIVES
+        busy = took = 0.0
+        saved = began
         progress.start(rounds, r)
         while r < rounds:
             try:
@@ -140,7 +147,11 @@ def _run(
                 row: dict[str, Any] = {"round": r} | session.call("round", r)
                 row["validation"] = session.call("validate", r) if r % every == every - 1 or r == rounds - 1 else None
                 busy += time.perf_counter() - called
-                snapshot = session.call("snapshot")
+                rejected = inputs.rejected | session.call("rejected")
+                called = time.perf_counter()
+                snapshot = None
+                if took <= CHEAP or called - saved >= took / CHECKPOINT_SHARE or r == rounds - 1:
+                    snapshot = session.call("snapshot")
             except LearnerLost as error:
                 lives -= 1
                 if not lives:
@@ -150,15 +161,19 @@ def _run(
                 session.start(state)
                 folder.truncate_log(r)
                 continue
-            lives = LEARNER_LIVES
+            if r >= furthest:
+                furthest, lives = r + 1, LEARNER_LIVES
             folder.log(row)
-            checkpoint.save(folder.checkpoints, r, snapshot)
+            if snapshot is not None:
+                checkpoint.save(folder.checkpoints, r, snapshot)
+                saved = time.perf_counter()
+                took = saved - called
             r += 1
             elapsed = time.perf_counter() - began
             eta = elapsed / (r - first) * (rounds - r)
             folder.status(
                 state="running", round=r, seconds=round(elapsed, 3), eta_seconds=round(eta, 1),
-                driver_share=round(1 - busy / elapsed, 5), rejected=inputs.rejected | snapshot["rejected"],
+                driver_share=round(1 - busy / elapsed, 5), rejected=rejected,
             )  # fmt: skip
             progress.round(r, eta, row)
         progress.note("testing")
@@ -169,7 +184,7 @@ def _run(
             scores = _finish(config, inputs.world, folder.path, session)
         rows = folder.write_scores(scores, config.profile)
         folder.status(
-            state="done", last_error=None, rejected=inputs.rejected | session.call("snapshot")["rejected"],
+            state="done", last_error=None, rejected=inputs.rejected | session.call("rejected"),
             test_step=session.call("step_sizes"),
         )  # fmt: skip
         return rows

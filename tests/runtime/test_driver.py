@@ -8,8 +8,10 @@ from typing import Any
 
 import pytest
 
-from ray_dfml.errors import LearnerLost, RejectedError, UsageError
+from ray_dfml.errors import Interrupted, LearnerLost, RejectedError, UsageError
+from ray_dfml.pipeline import Trainer
 from ray_dfml.runtime import driver
+from ray_dfml.runtime.progress import Progress
 from ray_dfml.runtime.rundir import RunFolder
 from tests.runtime import toy
 
@@ -35,6 +37,55 @@ def test_a_learner_that_keeps_dying_fails_the_run(
     assert starts == [None] * driver.LEARNER_LIVES + ["closed"]
     assert toy.status(tmp_path / "run")["state"] == "failed"
     assert "its process ended" in toy.status(tmp_path / "run")["last_error"]
+
+
+def test_dear_checkpoints_are_rare_and_cost_no_bits(
+    tmp_path: Path, toy_pool: Path, toy_data: str, free_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only the first and the last round are saved; a stop in between repeats what came after the first."""
+    monkeypatch.setattr(driver, "CHEAP", -1.0)
+    monkeypatch.setattr(driver, "CHECKPOINT_SHARE", 1e-9)
+    config, run, stops = toy.config("free", toy_pool, toy_data), tmp_path / "run", [3]
+    compute = Trainer.round
+
+    def stop_once(self: Trainer, r: int) -> Any:
+        if r in stops:
+            stops.remove(r)
+            raise KeyboardInterrupt
+        return compute(self, r)
+
+    monkeypatch.setattr(Trainer, "round", stop_once)
+    with pytest.raises(Interrupted):
+        toy.train(config, run)
+    assert [path.stem for path in (run / "checkpoints").iterdir()] == ["round-000000"]
+    inputs = driver.read_inputs(config)
+    driver.run(config, inputs, RunFolder(run), toy.LOCAL, Progress(quiet=True))
+    assert sorted(path.stem for path in (run / "checkpoints").iterdir()) == ["round-000001", "round-000005"]
+    toy.assert_same_run(run, free_run)
+
+
+def test_a_learner_that_dies_in_the_same_round_again_fails_the_run(
+    tmp_path: Path, toy_pool: Path, toy_data: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the rounds before it succeed each time."""
+    starts: list[Any] = []
+
+    class Dying:
+        def start(self, state: Any) -> None:
+            starts.append(state)
+
+        def call(self, name: str, *args: Any) -> Any:
+            if name == "round" and args[0] == 2:
+                raise LearnerLost("its process ended")
+            return {} if name in ("round", "rejected") else None
+
+        def close(self) -> None:
+            starts.append("closed")
+
+    monkeypatch.setattr(driver.Machine, "session", lambda *_: Dying())
+    with pytest.raises(LearnerLost):
+        toy.train(toy.config("free", toy_pool, toy_data), tmp_path / "run")
+    assert starts == [None] * driver.LEARNER_LIVES + ["closed"]
 
 
 def test_a_teacher_with_nan_weights_is_quarantined_before_the_run(

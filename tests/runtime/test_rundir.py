@@ -150,7 +150,8 @@ def test_a_finished_run_holds_its_record(free_run: Path) -> None:
     assert best["accuracy"] == max(row["validation"] for row in metrics)
     found = toy.status(free_run)
     assert set(found) == {
-        "state", "round", "rounds", "seconds", "eta_seconds", "driver_share", "rejected", "last_error", "updated"
+        "state", "round", "rounds", "seconds", "eta_seconds", "driver_share", "rejected", "notes", "test_step",
+        "last_error", "updated",
     }  # fmt: skip
     assert (found["state"], found["round"], found["rounds"], found["rejected"]) == ("done", 6, 6, {})
     assert found["last_error"] is None
