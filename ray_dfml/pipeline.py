@@ -16,7 +16,7 @@ from ray_dfml import evaluate
 from ray_dfml.config import RunConfig, build
 from ray_dfml.errors import DfmlError, RejectedError
 from ray_dfml.methods import METHODS
-from ray_dfml.methods.base import Metrics, State, World
+from ray_dfml.methods.base import Metrics, State, World, learner_image
 from ray_dfml.types import Arrays, Backend, Job
 
 KEPT = ("rejected", "best", "test_best")
@@ -147,7 +147,7 @@ class Trainer:
 
     @staticmethod
     def _weights(state: Mapping[str, Any]) -> State:
-        return {name: state[name] for name in ("theta", "stats", "arch", "outputs") if name in state}
+        return {name: state[name] for name in ("theta", "stats", "arch", "outputs", "mean", "std") if name in state}
 
     def test(self, selection: str) -> list[Score]:
         """Scores of the weights that `selection` names (`val`, `last` or `test-best`) on the test episodes, every
@@ -234,7 +234,7 @@ class Trainer:
         shared = evaluate.shared(
             cfg,
             arch=state.get("arch", world.arch),
-            image=world.image,
+            image=learner_image(world, state),
             outputs=state.get("outputs", world.way),
             theta=state["theta"].numpy(),
             stats=state["stats"].numpy(),

@@ -140,7 +140,8 @@ PRESETS: dict[str, Preset] = {
         {
             "method": {
                 "teachers_per_round": 2,
-                "iterations": 12,
+                "iterations": 8,
+                "generate_every": 12,
                 "images_per_class": 16,
                 "width": 16,
                 "lr_generator": 1e-2,

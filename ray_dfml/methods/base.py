@@ -10,7 +10,7 @@ State is a nested dict of tensors, NumPy arrays, numbers and strings: it is what
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -183,6 +183,14 @@ def teacher_job(card: TeacherCard, *, index: int, seed: int, values: Arrays) -> 
     network = net(card.arch, card.image.shape, len(card.classes))
     memory = 4 * (network.layout.numel + network.stats_layout.numel)
     return Job(index=index, seed=seed, teacher=card.id, values=values, cost=float(network.macs), memory=memory)
+
+
+def learner_image(world: World, state: Mapping[str, Any]) -> ImageSpec:
+    """What the state's weights take: the world's images, normalised as the weights want it if the state says how."""
+    if "mean" not in state:
+        return world.image
+    mean, std = (tuple(torch.as_tensor(state[key]).tolist()) for key in ("mean", "std"))
+    return replace(world.image, mean=mean, std=std)
 
 
 def image_values(image: ImageSpec) -> Arrays:

@@ -115,8 +115,6 @@ def _best_notes(world: World) -> list[str]:
             f"best-model takes {chosen.id} ({chosen.accuracy} %): {top.id} ({top.accuracy} %) takes "
             f"{_size(top.image.shape)} images and has {len(top.classes)} classes, which does not fit the episodes"
         )
-    if chosen.image != world.image:
-        found.append(f"best-model gets images normalised for the learner, {chosen.id} was trained with another mean")
     return found
 
 
@@ -138,6 +136,8 @@ def _best_model(world: World, state: State, send: Send) -> State:
         "stats": found.stats,
         "arch": best.arch,
         "outputs": len(best.classes),
+        "mean": torch.tensor(best.image.mean, dtype=torch.float64),
+        "std": torch.tensor(best.image.std, dtype=torch.float64),
         "teacher": best.id,
     }
 

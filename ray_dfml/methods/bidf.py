@@ -271,10 +271,10 @@ def learn(cfg: Config, world: World, state: State, r: int, results: list[Arrays]
     tasks = replay.draw(first, world, bank, (r, "distill"))
     state, found = replay.step(cfg.replay, world, state, tasks, (r, "distill"), send, extra)
     if not ready or cfg.generate_every == 1:
-        return state, metrics | {"replay/updates": 0, "replay/accuracy": found["accuracy"]}
+        return state, metrics | {"replay/updates": 1, "replay/accuracy": found["accuracy"]}
     bout = cfg.replay
     if cfg.generate_every:
         left = cfg.generate_every - 1
         bout = bout.model_copy(update={"patience": left, "max_updates": left})
     state, found = replay.until_plateau(bout, world, state, bank, r, send)
-    return state, metrics | found
+    return state, metrics | found | {"replay/updates": 1 + (found["replay/updates"] or 0)}

@@ -31,6 +31,7 @@ from ray_dfml.methods.base import (
     initial_learner,
     teacher_job,
 )
+from ray_dfml.methods.baselines import fetch, mean
 from ray_dfml.methods.inversion import dropped_statistics, groups
 from ray_dfml.types import Arrays, Job, TeacherCard
 
@@ -167,7 +168,7 @@ def learn(cfg: Config, world: World, state: State, r: int, results: list[Arrays]
     done = {result["teacher"] for result in results}
     state = {**state, "images": images, "push": {id: p for id, p in state["push"].items() if id not in done}}
     if r == 0 and cfg.start == "average":
-        state = _averaged(world, state, send)
+        state = {**state, "theta": mean([one.theta for one in fetch(world.cards, send)])}
     if r < cfg.image_warmup:
         return state, metrics
     store = _Store(cfg, world, state)
@@ -200,15 +201,6 @@ def switched(cfg: Config, switch: State, updates: int, accuracy: float) -> State
     if switch["waited"] + 1 < cfg.curriculum_patience:
         return {**switch, "waited": switch["waited"] + 1}
     return {**switch, "best": -1.0, "waited": 0, "due": 1}
-
-
-def _averaged(world: World, state: State, send: Send) -> State:
-    jobs = [teacher_job(card, index=i, seed=0, values={}) for i, card in enumerate(world.cards)]
-    results = send("weights", jobs, {})
-    theta = torch.zeros_like(state["theta"])
-    for result in results:
-        theta += torch.tensor(result["theta"]) / len(results)
-    return {**state, "theta": theta}
 
 
 def _curriculum(cfg: Config, world: World, state: State, r: int, store: "_Store", send: Send) -> tuple[State, float]:

@@ -20,7 +20,7 @@ import numpy as np
 from ray_dfml import learner
 from ray_dfml.config import RunConfig
 from ray_dfml.errors import DfmlError, Interrupted, LearnerLost
-from ray_dfml.methods.base import State, World
+from ray_dfml.methods.base import State, World, learner_image
 from ray_dfml.pipeline import Labelled, Score
 from ray_dfml.runtime import checkpoint
 from ray_dfml.runtime.inputs import Inputs as Inputs
@@ -232,7 +232,7 @@ def _export(config: RunConfig, world: World, folder: Path, state: State, lr: flo
         theta=chosen["theta"],
         stats=chosen["stats"],
         arch=chosen.get("arch", world.arch),
-        image=world.image,
+        image=learner_image(world, chosen),
         way=chosen.get("outputs", world.way),
         method=config.name,
         bn=config.eval.bn,

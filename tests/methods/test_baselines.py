@@ -11,7 +11,7 @@ import torch
 
 from ray_dfml.errors import RejectedError, UsageError
 from ray_dfml.methods import METHODS, baselines
-from ray_dfml.methods.base import MethodConfig, World
+from ray_dfml.methods.base import MethodConfig, World, learner_image
 from ray_dfml.pipeline import Trainer
 from ray_dfml.runtime import driver
 from ray_dfml.runtime.local import LocalBackend
@@ -169,10 +169,13 @@ def test_the_best_model_of_few_classes_is_passed_over() -> None:
     assert made("best-model", replace(mixed(9.0, 9.0, 70.0, 80.0, 50.0), way=3))["teacher"] == "conv4-9"
 
 
-def test_the_best_model_is_noted_to_see_other_colours_than_in_training() -> None:
-    image = replace(WORLD.image, mean=(0.4,) * 3)
-    (note,) = METHODS["best-model"].notes(CONFIG, replace(with_accuracies(1.0, 2.0, 3.0), image=image))
-    assert note == "best-model gets images normalised for the learner, conv4-2 was trained with another mean"
+def test_the_best_model_sees_images_normalised_as_in_its_training() -> None:
+    """Exactly, also where the learner's images are normalised otherwise."""
+    world = with_accuracies(1.0, 2.0, 3.0)
+    odd = replace(world, image=replace(world.image, mean=(0.4,) * 3))
+    assert learner_image(odd, made("best-model", odd)) == world.cards[2].image
+    assert learner_image(odd, made("random", odd)) == odd.image
+    assert METHODS["best-model"].notes(CONFIG, odd) == []
 
 
 def test_the_best_model_needs_a_claim_and_episodes_that_fit() -> None:
