@@ -34,6 +34,14 @@ Example:
 @click.option(
     "--gpus-per-worker", type=click.FloatRange(min=0), default=0.0, show_default=True, help="Share of a GPU per shard."
 )
+@click.option(
+    "--job-timeout",
+    type=click.FloatRange(min=0, min_open=True),
+    default=3600.0,
+    show_default=True,
+    metavar="SECONDS",
+    help="A shard that works on one job for longer is restarted; twice, and the job's teacher is rejected.",
+)
 @click.option("--resume", is_flag=True, help="Continue the run in --run-dir from its last checkpoint.")
 @click.option("--dry-run", is_flag=True, help="Print what would be done, and estimates; do nothing.")
 @options.as_json
@@ -45,7 +53,10 @@ def train(
     from ray_dfml.runtime.driver import Machine, read_inputs
     from ray_dfml.runtime.launch import continue_run, new_run
 
-    machine = Machine(backend=given["backend"], workers=given["workers"], gpus_per_worker=given["gpus_per_worker"])
+    machine = Machine(
+        backend=given["backend"], workers=given["workers"], gpus_per_worker=given["gpus_per_worker"],
+        job_seconds=given["job_timeout"],
+    )  # fmt: skip
     if machine.backend == "ray":
         options.need_ray()
     if resume and dry_run:

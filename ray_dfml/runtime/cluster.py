@@ -10,7 +10,7 @@ import logging
 import os
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -29,6 +29,9 @@ STRIKES = 2
 
 IN_FLIGHT = 2
 """Jobs queued per shard: the next one is there when the last one ends."""
+
+JOB_SECONDS = 3600.0
+"""A shard that works on one chunk for longer hangs, by default."""
 
 WAKE_SECONDS = 0.1
 """Between two questions whether a shard that died is up again. Until it is, Ray fails every call to it at once."""
@@ -111,83 +114,137 @@ def start_shards(store: PoolStore, *, workers: int, gpus_per_worker: float, thre
 
 
 class RayBackend:
-    """`Backend` over shard actors: dynamic dispatch, costly work first, results in job order, lost jobs sent again."""
+    """`Backend` over shard actors: dynamic dispatch, costly work first, results in job order, lost jobs sent again.
 
-    def __init__(self, shards: Sequence[Any], *, batched: bool) -> None:
-        self._shards = list(shards)
-        self._batched = batched
-        self._waking: set[int] = set()
+    A shard that works on a chunk for longer than `job_seconds` is killed, as if it had died of it.
+    """
+
+    def __init__(self, shards: Sequence[Any], *, batched: bool, job_seconds: float = JOB_SECONDS) -> None:
+        self.shards = list(shards)
+        self.batched = batched
+        self.job_seconds = job_seconds
+        self.waking: set[int] = set()
 
     def map(self, op: str, jobs: Sequence[Job], shared: Arrays) -> list[Arrays]:
         """See `Backend.map`. Raises ResourceError when no shard is left, and whatever an op raises."""
-        shared_ref = ray.put(shared)
-        if self._batched:
-            waiting = deque(balance.chunks(jobs, len(self._shards), CACHE_BYTES))
+        if self.batched:
+            waiting = balance.chunks(jobs, len(self.shards), CACHE_BYTES)
         else:
-            waiting = deque([job] for job in balance.longest_first(jobs))
-        flying: dict[ray.ObjectRef, tuple[int, Sequence[Job]]] = {}
-        load: dict[int, list[ray.ObjectRef]] = {i: [] for i in range(len(self._shards))}
-        done: dict[int, Arrays] = {}
-        strikes: dict[int, int] = {}
-
-        def ahead(i: int) -> float:
-            return sum(job.cost for ref in load[i] for job in flying[ref][1])
-
-        def fill() -> None:
-            """The next chunks, where the least is ahead of them."""
-            for depth in range(1, IN_FLIGHT + 1):
-                for i in sorted(load, key=ahead):
-                    queue = load[i]
-                    if waiting and i not in self._waking and len(queue) < depth:
-                        chunk = waiting.popleft()
-                        ref = self._shards[i].run.remote(op, list(chunk), shared_ref)
-                        flying[ref] = (i, chunk)
-                        queue.append(ref)
-
-        def wake(i: int) -> None:
-            self._waking.add(i)
-            flying[self._shards[i].__ray_ready__.remote()] = (i, ())
-
-        def lost(i: int, ref: ray.ObjectRef, error: Exception) -> None:
-            """Shard `i` died, or is not up again: whatever ran gets a strike once, what was queued is sent again."""
-            queue, chunk = load.get(i, []), flying[ref][1]
-            if queue and i not in self._waking:
-                for job in flying[queue[0]][1]:
-                    strikes[job.index] = strikes.get(job.index, 0) + 1
-            for job in reversed(chunk):
-                if strikes.get(job.index, 0) >= STRIKES and len(chunk) == 1:
-                    done[job.index] = {"rejected": f"its process died {STRIKES} times"}
-                else:
-                    waiting.appendleft([job])
-            if isinstance(error, exceptions.ActorDiedError):
-                load.pop(i, None)
-            elif i in load and (i not in self._waking or not chunk):
-                time.sleep(WAKE_SECONDS if i in self._waking else 0.0)
-                wake(i)
-
-        for i in tuple(self._waking):
-            wake(i)
-        fill()
-        while len(done) < len(jobs):
-            (ref,), _ = ray.wait(list(flying), num_returns=1)
-            i, chunk = flying[ref]
-            try:
-                results = ray.get(ref)
-                if chunk:
-                    done.update((job.index, result) for job, result in zip(chunk, results, strict=True))
-                else:
-                    self._waking.discard(i)
-            except (exceptions.RayActorError, exceptions.OutOfMemoryError) as error:
-                lost(i, ref, error)
-                if not load:
-                    raise ResourceError(f"no shard is left: {str(error).splitlines()[0]}") from None
-            except exceptions.RayTaskError as error:
-                raise _cause(error) from error
-            del flying[ref]
-            if ref in load.get(i, []):
-                load[i].remove(ref)
-            fill()
+            waiting = [[job] for job in balance.longest_first(jobs)]
+        done = _Dispatch(self, op, waiting, ray.put(shared)).run(len(jobs))
         return [done[job.index] for job in jobs]
+
+
+class _Dispatch:
+    """One call of `map`: chunks of jobs that wait, those that shards have, and what came back.
+
+    The first chunk in a shard's queue is the one at work. When its process dies each of its jobs gets a strike; a job
+    with a strike is sent alone and nothing is queued with it, so that a second strike is its own.
+    """
+
+    def __init__(self, backend: RayBackend, op: str, waiting: Iterable[Sequence[Job]], shared: "ray.ObjectRef") -> None:
+        self._backend, self._op, self._shared = backend, op, shared
+        self._waiting = deque(waiting)
+        self._flying: dict[ray.ObjectRef, tuple[int, Sequence[Job]]] = {}
+        self._load: dict[int, list[ray.ObjectRef]] = {i: [] for i in range(len(backend.shards))}
+        self._since: dict[int, float] = {}
+        self._done: dict[int, Arrays] = {}
+        self._strikes: dict[int, int] = {}
+        self._late: set[int] = set()
+
+    def run(self, count: int) -> dict[int, Arrays]:
+        """Results of `count` jobs by their index."""
+        for i in tuple(self._backend.waking):
+            self._wake(i)
+        self._fill()
+        while len(self._done) < count:
+            ready, _ = ray.wait(list(self._flying), num_returns=1, timeout=self._patience())
+            for ref in ready:
+                self._receive(ref)
+            if not ready:
+                self._kill_late()
+            self._fill()
+        return self._done
+
+    def _receive(self, ref: "ray.ObjectRef") -> None:
+        i, chunk = self._flying[ref]
+        try:
+            results = ray.get(ref)
+            if chunk:
+                self._done.update((job.index, result) for job, result in zip(chunk, results, strict=True))
+            else:
+                self._backend.waking.discard(i)
+        except (exceptions.RayActorError, exceptions.OutOfMemoryError) as error:
+            self._lost(i, ref, error)
+            if not self._load:
+                raise ResourceError(f"no shard is left: {str(error).splitlines()[0]}") from None
+        except exceptions.RayTaskError as error:
+            raise _cause(error) from error
+        del self._flying[ref]
+        if ref in self._load.get(i, []):
+            self._load[i].remove(ref)
+            self._since[i] = time.monotonic()
+
+    def _ahead(self, i: int) -> float:
+        return sum(job.cost for ref in self._load[i] for job in self._flying[ref][1])
+
+    def _suspect(self, chunk: Sequence[Job]) -> bool:
+        return any(job.index in self._strikes for job in chunk)
+
+    def _fill(self) -> None:
+        """Send the next chunks where the least is ahead of them."""
+        for depth in range(1, IN_FLIGHT + 1):
+            for i in sorted(self._load, key=self._ahead):
+                queue = self._load[i]
+                if not self._waiting or i in self._backend.waking or len(queue) >= depth:
+                    continue
+                if queue and (self._suspect(self._waiting[0]) or self._suspect(self._flying[queue[-1]][1])):
+                    continue
+                chunk = self._waiting.popleft()
+                if not queue:
+                    self._since[i] = time.monotonic()
+                ref = self._backend.shards[i].run.remote(self._op, list(chunk), self._shared)
+                self._flying[ref] = (i, chunk)
+                queue.append(ref)
+
+    def _wake(self, i: int) -> None:
+        self._backend.waking.add(i)
+        self._flying[self._backend.shards[i].__ray_ready__.remote()] = (i, ())
+
+    def _lost(self, i: int, ref: "ray.ObjectRef", error: Exception) -> None:
+        """Shard `i` died, or is not up again: whatever ran gets a strike once, what was queued is sent again."""
+        queue, chunk = self._load.get(i, []), self._flying[ref][1]
+        if queue and i not in self._backend.waking:
+            for job in self._flying[queue[0]][1]:
+                self._strikes[job.index] = self._strikes.get(job.index, 0) + 1
+        for job in reversed(chunk):
+            if self._strikes.get(job.index, 0) >= STRIKES and len(chunk) == 1:
+                late = f" or took longer than {self._backend.job_seconds:g} s," if job.index in self._late else ""
+                self._done[job.index] = {"rejected": f"its process died{late} {STRIKES} times"}
+            else:
+                self._waiting.appendleft([job])
+        if isinstance(error, exceptions.ActorDiedError):
+            self._load.pop(i, None)
+        elif i in self._load and (i not in self._backend.waking or not chunk):
+            time.sleep(WAKE_SECONDS if i in self._backend.waking else 0.0)
+            self._wake(i)
+
+    def _working(self) -> list[int]:
+        return [i for i, queue in self._load.items() if queue and i not in self._backend.waking]
+
+    def _patience(self) -> float | None:
+        """Seconds until the first shard at work is late; None if none is at work."""
+        ends = [self._since[i] + self._backend.job_seconds for i in self._working()]
+        return max(0.0, min(ends) - time.monotonic()) if ends else None
+
+    def _kill_late(self) -> None:
+        """End the process of each shard that is late; Ray starts it again, and its calls fail as those of any death."""
+        now = time.monotonic()
+        for i in self._working():
+            if now - self._since[i] >= self._backend.job_seconds:
+                self._late |= {job.index for job in self._flying[self._load[i][0]][1]}
+                self._since[i] = now
+                ray.kill(self._backend.shards[i], no_restart=False)
 
 
 def _cause(error: exceptions.RayTaskError) -> Exception:
@@ -205,11 +262,13 @@ class LearnerActor(Trainer):
         sets: Sequence[Labelled],
         shards: Sequence[Any],
         batched: bool,
+        job_seconds: float,
         threads: int,
         state: State | None,
     ) -> None:
         pin(threads)
-        super().__init__(config, world, sets, RayBackend(shards, batched=batched), state)
+        backend = RayBackend(shards, batched=batched, job_seconds=job_seconds)
+        super().__init__(config, world, sets, backend, state)
 
 
 class RaySession:
@@ -225,11 +284,13 @@ class RaySession:
         workers: int,
         gpus_per_worker: float,
         threads: int,
+        job_seconds: float = JOB_SECONDS,
     ) -> None:
         self._connected = connect(workers, gpus_per_worker)
         self._store = PoolStore(teachers)
         self.shards = start_shards(self._store, workers=workers, gpus_per_worker=gpus_per_worker, threads=threads)
-        self._arguments = (config, ray.put(world), ray.put(list(sets)), self.shards, gpus_per_worker > 0, threads)
+        inputs = (ray.put(world), ray.put(list(sets)))
+        self._arguments = (config, *inputs, self.shards, gpus_per_worker > 0, job_seconds, threads)
         self._learner: Any = None
 
     def start(self, state: State | None) -> None:

@@ -64,6 +64,8 @@ class Machine:
     workers: int = 1
     gpus_per_worker: float = 0.0
     threads: int = 1
+    job_seconds: float = 3600.0
+    """Longest time that one job, or one batch of them on a GPU, may take under Ray."""
 
     def session(
         self, config: RunConfig, world: World, sets: Sequence[Labelled], teachers: Mapping[str, Loaded]
@@ -77,6 +79,7 @@ class Machine:
         return RaySession(
             tree, world, sets, teachers,
             workers=self.workers, gpus_per_worker=self.gpus_per_worker, threads=self.threads,
+            job_seconds=self.job_seconds,
         )  # fmt: skip
 
 

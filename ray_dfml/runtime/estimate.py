@@ -1,7 +1,9 @@
 """`train --dry-run`: what a run would do, and how long, from one pass of each kind of work on this machine."""
 
+import math
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,24 +14,27 @@ from ray_dfml.core.generators import generator
 from ray_dfml.core.inner_loop import Task, meta_gradient
 from ray_dfml.core.net import net
 from ray_dfml.evaluate import finetune
-from ray_dfml.methods import free, oracle
-from ray_dfml.methods.base import MetaConfig, World
+from ray_dfml.methods import bidf, free, oracle, purer
+from ray_dfml.methods.base import MetaConfig, MethodConfig, World, teacher_job
 from ray_dfml.methods.five import five
 from ray_dfml.runtime.driver import Inputs, Machine
 from ray_dfml.runtime.shard import Shard
+from ray_dfml.types import TeacherCard
 
 PROCESS_BYTES = 600e6
 """Proportional memory of a process with torch that has trained a Conv4."""
+
+PROBE = 2
+"""Steps of a BiDf-MKD inversion that are timed; a whole one takes minutes."""
 
 DAEMON_BYTES = 250e6
 """The same of Ray's own processes on one node."""
 
 
 def estimate(config: RunConfig, inputs: Inputs, machine: Machine) -> dict[str, Any]:
-    """Rounds, teachers, minutes of test and memory; of `free` and `maml-oracle` also images, meta-updates and minutes
-    of training, a range where a plateau decides."""
+    """Rounds, teachers, minutes of validation and test, and memory; of methods that replay also images, meta-updates
+    and minutes of training, a range where a plateau decides."""
     world, cfg = inputs.world, config.method
-    shard = Shard(inputs.teachers.__getitem__)
     plan: dict[str, Any] = {
         "method": config.name,
         "profile": config.profile,
@@ -39,32 +44,79 @@ def estimate(config: RunConfig, inputs: Inputs, machine: Machine) -> dict[str, A
         "learner parameters": world.net.layout.numel,
         "queries": 0,
     }
-    training: tuple[float, float] | None = None
+    found = _work(cfg, world, Shard(inputs.teachers.__getitem__))
+    share = machine.workers if machine.backend == "ray" else 1
+    if found is not None:
+        if found.images:
+            plan["recovered images"] = found.images
+        span = (found.least, found.most)
+        plan["meta-updates"] = " to ".join(str(n) for n in dict.fromkeys(span))
+        update = found.meta.tasks * _task(found.meta, world)
+        minutes = [(found.recovery + n * update) / share / 60 for n in span]
+        plan["training minutes"] = " to ".join(f"{m:.1f}" for m in minutes)
+    validation, test = (seconds / share / 60 for seconds in _evaluation(config, inputs))
+    processes = machine.workers + 2 if machine.backend == "ray" else 1
+    memory_bytes = processes * PROCESS_BYTES + (DAEMON_BYTES if machine.backend == "ray" else 0.0)
+    return plan | {
+        "validation minutes": f"{validation:.1f}",
+        "test minutes": f"{test:.1f}",
+        "memory GiB, all processes": round(memory_bytes / 2**30, 1),
+    }
+
+
+@dataclass(frozen=True)
+class _Work:
+    """Images made, seconds of recovery, the fewest and most meta-updates, and their settings."""
+
+    images: int
+    recovery: float
+    least: int
+    most: int
+    meta: MetaConfig
+
+
+def _work(cfg: MethodConfig, world: World, shard: Shard) -> _Work | None:
+    """What training is made of; None for the baselines, whose one step is soon done, and for `dro`."""
     if isinstance(cfg, free.Config):
         learning = max(cfg.rounds - cfg.warmup, 0)
         least, most = min(cfg.replay.patience + 1, cfg.replay.max_updates), cfg.replay.max_updates
-        plan["recovered images"] = cfg.rounds * cfg.teachers_per_round * cfg.images_per_class * world.way
-        plan["meta-updates"] = f"{learning * least} to {learning * most}"
-        recover = cfg.rounds * cfg.teachers_per_round * (cfg.steps + 1) * _inversion_pass(cfg, world, shard)
-        update = _meta_update(cfg.replay, world)
-        training = (recover + learning * least * update, recover + learning * most * update)
-    elif isinstance(cfg, oracle.Config):
-        plan["meta-updates"] = cfg.rounds * cfg.updates_per_round
-        seconds = cfg.rounds * cfg.updates_per_round * _meta_update(cfg.replay, world)
-        training = (seconds, seconds)
-    tested = len([one for one in inputs.sets if one.split == "test"])
-    steps = len(config.eval.lrs) if world.head != "protonet" else 0
-    episodes = config.eval.episodes + (steps if steps > 1 else 0) * config.eval.val_episodes  # to choose a step size
-    test = 2 * tested * episodes * sum(_episode(config, world, shot) for shot in config.eval.shots if tested)
-    share = machine.workers if machine.backend == "ray" else 1
-    processes = machine.workers + 2 if machine.backend == "ray" else 1
-    memory_bytes = processes * PROCESS_BYTES + (DAEMON_BYTES if machine.backend == "ray" else 0.0)
-    if training is not None:
-        plan["training minutes"] = " to ".join(f"{seconds / share / 60:.1f}" for seconds in training)
-    return plan | {
-        "test minutes": f"{test / share / 60:.1f}",
-        "memory GiB, all processes": round(memory_bytes / 2**30, 1),
-    }
+        jobs = cfg.rounds * cfg.teachers_per_round
+        one = (cfg.steps + 1) * _of_mean_teacher(world, lambda card: _five(cfg, world, shard, card))
+        return _Work(jobs * cfg.images_per_class * world.way, jobs * one, learning * least, learning * most, cfg.replay)
+    if isinstance(cfg, purer.Config):
+        count = cfg.teachers_per_round or len(world.cards)
+        one = _of_mean_teacher(world, lambda card: _eci(cfg, world, shard, card))
+        updates = max(cfg.rounds - cfg.image_warmup, 0) * cfg.updates
+        made = cfg.images_per_class * sum(len(card.classes) for card in world.cards)
+        return _Work(made, cfg.rounds * count * one, updates, updates, cfg.meta)
+    if isinstance(cfg, bidf.Config):
+        jobs, bout = cfg.rounds * cfg.teachers_per_round, cfg.replay
+        one = cfg.iterations * _of_mean_teacher(world, lambda card: _bidf(cfg, world, shard, card))
+        least, most = (
+            (cfg.generate_every, cfg.generate_every)
+            if cfg.generate_every
+            else (1 + min(bout.patience + 1, bout.max_updates), 1 + bout.max_updates)
+        )
+        images = 2 * jobs * cfg.images_per_class * world.way
+        return _Work(images, jobs * one, cfg.rounds * least, cfg.rounds * most, bout)
+    if isinstance(cfg, oracle.Config):
+        updates = cfg.rounds * cfg.updates_per_round
+        return _Work(0, 0.0, updates, updates, cfg.replay)
+    return None
+
+
+def _evaluation(config: RunConfig, inputs: Inputs) -> tuple[float, float]:
+    """Seconds of the validations of a training, and of the test at most: of the validated, the last and fresh weights,
+    for each of which a step size is chosen on validation episodes."""
+    cfg, world = config.eval, inputs.world
+    sets = {split: len([one for one in inputs.sets if one.split == split]) for split in ("val", "test")}
+    seconds = {shot: _episode(config, world, shot) for shot in cfg.shots} if any(sets.values()) else {}
+    every = cfg.every or max(1, math.ceil(config.method.rounds / 20))
+    validations = math.ceil(config.method.rounds / every) * cfg.val_episodes * sets["val"]
+    candidates = len(cfg.lrs) if world.head != "protonet" and len(cfg.lrs) > 1 else 0
+    weights = 1 if config.name == "random" else 3 + cfg.test_best
+    episodes = weights * (sets["test"] * cfg.episodes + sets["val"] * candidates * cfg.val_episodes)
+    return validations * seconds.get(max(cfg.shots), 0.0), episodes * sum(seconds.values())
 
 
 def _seconds(work: Callable[[], object]) -> float:
@@ -74,17 +126,36 @@ def _seconds(work: Callable[[], object]) -> float:
     return time.perf_counter() - began
 
 
-def _inversion_pass(cfg: free.Config, world: World, shard: Shard) -> float:
-    """Seconds of one pass over a teacher of mean cost: of the one whose cost is nearest, scaled."""
-    costs = {card.id: net(card.arch, card.image.shape, len(card.classes)).macs for card in world.cards}
+def _of_mean_teacher(world: World, seconds: Callable[[TeacherCard], float]) -> float:
+    """Seconds of work on a teacher of mean cost: of the one whose cost is nearest, scaled."""
+    costs = {card: net(card.arch, card.image.shape, len(card.classes)).macs for card in world.cards}
     mean = sum(costs.values()) / len(costs)
-    id = min(costs, key=lambda id: abs(costs[id] - mean))
+    nearest = min(costs, key=lambda card: abs(costs[card] - mean))
+    return seconds(nearest) * mean / costs[nearest]
+
+
+def _five(cfg: free.Config, world: World, shard: Shard, card: TeacherCard) -> float:
+    """One pass of FREE's inversion."""
     net_g = generator(world.image.shape, cfg.latent, cfg.width)
     theta_g = net_g.init(torch.Generator().manual_seed(0)).to(shard.device)[None]
     one = cfg.model_copy(update={"steps": 0})
-    teacher = shard.teacher(id)
-    seconds = _seconds(lambda: five(one, net_g, [teacher], theta_g, None, [0], way=world.way, batched=False))
-    return seconds * mean / costs[id]
+    teacher = shard.teacher(card.id)
+    return _seconds(lambda: five(one, net_g, [teacher], theta_g, None, [0], way=world.way, batched=False))
+
+
+def _eci(cfg: purer.Config, world: World, shard: Shard, card: TeacherCard) -> float:
+    """PURER's image steps of one round."""
+    alone = replace(world, cards=(card,))
+    jobs = purer.plan(cfg, alone, purer.init(cfg.model_copy(update={"start": "random"}), alone), 0)
+    return _seconds(lambda: shard.run("purer.recover", jobs, purer.shared(cfg, alone, {}, 0)))
+
+
+def _bidf(cfg: bidf.Config, world: World, shard: Shard, card: TeacherCard) -> float:
+    """One step of BiDf-MKD's two inversions, with its share of what comes between them."""
+    short = cfg.model_copy(update={"iterations": PROBE})
+    job = teacher_job(card, index=0, seed=0, values={})
+    shared = bidf.shared(short, world, bidf.init(short, world), 0)
+    return _seconds(lambda: shard.run("bidf-mkd.recover", [job], shared)) / PROBE
 
 
 def _images(world: World, per_class: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -94,10 +165,10 @@ def _images(world: World, per_class: int) -> tuple[torch.Tensor, torch.Tensor]:
     )
 
 
-def _meta_update(cfg: MetaConfig, world: World) -> float:
+def _task(cfg: MetaConfig, world: World) -> float:
     theta = world.net.init(torch.Generator().manual_seed(0))
     parts = [part[None] for part in (*_images(world, cfg.shot), *_images(world, cfg.query))]
-    return cfg.tasks * _seconds(
+    return _seconds(
         lambda: meta_gradient(
             world.net, theta, Task(*parts), lr=cfg.inner_lr, steps=cfg.inner_steps, batched=False, head=world.head
         )

@@ -98,6 +98,18 @@ def test_a_job_whose_process_dies_twice_is_rejected_alone(
     assert all(is_teacher(result, inputs, id) for result, id in zip(results, wanted, strict=True) if id is not None)
 
 
+def test_a_job_that_hangs_is_rejected_and_its_shard_works_on(
+    backend: RayBackend, inputs: driver.Inputs, ids: list[str]
+) -> None:
+    """Also for the next call, with another limit."""
+    strict = RayBackend(backend.shards, batched=False, job_seconds=3.0)
+    results = strict.map("weights", load_jobs(ids[0], f"sleep:600/{ids[1]}", ids[2], ids[3]), {})
+    assert results[1] == {"rejected": "its process died or took longer than 3 s, 2 times"}
+    assert all(is_teacher(results[i], inputs, ids[i]) for i in (0, 2, 3))
+    after = backend.map("weights", load_jobs(*ids), {})
+    assert all(is_teacher(result, inputs, id) for result, id in zip(after, ids, strict=True))
+
+
 def test_an_exception_of_an_op_surfaces_as_itself(backend: RayBackend, ids: list[str]) -> None:
     with pytest.raises(ZeroDivisionError) as error:
         backend.map("weights", load_jobs(ids[0], f"fail/{ids[1]}", ids[2]), {})

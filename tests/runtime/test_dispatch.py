@@ -17,7 +17,7 @@ class Ref:
     """A call's future: a value, an error, or, with neither, a call that never ends."""
 
     def __init__(self, value: Any = None, error: Exception | None = None, *, ends: bool = True) -> None:
-        self.value, self.error, self.ends = value, error, ends
+        self.value, self.error, self.ends, self.taken = value, error, ends, False
 
 
 class Method:
@@ -28,7 +28,7 @@ class Method:
 
 
 class StandIn:
-    """The three calls of Ray that dispatch makes."""
+    """The four calls of Ray that dispatch makes."""
 
     ObjectRef = Ref
 
@@ -37,13 +37,19 @@ class StandIn:
         return value
 
     @staticmethod
-    def wait(refs: Sequence[Ref], num_returns: int) -> tuple[list[Ref], list[Ref]]:
+    def wait(refs: Sequence[Ref], num_returns: int, timeout: float | None) -> tuple[list[Ref], list[Ref]]:
         ended = [ref for ref in refs if ref.ends][:num_returns]
-        assert ended, "dispatch waits for a call that never ends"
+        assert ended or timeout == 0, "dispatch waits for a call that never ends"
         return ended, [ref for ref in refs if ref not in ended]
 
     @staticmethod
+    def kill(shard: "Shard", no_restart: bool) -> None:
+        assert not no_restart
+        shard.die()
+
+    @staticmethod
     def get(ref: Ref) -> Any:
+        ref.taken = True
         if ref.error is not None:
             raise ref.error
         return ref.value
@@ -54,15 +60,22 @@ class Shard:
 
     def __init__(self, *, up: bool) -> None:
         self.calls: list[list[int]] = []
+        self.refs: list[Ref] = []
         self.up = up
         self.run = Method(self._run)
         self.__ray_ready__ = Method(lambda: Ref(ends=up))
 
     def _run(self, op: str, jobs: Sequence[Job], shared: Arrays) -> Ref:
         self.calls.append([job.index for job in jobs])
-        if self.up:
-            return Ref([{"index": job.index} for job in jobs])
-        return Ref(error=cluster.exceptions.ActorUnavailableError("down", None))
+        down = None if self.up else cluster.exceptions.ActorUnavailableError("down", None)
+        self.refs.append(Ref([{"index": job.index} for job in jobs], down))
+        return self.refs[-1]
+
+    def die(self) -> None:
+        """Every call fails whose result was not taken."""
+        for ref in self.refs:
+            if not ref.taken:
+                ref.error, ref.ends = cluster.exceptions.ActorUnavailableError("died", None), True
 
 
 @pytest.fixture
@@ -112,9 +125,10 @@ def test_at_most_two_chunks_are_queued_per_shard(shards: list[Shard], monkeypatc
     queued: list[int] = []
     wait = StandIn.wait
 
-    def watch(refs: Sequence[Ref], num_returns: int) -> tuple[list[Ref], list[Ref]]:
+    def watch(refs: Sequence[Ref], num_returns: int, timeout: float) -> tuple[list[Ref], list[Ref]]:
+        assert 0 < timeout <= cluster.JOB_SECONDS
         queued.append(len(refs))
-        return wait(refs, num_returns)
+        return wait(refs, num_returns, timeout)
 
     monkeypatch.setattr(StandIn, "wait", staticmethod(watch))
     cluster.RayBackend(both_up, batched=False).map("op", costing(9, 9, *[1] * 8), {})
@@ -207,3 +221,58 @@ def test_only_the_job_that_kills_is_given_up(shards: list[Shard], batched: bool)
     assert results.pop(2) == {"rejected": "its process died 2 times"}
     assert results == [{"index": i} for i in (0, 1, 3, 4, 5)]
     assert sum(2 in call for shard in mortals for call in shard.calls) == 2
+
+
+class Forgetful(Shard):
+    """A shard that dies of certain jobs at once, and takes with it the results that nobody has taken yet."""
+
+    def __init__(self, *deadly: int) -> None:
+        super().__init__(up=True)
+        self.deadly = set(deadly)
+        self.behind: list[tuple[int, int]] = []
+
+    def _run(self, op: str, jobs: Sequence[Job], shared: Arrays) -> Ref:
+        self.behind += [(job.index, sum(not ref.taken for ref in self.refs)) for job in jobs]
+        done = super()._run(op, jobs, shared)
+        if self.deadly & {job.index for job in jobs}:
+            self.die()
+        return done
+
+
+def test_a_job_with_a_strike_is_sent_alone(shards: list[Shard]) -> None:
+    """The job before the deadly one is struck too, as if it had killed; alone, it shows that it did not."""
+    shard = Forgetful(1)
+    results = cluster.RayBackend([shard], batched=False).map("op", costing(9, 8, 1, 1), {})
+    assert results == [{"index": 0}, {"rejected": "its process died 2 times"}, {"index": 2}, {"index": 3}]
+    assert shard.behind[:2] == [(0, 0), (1, 1)], "a first time they queue"
+    again = [behind for index, behind in shard.behind[2:] if index in (0, 1)]
+    assert again == [0] * len(again)
+    assert len(again) >= 2
+
+
+class Hanging(Shard):
+    """A shard on which certain jobs never end."""
+
+    def __init__(self, *endless: int) -> None:
+        super().__init__(up=True)
+        self.endless = set(endless)
+        self.deaths = 0
+
+    def _run(self, op: str, jobs: Sequence[Job], shared: Arrays) -> Ref:
+        done = super()._run(op, jobs, shared)
+        done.ends = not self.endless & {job.index for job in jobs}
+        return done
+
+    def die(self) -> None:
+        self.deaths += 1
+        super().die()
+
+
+@pytest.mark.parametrize("batched", [False, True])
+def test_a_job_that_hangs_is_given_up_alone(shards: list[Shard], batched: bool) -> None:
+    hanging = [Hanging(1), Hanging(1)]
+    backend = cluster.RayBackend(hanging, batched=batched, job_seconds=0.0)
+    results = backend.map("op", costing(3, 9, 2, 1, 1), {})
+    assert results.pop(1) == {"rejected": "its process died or took longer than 0 s, 2 times"}
+    assert results == [{"index": i} for i in (0, 2, 3, 4)]
+    assert sum(shard.deaths for shard in hanging) == 2

@@ -7,14 +7,20 @@ import pytest
 
 from ray_dfml.core.net import net
 from ray_dfml.methods import METHODS
+from ray_dfml.pipeline import Trainer
 from ray_dfml.runtime import estimate as module
 from ray_dfml.runtime.driver import Inputs, Machine, read_inputs
 from ray_dfml.runtime.estimate import estimate
+from ray_dfml.runtime.local import LocalBackend
 from tests.runtime import toy
 
 
 def planned(inputs: Inputs, name: str, machine: Machine = toy.LOCAL, *more: str) -> dict[str, Any]:
     return estimate(toy.config(name, None, None, *more), inputs, machine)
+
+
+def local(inputs: Inputs) -> LocalBackend:
+    return LocalBackend(inputs.teachers.__getitem__)
 
 
 @pytest.fixture(scope="module")
@@ -28,15 +34,34 @@ def test_every_method_has_rounds_and_minutes_of_test(inputs: Inputs, name: str) 
     assert (found["method"], found["teachers"], found["rejected teachers"]) == (name, 4, 0)
     assert found["rounds"] == toy.config(name, None, None).method.rounds
     assert float(found["test minutes"]) >= 0
-    assert ("training minutes" in found) == ("meta-updates" in found) == (name in ("free", "maml-oracle"))
+    trained = name in ("free", "purer", "bidf-mkd", "maml-oracle")
+    assert ("training minutes" in found) == ("meta-updates" in found) == trained
 
 
 def test_the_choice_of_a_step_size_is_counted(inputs: Inputs, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One minute an episode: 2 x 20 at test, and 2 x 10 at validation for each candidate where there is a choice."""
+    """One minute an episode: 20 at test, and 10 at validation for each candidate where there is a choice."""
     monkeypatch.setattr(module, "_seconds", lambda work: 60.0)
-    for steps, wanted in (("[0.1,0.2,0.3]", "100.0"), ("[0.1]", "40.0"), ("[]", "40.0")):
+    for steps, wanted in (("[0.1,0.2,0.3]", "50.0"), ("[0.1]", "20.0"), ("[]", "20.0")):
         assert planned(inputs, "random", toy.LOCAL, f"eval.lrs={steps}")["test minutes"] == wanted
-    assert planned(inputs, "random", Machine(workers=2), "eval.lrs=[]")["test minutes"] == "20.0"
+    assert planned(inputs, "random", Machine(workers=2), "eval.lrs=[]")["test minutes"] == "10.0"
+
+
+@pytest.mark.parametrize(("more", "wanted"), [((), "60.0"), (("eval.test_best=true",), "80.0")])
+def test_validated_last_and_fresh_weights_are_tested(inputs: Inputs, monkeypatch, more, wanted) -> None:
+    monkeypatch.setattr(module, "_seconds", lambda work: 60.0)
+    found = planned(inputs, "free", toy.LOCAL, "eval.lrs=[]", "eval.every=4", *more)
+    assert (found["validation minutes"], found["test minutes"]) == ("20.0", wanted), "rounds 3 and 5 of 0..5; 10 each"
+
+
+def test_the_work_of_every_method_is_that_of_a_run(inputs: Inputs, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A minute for whatever is timed; the counts are those that a run of these settings notes."""
+    monkeypatch.setattr(module, "_seconds", lambda work: 60.0)
+    purer = planned(inputs, "purer", toy.LOCAL)
+    bidf = planned(inputs, "bidf-mkd", toy.LOCAL)
+    for found, name in ((purer, "purer"), (bidf, "bidf-mkd")):
+        run = Trainer(toy.config(name, None, None).model_dump(mode="json"), inputs.world, [], local(inputs), None)
+        rounds = [run.round(r) for r in range(found["rounds"])]
+        assert found["meta-updates"] == str(sum(row.get("replay/updates") or 0 for row in rounds))
 
 
 def test_recovery_from_a_mixed_pool_costs_what_its_mean_teacher_does(
