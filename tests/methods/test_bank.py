@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from ray_dfml.errors import UsageError
 from ray_dfml.methods import bank as bank_of
 from ray_dfml.methods.base import MetaConfig, World
 from ray_dfml.types import Arrays
@@ -82,3 +83,10 @@ def test_images_of_teachers_that_left_the_pool_can_be_drawn_and_are_not_missing(
     bank = stored(task("gone", ["toy/8", "toy/9"], per_class=3))
     found = bank_of.figures(MetaConfig(shot=1, query=2), world, bank, "class")
     assert found == {"bank/classes": 2, "bank/missing_classes": 2, "bank/images": 6}
+
+
+def test_a_bank_that_could_never_hold_a_task_is_refused():
+    cfg = MetaConfig(shot=2, query=5)
+    with pytest.raises(UsageError, match=r"^free: tasks take 2 \+ 5 images of a class, method.bank_capacity is 6;"):
+        bank_of.check("free", cfg, 6)
+    bank_of.check("free", cfg, 7)

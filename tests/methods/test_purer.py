@@ -297,6 +297,34 @@ def test_a_teacher_of_bad_weights_is_rejected_alone(batched):
     assert same(after["images"]["conv4-1"], state["images"]["conv4-1"])
 
 
+def test_a_push_waits_for_its_teacher():
+    """With one teacher a round, the pushes of the others stay until theirs is planned."""
+    cfg, worker = small_purer(teachers_per_round=1, image_warmup=99), FakeWorker(WORLD)
+    state = purer.init(cfg, WORLD)
+    push = {c.id: np.full(tuple(state["images"][c.id]["x"].shape), 0.1, np.float32) for c in WORLD.cards}
+    state = {**state, "push": push}
+    for r in range(8):
+        (job,) = purer.plan(cfg, WORLD, state, r)
+        waiting = set(state["push"])
+        assert (job.values["push"] is not None) == (job.teacher in waiting)
+        results = worker.send("purer.recover", [job], purer.shared(cfg, WORLD, state, r))
+        state, _ = purer.learn(cfg, WORLD, state, r, results, worker.send)
+        assert set(state["push"]) == waiting - {job.teacher}
+    assert state["push"] == {}
+
+
+def test_a_curriculum_gradient_that_is_not_finite_stops_the_run():
+    class Diverged(FakeWorker):
+        def send(self, op, jobs, shared):
+            found = super().send(op, jobs, shared)
+            if op == "purer.grad":
+                found[0]["query"] = np.full_like(found[0]["query"], np.nan)
+            return found
+
+    with pytest.raises(FloatingPointError, match="the pixel gradient of the curriculum is not finite; lower"):
+        play("purer", small_purer(**DUE), WORLD, rounds=3, worker=Diverged(WORLD))
+
+
 def test_tasks_need_classes_of_teachers_that_are_left():
     cfg = small_purer()
     state = purer.init(cfg, replace(WORLD, way=3))

@@ -210,3 +210,17 @@ def test_a_teacher_that_changes_after_it_was_checked_is_refused(tmp_path: Path, 
     assert list(state["rejected"]) == list(toy.status(tmp_path / "run")["rejected"]) == [second, third]
     assert "cannot be read" in state["rejected"][third]
     assert state["theta"].numpy().tobytes() == left.tobytes(), "the average is over the one that is left"
+
+
+def test_what_scores_do_not_measure_is_noted(tmp_path: Path, toy_data: str) -> None:
+    """Episodes of classes that a teacher knows, and a calibration that other commands leave out."""
+    image = spec(1, 16, 16, (0.5,))
+    tested = datasets.load(toy_data).subset("test")
+    known = [f"folder/{name}" for name in tested.class_names[:2]]
+    pool = untrained(tmp_path / "pool", image, known, ("folder/other", "folder/another"))
+    found = read_inputs(toy.config("free", pool, toy_data)).notes
+    assert found == [
+        f"--data {toy_data}, split test: teachers know 2 of its {len(tested.class_names)} classes, which are not new"
+    ]
+    calibrated = read_inputs(toy.config("free", pool, toy_data, "eval.icfil.steps=1")).notes
+    assert calibrated[1:] == ["scores are with our ICFIL, a reconstruction; `adapt` and `evaluate` leave it out"]
