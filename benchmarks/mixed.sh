@@ -13,6 +13,7 @@ build mnist --data "$mnist" --models 3 --arch conv4 --seed 0 --set pretrain.epoc
 build cifar --data "$cifar" --models 5 --arch conv4 --seed 0 --set pretrain.epochs=8
 ray-dfml train free --preset characters --pool omniglot --pool mnist --pool cifar \
     --data "$omniglot" --data "$mnist" --data "$cifar" --run-dir free-mixed --workers 2 \
-    --set method.rounds=20 --set method.steps=4 --set method.images_per_class=16 --set eval.every=20 \
+    --set method.rounds=24 --set method.steps=4 --set method.images_per_class=16 --set method.replay.lr=1e-3 \
+    --set method.replay.max_updates=20 --set method.replay.patience=20 --set eval.every=6 --set eval.seed=1 \
     --set eval.episodes=200 --set eval.val_episodes=20
 ray-dfml report free-mixed --out mixed.md

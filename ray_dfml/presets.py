@@ -136,18 +136,18 @@ PRESETS: dict[str, Preset] = {
     ),
     "characters-bidf": Preset(
         "bidf-mkd",
-        "28x28 characters on a small machine: narrow generator, short inversions with larger steps",
+        "28x28 characters on a small machine: narrow generator that is not told the label, short inversions",
         {
             "method": {
                 "teachers_per_round": 2,
-                "iterations": 8,
-                "generate_every": 12,
+                "conditional": False,
+                "iterations": 16,
                 "images_per_class": 16,
                 "width": 16,
                 "lr_generator": 1e-2,
                 "crop_pad": 2,
                 "bn_weight": 1.0,
-                "replay": REPLAY,
+                "replay": {**REPLAY, "lr": 3e-3},
             },
             "eval": STEP,
         },
