@@ -57,7 +57,7 @@ def pool_of(spec: str, folder: Path, seed: int) -> Pool:
 
 def run(method: str, seed: int, spec: str, out: Path, seconds: float) -> dict[str, Any]:
     """One row: scores per episode, and what was met on the way."""
-    pool = pool_of(spec, out / f"pool-{seed}", seed)
+    commit, pool = _commit(), pool_of(spec, out / f"pool-{seed}", seed)
     data = datasets.load(spec)
     parts = {split: data.subset(split) for split in ("train", "val", "test")}
     sets = [Labelled("omniglot", s, np.ascontiguousarray(parts[s].images), parts[s].labels) for s in ("val", "test")]
@@ -84,7 +84,7 @@ def run(method: str, seed: int, spec: str, out: Path, seconds: float) -> dict[st
         r += 1
     scores = {f"{s.method} {s.shot}": s.accuracies.tolist() for s in trainer.test("last")}
     return {
-        "commit": _commit(),
+        "commit": commit,
         "config": config.model_dump(mode="json"),
         "method": method, "seed": seed, "preset": config.preset, "rounds": r, "train_seconds": round(spent, 1),
         "wall_seconds": round(time.perf_counter() - began, 1), "test_step": trainer.step_sizes(), "scores": scores,
@@ -94,7 +94,7 @@ def run(method: str, seed: int, spec: str, out: Path, seconds: float) -> dict[st
 
 def _commit() -> str:
     words = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-    return subprocess.run(words, capture_output=True, text=True, check=True).stdout.strip()
+    return subprocess.run(words, capture_output=True, text=True, check=False).stdout.strip() or "unknown"
 
 
 def _validated(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -106,7 +106,7 @@ def table(out: Path) -> None:
     rows = [json.loads(path.read_text()) for path in sorted(out.glob("*-[0-9]*.json"))]
     names = sorted({key.rsplit(" ", 1)[0] for row in rows for key in row["scores"]})
     least = min(len(accuracies) for row in rows for accuracies in row["scores"].values())
-    print(f"{least} episodes per seed; commits {', '.join(sorted({row['commit'] for row in rows}))}")
+    print(f"{least} episodes per seed; commits {', '.join(sorted({row.get('commit', 'unknown') for row in rows}))}")
     for shot in (1, 5):
         found: dict[str, dict[int, np.ndarray]] = {name: {} for name in names}
         for row in rows:

@@ -213,9 +213,11 @@ def _settings(record: Record, method: str) -> str:
 def _adaptation(record: Record, method: str) -> dict[str, Any]:
     """What an episode was learned with: settings in which a method and its baseline should agree."""
     learner, evaluation = _part(record.config, "learner"), _part(record.config, "eval")
-    named = {f"learner.{key}": learner.get(key) for key in ("arch", "head")}
     if method.endswith(("-direct", "-assign")):
         return {}
+    named = {f"learner.{key}": learner.get(key) for key in ("arch", "head")}
+    if method.startswith("best-model") and isinstance(record.learner.get("arch"), str):
+        named["learner.arch"] = record.learner["arch"]
     steps = ("steps", "lrs" if evaluation.get("lrs") else "lr", "icfil")
     return named | {f"eval.{key}": evaluation.get(key) for key in steps}
 

@@ -94,9 +94,8 @@ class Trainer:
         results = (
             send(f"{self.config.name}.recover", jobs, self.method.shared(cfg, world, self.state, r)) if jobs else []
         )
-        kept = {name: self.state[name] for name in KEPT}
         state, metrics = self.method.learn(cfg, self.world, self.state, r, results, send)
-        self.state = state | kept
+        self.state = state | {name: self.state[name] for name in KEPT}
         total = time.perf_counter() - started
         metrics |= {f"seconds/{op}": spent for op, spent in seconds.items()}
         return metrics | {"seconds/learner": total - sum(seconds.values()), "seconds/round": total}
@@ -108,7 +107,7 @@ class Trainer:
                 if job.teacher is None:
                     raise DfmlError(f"a job without a teacher failed: {result['rejected']}")
                 bad[job.teacher] = str(result["rejected"])
-            self.state["rejected"] |= bad
+            self.state = {**self.state, "rejected": self.state["rejected"] | bad}
         if self._world.cards and not self.world.cards:
             reasons = "; ".join(f"{k}: {v}" for k, v in self.state["rejected"].items())
             raise RejectedError(f"every teacher was rejected ({reasons}); run `ray-dfml pool check`")
@@ -116,10 +115,6 @@ class Trainer:
     def snapshot(self) -> State:
         """The state after the last round: what a checkpoint holds."""
         return self.state
-
-    def rejected(self) -> dict[str, str]:
-        """Teachers that failed at work, and why."""
-        return self.state["rejected"]
 
     def validate(self, r: int) -> float | None:
         """Mean accuracy in percent on the validation episodes of every set, at the largest shot; the best weights are

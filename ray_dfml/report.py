@@ -39,6 +39,8 @@ class Record:
     """Lines of `metrics.jsonl` that are no JSON objects."""
     queries: dict[str, int]
     """Teacher -> images asked of it, from `ledger.jsonl`."""
+    learner: dict[str, Any]
+    """`learner.json`: what the exported weights are; empty where there are none yet."""
 
     @property
     def name(self) -> str:
@@ -89,6 +91,7 @@ def read(run: Path) -> Record:
         metrics=[by_round[r] for r in sorted(by_round)],
         unread=unread,
         queries=dict(queries),
+        learner=_json(run / "learner.json", dict) or {},
     )
 
 
@@ -233,7 +236,7 @@ def _values(record: Record) -> dict[str, Any]:
     """All that the templates show."""
     spent = {name: float(values.sum()) for name, values in plots.stages(record.metrics).items()}
     total = sum(spent.values()) or 1.0
-    learner, weights = _json(record.path / "learner.json", dict), record.path / "learner.safetensors"
+    learner, weights = record.learner, record.path / "learner.safetensors"
     selections = {row.get("selection") for row in record.scores} | ({learner.get("selection")} if learner else set())
     return {
         "run": record.path.resolve().name,

@@ -116,6 +116,13 @@ def test_a_difference_between_unlike_adaptations_says_so(tmp_path):
     assert row_of(rows, "purer")["difference"] == 10.0
 
 
+def test_the_best_model_adapts_with_its_own_architecture(tmp_path):
+    best = make(tmp_path / "a", {"best-model-finetune/last": AVERAGE}, name="best-model")
+    (best / "learner.json").write_text(json.dumps({"arch": "resnet10"}))
+    runs = [best, make(tmp_path / "b", {"free/last": FREE})]
+    assert row_of(compare(runs).rows, "free")["note"] == "adapts with other learner.arch than the reference"
+
+
 OTHER: dict[str, dict[str, Any]] = {
     "data": {"md5": "ef" * 16},
     "split": {"split": "val"},

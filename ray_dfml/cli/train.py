@@ -35,13 +35,10 @@ Example:
     "--gpus-per-worker", type=click.FloatRange(min=0), default=0.0, show_default=True, help="Share of a GPU per shard."
 )
 @click.option(
-    "--job-timeout",
-    type=click.FloatRange(min=0, min_open=True),
-    default=3600.0,
-    show_default=True,
-    metavar="SECONDS",
-    help="A shard that works on one job for longer is restarted; twice, and the job's teacher is rejected.",
-)
+    "--job-timeout", type=click.IntRange(1, 10**7), metavar="SECONDS", show_default="none",
+    help="Restart a shard that works on one job, or one batch on a GPU, for longer; twice, and the job's teacher is "
+    "rejected.",
+)  # fmt: skip
 @click.option("--resume", is_flag=True, help="Continue the run in --run-dir from its last checkpoint.")
 @click.option("--dry-run", is_flag=True, help="Print what would be done, and estimates; do nothing.")
 @options.as_json

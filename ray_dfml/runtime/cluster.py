@@ -30,9 +30,6 @@ STRIKES = 2
 IN_FLIGHT = 2
 """Jobs queued per shard: the next one is there when the last one ends."""
 
-JOB_SECONDS = 3600.0
-"""A shard that works on one chunk for longer hangs, by default."""
-
 WAKE_SECONDS = 0.1
 """Between two questions whether a shard that died is up again. Until it is, Ray fails every call to it at once."""
 
@@ -116,10 +113,10 @@ def start_shards(store: PoolStore, *, workers: int, gpus_per_worker: float, thre
 class RayBackend:
     """`Backend` over shard actors: dynamic dispatch, costly work first, results in job order, lost jobs sent again.
 
-    A shard that works on a chunk for longer than `job_seconds` is killed, as if it had died of it.
+    A shard that works on a chunk for longer than `job_seconds` is killed, as if it had died of it; None for no limit.
     """
 
-    def __init__(self, shards: Sequence[Any], *, batched: bool, job_seconds: float = JOB_SECONDS) -> None:
+    def __init__(self, shards: Sequence[Any], *, batched: bool, job_seconds: float | None = None) -> None:
         self.shards = list(shards)
         self.batched = batched
         self.job_seconds = job_seconds
@@ -138,8 +135,9 @@ class RayBackend:
 class _Dispatch:
     """One call of `map`: chunks of jobs that wait, those that shards have, and what came back.
 
-    The first chunk in a shard's queue is the one at work. When its process dies each of its jobs gets a strike; a job
-    with a strike is sent alone and nothing is queued with it, so that a second strike is its own.
+    The first chunk in a shard's queue is the one at work. When its process dies each of its jobs gets a strike, if the
+    shard has answered in this call: one that had died before takes its first chunk with it, unseen. A job with a strike
+    is sent alone to a shard that has answered, and nothing is queued with it, so that a second strike is its own.
     """
 
     def __init__(self, backend: RayBackend, op: str, waiting: Iterable[Sequence[Job]], shared: "ray.ObjectRef") -> None:
@@ -151,6 +149,7 @@ class _Dispatch:
         self._done: dict[int, Arrays] = {}
         self._strikes: dict[int, int] = {}
         self._late: set[int] = set()
+        self._answered: set[int] = set()
 
     def run(self, count: int) -> dict[int, Arrays]:
         """Results of `count` jobs by their index."""
@@ -161,8 +160,7 @@ class _Dispatch:
             ready, _ = ray.wait(list(self._flying), num_returns=1, timeout=self._patience())
             for ref in ready:
                 self._receive(ref)
-            if not ready:
-                self._kill_late()
+            self._kill_late()
             self._fill()
         return self._done
 
@@ -170,6 +168,7 @@ class _Dispatch:
         i, chunk = self._flying[ref]
         try:
             results = ray.get(ref)
+            self._answered.add(i)
             if chunk:
                 self._done.update((job.index, result) for job, result in zip(chunk, results, strict=True))
             else:
@@ -198,7 +197,11 @@ class _Dispatch:
                 queue = self._load[i]
                 if not self._waiting or i in self._backend.waking or len(queue) >= depth:
                     continue
-                if queue and (self._suspect(self._waiting[0]) or self._suspect(self._flying[queue[-1]][1])):
+                suspect = self._suspect(self._waiting[0])
+                if queue and (suspect or self._suspect(self._flying[queue[-1]][1])):
+                    continue
+                if suspect and i not in self._answered:
+                    self._wake(i)
                     continue
                 chunk = self._waiting.popleft()
                 if not queue:
@@ -214,7 +217,7 @@ class _Dispatch:
     def _lost(self, i: int, ref: "ray.ObjectRef", error: Exception) -> None:
         """Shard `i` died, or is not up again: whatever ran gets a strike once, what was queued is sent again."""
         queue, chunk = self._load.get(i, []), self._flying[ref][1]
-        if queue and i not in self._backend.waking:
+        if queue and i not in self._backend.waking and i in self._answered:
             for job in self._flying[queue[0]][1]:
                 self._strikes[job.index] = self._strikes.get(job.index, 0) + 1
         for job in reversed(chunk):
@@ -233,15 +236,17 @@ class _Dispatch:
         return [i for i, queue in self._load.items() if queue and i not in self._backend.waking]
 
     def _patience(self) -> float | None:
-        """Seconds until the first shard at work is late; None if none is at work."""
-        ends = [self._since[i] + self._backend.job_seconds for i in self._working()]
-        return max(0.0, min(ends) - time.monotonic()) if ends else None
+        """Seconds until the first shard at work is late; None if none can be."""
+        limit, working = self._backend.job_seconds, self._working()
+        if limit is None or not working:
+            return None
+        return max(0.0, min(self._since[i] for i in working) + limit - time.monotonic())
 
     def _kill_late(self) -> None:
         """End the process of each shard that is late; Ray starts it again, and its calls fail as those of any death."""
-        now = time.monotonic()
+        now, limit = time.monotonic(), self._backend.job_seconds
         for i in self._working():
-            if now - self._since[i] >= self._backend.job_seconds:
+            if limit is not None and now - self._since[i] >= limit:
                 self._late |= {job.index for job in self._flying[self._load[i][0]][1]}
                 self._since[i] = now
                 ray.kill(self._backend.shards[i], no_restart=False)
@@ -262,7 +267,7 @@ class LearnerActor(Trainer):
         sets: Sequence[Labelled],
         shards: Sequence[Any],
         batched: bool,
-        job_seconds: float,
+        job_seconds: float | None,
         threads: int,
         state: State | None,
     ) -> None:
@@ -284,7 +289,7 @@ class RaySession:
         workers: int,
         gpus_per_worker: float,
         threads: int,
-        job_seconds: float = JOB_SECONDS,
+        job_seconds: float | None = None,
     ) -> None:
         self._connected = connect(workers, gpus_per_worker)
         self._store = PoolStore(teachers)

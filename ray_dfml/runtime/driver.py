@@ -58,14 +58,19 @@ class Session(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Machine:
-    """Where a run is computed. None of it changes the numbers."""
+    """Where a run is computed. None of it changes the numbers, unless a limit of time rejects a teacher."""
 
     backend: str = "ray"
     workers: int = 1
     gpus_per_worker: float = 0.0
     threads: int = 1
-    job_seconds: float = 3600.0
-    """Longest time that one job, or one batch of them on a GPU, may take under Ray."""
+    job_seconds: float | None = None
+    """Longest time that one job, or one batch of them on a GPU, may take under Ray; None for any."""
+
+    def notes(self) -> list[str]:
+        """What of this can change which teachers are used, and so the numbers."""
+        limit = self.job_seconds
+        return [] if limit is None else [f"a job that takes over {limit:g} s counts as one that killed its process"]
 
     def session(
         self, config: RunConfig, world: World, sets: Sequence[Labelled], teachers: Mapping[str, Loaded]
@@ -131,18 +136,19 @@ def _run(
 ) -> list[dict[str, Any]]:
     rounds = config.method.rounds
     every = config.eval.every or max(1, math.ceil(rounds / 20))
-    folder.status(state="starting", rounds=rounds, rejected=inputs.rejected, notes=inputs.notes)
-    for line in inputs.notes:
+    notes = [*inputs.notes, *machine.notes()]
+    folder.status(state="starting", rounds=rounds, rejected=inputs.rejected, notes=notes)
+    for line in notes:
         progress.note(line)
     session = machine.session(config, inputs.world, inputs.sets, inputs.teachers)
     _arm()
+    saved = _Saved(folder)
     try:
-        r, state = _last(folder)
-        session.start(state)
+        session.start(saved.state)
+        r = saved.rounds
         folder.truncate_log(r)
-        began, first, furthest, lives = time.perf_counter(), r, r, LEARNER_LIVES
-        busy = took = 0.0
-        saved = began
+        began, first, lives = time.perf_counter(), r, LEARNER_LIVES
+        busy = 0.0
         progress.start(rounds, r)
         while r < rounds:
             try:
@@ -150,50 +156,67 @@ def _run(
                 row: dict[str, Any] = {"round": r} | session.call("round", r)
                 row["validation"] = session.call("validate", r) if r % every == every - 1 or r == rounds - 1 else None
                 busy += time.perf_counter() - called
-                rejected = inputs.rejected | session.call("rejected")
-                called = time.perf_counter()
-                snapshot = None
-                if took <= CHEAP or called - saved >= took / CHECKPOINT_SHARE or r == rounds - 1:
-                    snapshot = session.call("snapshot")
+                snapshot = session.call("snapshot")
             except LearnerLost as error:
                 lives -= 1
                 if not lives:
                     raise
                 folder.status(last_error=f"learner restarted in round {r}: {error}")
-                r, state = _last(folder)
-                session.start(state)
-                folder.truncate_log(r)
+                session.start(saved.state)
                 continue
-            if r >= furthest:
-                furthest, lives = r + 1, LEARNER_LIVES
+            lives = LEARNER_LIVES
             folder.log(row)
-            if snapshot is not None:
-                checkpoint.save(folder.checkpoints, r, snapshot)
-                saved = time.perf_counter()
-                took = saved - called
             r += 1
+            saved.keep(r, snapshot, last=r == rounds)
             elapsed = time.perf_counter() - began
             eta = elapsed / (r - first) * (rounds - r)
             folder.status(
                 state="running", round=r, seconds=round(elapsed, 3), eta_seconds=round(eta, 1),
-                driver_share=round(1 - busy / elapsed, 5), rejected=rejected,
+                driver_share=round(1 - busy / elapsed, 5), rejected=inputs.rejected | snapshot["rejected"],
             )  # fmt: skip
             progress.round(r, eta, row)
         progress.note("testing")
         try:
             scores = _finish(config, inputs.world, folder.path, session)
         except LearnerLost:
-            session.start(_last(folder)[1])
+            session.start(saved.state)
             scores = _finish(config, inputs.world, folder.path, session)
         rows = folder.write_scores(scores, config.profile)
         folder.status(
-            state="done", last_error=None, rejected=inputs.rejected | session.call("rejected"),
+            state="done", last_error=None, rejected=inputs.rejected | session.call("snapshot")["rejected"],
             test_step=session.call("step_sizes"),
         )  # fmt: skip
         return rows
+    except KeyboardInterrupt:
+        saved.write()
+        raise
     finally:
         progress.stop()
         session.close()
+
+
+class _Saved:
+    """The state after the last round, in memory, and on disk as often as CHEAP and CHECKPOINT_SHARE allow."""
+
+    def __init__(self, folder: RunFolder) -> None:
+        self._folder = folder.checkpoints
+        self.rounds, self.state = _last(folder)
+        self._written, self._at, self._took = self.rounds, time.perf_counter(), 0.0
+
+    def keep(self, rounds: int, state: State, *, last: bool) -> None:
+        """The state after so many rounds; the last one is always written."""
+        self.rounds, self.state = rounds, state
+        if last or self._took <= CHEAP or time.perf_counter() - self._at >= self._took / CHECKPOINT_SHARE:
+            self.write()
+
+    def write(self) -> None:
+        """Write the state unless it is on disk already."""
+        if self.state is None or self._written == self.rounds:
+            return
+        began = time.perf_counter()
+        checkpoint.save(self._folder, self.rounds - 1, self.state)
+        self._written, self._at = self.rounds, time.perf_counter()
+        self._took = self._at - began
 
 
 def _last(folder: RunFolder) -> tuple[int, State | None]:

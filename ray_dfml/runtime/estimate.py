@@ -24,8 +24,8 @@ from ray_dfml.types import TeacherCard
 PROCESS_BYTES = 600e6
 """Proportional memory of a process with torch that has trained a Conv4."""
 
-PROBE = 2
-"""Steps of a BiDf-MKD inversion that are timed; a whole one takes minutes."""
+PROBES = (1, 4)
+"""Iterations of the BiDf-MKD jobs that are timed; a whole one takes minutes."""
 
 DAEMON_BYTES = 250e6
 """The same of Ray's own processes on one node."""
@@ -91,7 +91,7 @@ def _work(cfg: MethodConfig, world: World, shard: Shard) -> _Work | None:
         return _Work(made, cfg.rounds * count * one, updates, updates, cfg.meta)
     if isinstance(cfg, bidf.Config):
         jobs, bout = cfg.rounds * cfg.teachers_per_round, cfg.replay
-        one = cfg.iterations * _of_mean_teacher(world, lambda card: _bidf(cfg, world, shard, card))
+        one = _of_mean_teacher(world, lambda card: _bidf(cfg, world, shard, card))
         least, most = (
             (cfg.generate_every, cfg.generate_every)
             if cfg.generate_every
@@ -112,7 +112,9 @@ def _evaluation(config: RunConfig, inputs: Inputs) -> tuple[float, float]:
     sets = {split: len([one for one in inputs.sets if one.split == split]) for split in ("val", "test")}
     seconds = {shot: _episode(config, world, shot) for shot in cfg.shots} if any(sets.values()) else {}
     every = cfg.every or max(1, math.ceil(config.method.rounds / 20))
-    validations = math.ceil(config.method.rounds / every) * cfg.val_episodes * sets["val"]
+    validations = (
+        math.ceil(config.method.rounds / every) * cfg.val_episodes * (sets["val"] + cfg.test_best * sets["test"])
+    )
     candidates = len(cfg.lrs) if world.head != "protonet" and len(cfg.lrs) > 1 else 0
     weights = 1 if config.name == "random" else 3 + cfg.test_best
     episodes = weights * (sets["test"] * cfg.episodes + sets["val"] * candidates * cfg.val_episodes)
@@ -151,11 +153,16 @@ def _eci(cfg: purer.Config, world: World, shard: Shard, card: TeacherCard) -> fl
 
 
 def _bidf(cfg: bidf.Config, world: World, shard: Shard, card: TeacherCard) -> float:
-    """One step of BiDf-MKD's two inversions, with its share of what comes between them."""
-    short = cfg.model_copy(update={"iterations": PROBE})
+    """BiDf-MKD's two inversions and the inner distillation between them, from jobs of few iterations."""
+    first, second = (_bidf_job(cfg.model_copy(update={"iterations": n}), world, shard, card) for n in PROBES)
+    each = max(second - first, 0.0) / (PROBES[1] - PROBES[0])
+    return first + (cfg.iterations - PROBES[0]) * each
+
+
+def _bidf_job(cfg: bidf.Config, world: World, shard: Shard, card: TeacherCard) -> float:
     job = teacher_job(card, index=0, seed=0, values={})
-    shared = bidf.shared(short, world, bidf.init(short, world), 0)
-    return _seconds(lambda: shard.run("bidf-mkd.recover", [job], shared)) / PROBE
+    shared = bidf.shared(cfg, world, bidf.init(cfg, world), 0)
+    return _seconds(lambda: shard.run("bidf-mkd.recover", [job], shared))
 
 
 def _images(world: World, per_class: int) -> tuple[torch.Tensor, torch.Tensor]:

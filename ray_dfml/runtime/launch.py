@@ -25,6 +25,7 @@ def train(
     seed: int = 0,
     backend: str = "local",
     workers: int = 1,
+    job_seconds: float | None = None,
 ) -> list[dict[str, Any]]:
     """`ray-dfml train` from Python: the rows of `scores.json`; everything else is in `run_dir`.
 
@@ -35,7 +36,7 @@ def train(
     config = resolve(
         method, profile=profile, preset=preset, sets=sets, seed=seed, pool=tuple(str(p) for p in pools), data=specs
     )
-    return new_run(config, Path(run_dir), Machine(backend=backend, workers=workers))
+    return new_run(config, Path(run_dir), Machine(backend=backend, workers=workers, job_seconds=job_seconds))
 
 
 def new_run(config: RunConfig, path: Path, machine: Machine, *, quiet: bool = False) -> list[dict[str, Any]]:

@@ -1,5 +1,6 @@
 """Dispatch without a cluster: a stand-in for Ray whose calls end when and how the test says."""
 
+import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -39,7 +40,9 @@ class StandIn:
     @staticmethod
     def wait(refs: Sequence[Ref], num_returns: int, timeout: float | None) -> tuple[list[Ref], list[Ref]]:
         ended = [ref for ref in refs if ref.ends][:num_returns]
-        assert ended or timeout == 0, "dispatch waits for a call that never ends"
+        assert ended or timeout is not None, "dispatch waits for a call that never ends"
+        if not ended:
+            time.sleep(timeout or 0.0)
         return ended, [ref for ref in refs if ref not in ended]
 
     @staticmethod
@@ -56,26 +59,29 @@ class StandIn:
 
 
 class Shard:
-    """A shard that works, or one that is down and never comes up again."""
+    """A shard that works, or one that is down and never comes up again: every call to it fails at once, as in Ray."""
 
     def __init__(self, *, up: bool) -> None:
         self.calls: list[list[int]] = []
         self.refs: list[Ref] = []
         self.up = up
         self.run = Method(self._run)
-        self.__ray_ready__ = Method(lambda: Ref(ends=up))
+        self.__ray_ready__ = Method(lambda: Ref(error=None if self.up else self._gone()))
 
     def _run(self, op: str, jobs: Sequence[Job], shared: Arrays) -> Ref:
         self.calls.append([job.index for job in jobs])
-        down = None if self.up else cluster.exceptions.ActorUnavailableError("down", None)
-        self.refs.append(Ref([{"index": job.index} for job in jobs], down))
+        self.refs.append(Ref([{"index": job.index} for job in jobs], None if self.up else self._gone()))
         return self.refs[-1]
+
+    @staticmethod
+    def _gone() -> Exception:
+        return cluster.exceptions.ActorUnavailableError("down", None)
 
     def die(self) -> None:
         """Every call fails whose result was not taken."""
         for ref in self.refs:
             if not ref.taken:
-                ref.error, ref.ends = cluster.exceptions.ActorUnavailableError("died", None), True
+                ref.error, ref.ends = self._gone(), True
 
 
 @pytest.fixture
@@ -125,8 +131,8 @@ def test_at_most_two_chunks_are_queued_per_shard(shards: list[Shard], monkeypatc
     queued: list[int] = []
     wait = StandIn.wait
 
-    def watch(refs: Sequence[Ref], num_returns: int, timeout: float) -> tuple[list[Ref], list[Ref]]:
-        assert 0 < timeout <= cluster.JOB_SECONDS
+    def watch(refs: Sequence[Ref], num_returns: int, timeout: float | None) -> tuple[list[Ref], list[Ref]]:
+        assert timeout is None, "no limit, no waking up"
         queued.append(len(refs))
         return wait(refs, num_returns, timeout)
 
@@ -220,7 +226,8 @@ def test_only_the_job_that_kills_is_given_up(shards: list[Shard], batched: bool)
     results = cluster.RayBackend(mortals, batched=batched).map("op", costing(1, 2, 9, 3, 2, 4), {})
     assert results.pop(2) == {"rejected": "its process died 2 times"}
     assert results == [{"index": i} for i in (0, 1, 3, 4, 5)]
-    assert sum(2 in call for shard in mortals for call in shard.calls) == 2
+    calls = sum(2 in call for shard in mortals for call in shard.calls)
+    assert calls == 3, "two strikes, and one death of a shard that might have been dead already"
 
 
 class Forgetful(Shard):
@@ -241,13 +248,11 @@ class Forgetful(Shard):
 
 def test_a_job_with_a_strike_is_sent_alone(shards: list[Shard]) -> None:
     """The job before the deadly one is struck too, as if it had killed; alone, it shows that it did not."""
-    shard = Forgetful(1)
-    results = cluster.RayBackend([shard], batched=False).map("op", costing(9, 8, 1, 1), {})
-    assert results == [{"index": 0}, {"rejected": "its process died 2 times"}, {"index": 2}, {"index": 3}]
-    assert shard.behind[:2] == [(0, 0), (1, 1)], "a first time they queue"
-    again = [behind for index, behind in shard.behind[2:] if index in (0, 1)]
-    assert again == [0] * len(again)
-    assert len(again) >= 2
+    shard = Forgetful(2)
+    results = cluster.RayBackend([shard], batched=False).map("op", costing(99, 9, 8, 1), {})
+    assert results == [{"index": 0}, {"index": 1}, {"rejected": "its process died 2 times"}, {"index": 3}]
+    assert shard.behind[:3] == [(0, 0), (1, 1), (2, 1)], "a first time they queue"
+    assert shard.behind[3:] == [(2, 0), (2, 0), (1, 0), (3, 0)]
 
 
 class Hanging(Shard):
@@ -271,8 +276,35 @@ class Hanging(Shard):
 @pytest.mark.parametrize("batched", [False, True])
 def test_a_job_that_hangs_is_given_up_alone(shards: list[Shard], batched: bool) -> None:
     hanging = [Hanging(1), Hanging(1)]
-    backend = cluster.RayBackend(hanging, batched=batched, job_seconds=0.0)
+    backend = cluster.RayBackend(hanging, batched=batched, job_seconds=0.05)
     results = backend.map("op", costing(3, 9, 2, 1, 1), {})
-    assert results.pop(1) == {"rejected": "its process died or took longer than 0 s, 2 times"}
+    assert results.pop(1) == {"rejected": "its process died or took longer than 0.05 s, 2 times"}
     assert results == [{"index": i} for i in (0, 2, 3, 4)]
-    assert sum(shard.deaths for shard in hanging) == 2
+    assert 2 <= sum(shard.deaths for shard in hanging) <= 4
+
+
+def test_a_job_that_hangs_is_given_up_while_another_shard_is_down(shards: list[Shard]) -> None:
+    """The calls to that shard fail all the time, so there is always something to receive."""
+    backend = cluster.RayBackend([Hanging(1), Shard(up=False)], batched=False, job_seconds=0.05)
+    results = backend.map("op", jobs(3), {})
+    assert results.pop(1) == {"rejected": "its process died or took longer than 0.05 s, 2 times"}
+    assert results == [{"index": 0}, {"index": 2}]
+
+
+class Asleep(Shard):
+    """A shard that died before the call, unnoticed: its first call fails, and then it is up."""
+
+    def __init__(self) -> None:
+        super().__init__(up=False)
+
+    def _run(self, op: str, jobs: Sequence[Job], shared: Arrays) -> Ref:
+        done = super()._run(op, jobs, shared)
+        self.up = True
+        return done
+
+
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_deaths_before_the_call_are_nobodys_fault(shards: list[Shard], count: int) -> None:
+    """Even if all shards had died, and there are fewer jobs than shards."""
+    backend = cluster.RayBackend([Asleep() for _ in range(4)], batched=False)
+    assert backend.map("op", jobs(count), {}) == [{"index": i} for i in range(count)]

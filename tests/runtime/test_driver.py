@@ -39,10 +39,12 @@ def test_a_learner_that_keeps_dying_fails_the_run(
     assert "its process ended" in toy.status(tmp_path / "run")["last_error"]
 
 
+@pytest.mark.parametrize(("stop", "left"), [(KeyboardInterrupt, [0, 2]), (MemoryError, [0])], ids=["stopped", "failed"])
 def test_dear_checkpoints_are_rare_and_cost_no_bits(
-    tmp_path: Path, toy_pool: Path, toy_data: str, free_run: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Only the first and the last round are saved; a stop in between repeats what came after the first."""
+    tmp_path: Path, toy_pool: Path, toy_data: str, free_run: Path, monkeypatch: pytest.MonkeyPatch,
+    stop: type[BaseException], left: list[int],
+) -> None:  # fmt: skip
+    """Of six rounds the first and the last are saved, and the third when the user stops the run in the fourth."""
     monkeypatch.setattr(driver, "CHEAP", -1.0)
     monkeypatch.setattr(driver, "CHECKPOINT_SHARE", 1e-9)
     config, run, stops = toy.config("free", toy_pool, toy_data), tmp_path / "run", [3]
@@ -51,23 +53,26 @@ def test_dear_checkpoints_are_rare_and_cost_no_bits(
     def stop_once(self: Trainer, r: int) -> Any:
         if r in stops:
             stops.remove(r)
-            raise KeyboardInterrupt
+            raise stop
         return compute(self, r)
 
+    def found() -> list[int]:
+        return sorted(int(path.stem.removeprefix("round-")) for path in (run / "checkpoints").iterdir())
+
     monkeypatch.setattr(Trainer, "round", stop_once)
-    with pytest.raises(Interrupted):
+    with pytest.raises((Interrupted, MemoryError)):
         toy.train(config, run)
-    assert [path.stem for path in (run / "checkpoints").iterdir()] == ["round-000000"]
-    inputs = driver.read_inputs(config)
-    driver.run(config, inputs, RunFolder(run), toy.LOCAL, Progress(quiet=True))
-    assert sorted(path.stem for path in (run / "checkpoints").iterdir()) == ["round-000001", "round-000005"]
+    assert found() == left
+    driver.run(config, driver.read_inputs(config), RunFolder(run), toy.LOCAL, Progress(quiet=True))
+    assert found() == [left[-1] + 1, 5]
     toy.assert_same_run(run, free_run)
 
 
 def test_a_learner_that_dies_in_the_same_round_again_fails_the_run(
     tmp_path: Path, toy_pool: Path, toy_data: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also where the rounds before it succeed each time."""
+    """It is begun again from the last round, which need not be on disk."""
+    monkeypatch.setattr(driver.checkpoint, "save", lambda *_: None)
     starts: list[Any] = []
 
     class Dying:
@@ -77,7 +82,7 @@ def test_a_learner_that_dies_in_the_same_round_again_fails_the_run(
         def call(self, name: str, *args: Any) -> Any:
             if name == "round" and args[0] == 2:
                 raise LearnerLost("its process ended")
-            return {} if name in ("round", "rejected") else None
+            return {"round": {}, "snapshot": {"rejected": {}, "round": args}}.get(name)
 
         def close(self) -> None:
             starts.append("closed")
@@ -85,7 +90,8 @@ def test_a_learner_that_dies_in_the_same_round_again_fails_the_run(
     monkeypatch.setattr(driver.Machine, "session", lambda *_: Dying())
     with pytest.raises(LearnerLost):
         toy.train(toy.config("free", toy_pool, toy_data), tmp_path / "run")
-    assert starts == [None] * driver.LEARNER_LIVES + ["closed"]
+    assert starts == [None, *[{"rejected": {}, "round": ()}] * (driver.LEARNER_LIVES - 1), "closed"]
+    assert toy.status(tmp_path / "run")["round"] == 2
 
 
 def test_a_teacher_with_nan_weights_is_quarantined_before_the_run(

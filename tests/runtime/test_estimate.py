@@ -46,22 +46,34 @@ def test_the_choice_of_a_step_size_is_counted(inputs: Inputs, monkeypatch: pytes
     assert planned(inputs, "random", Machine(workers=2), "eval.lrs=[]")["test minutes"] == "10.0"
 
 
-@pytest.mark.parametrize(("more", "wanted"), [((), "60.0"), (("eval.test_best=true",), "80.0")])
+@pytest.mark.parametrize(("more", "wanted"), [
+    ((), ("20.0", "60.0")), (("eval.test_best=true",), ("40.0", "80.0"))
+])  # fmt: skip
 def test_validated_last_and_fresh_weights_are_tested(inputs: Inputs, monkeypatch, more, wanted) -> None:
+    """Validation after rounds 3 and 5 of 0..5, 10 episodes each, on test episodes too for the best on test."""
     monkeypatch.setattr(module, "_seconds", lambda work: 60.0)
     found = planned(inputs, "free", toy.LOCAL, "eval.lrs=[]", "eval.every=4", *more)
-    assert (found["validation minutes"], found["test minutes"]) == ("20.0", wanted), "rounds 3 and 5 of 0..5; 10 each"
+    assert (found["validation minutes"], found["test minutes"]) == wanted
 
 
-def test_the_work_of_every_method_is_that_of_a_run(inputs: Inputs, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A minute for whatever is timed; the counts are those that a run of these settings notes."""
+@pytest.mark.parametrize("name", ["purer", "bidf-mkd"])
+def test_images_and_updates_are_those_of_a_run(inputs: Inputs, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setattr(module, "_seconds", lambda work: 60.0)
-    purer = planned(inputs, "purer", toy.LOCAL)
-    bidf = planned(inputs, "bidf-mkd", toy.LOCAL)
-    for found, name in ((purer, "purer"), (bidf, "bidf-mkd")):
-        run = Trainer(toy.config(name, None, None).model_dump(mode="json"), inputs.world, [], local(inputs), None)
-        rounds = [run.round(r) for r in range(found["rounds"])]
-        assert found["meta-updates"] == str(sum(row.get("replay/updates") or 0 for row in rounds))
+    found = planned(inputs, name)
+    run = Trainer(toy.config(name, None, None).model_dump(mode="json"), inputs.world, [], local(inputs), None)
+    rounds = [run.round(r) for r in range(found["rounds"])]
+    assert found["meta-updates"] == str(sum(row.get("replay/updates") or 0 for row in rounds))
+    images = run.snapshot()["images"] if name == "purer" else None
+    made = sum(len(own["x"]) for own in images.values()) if images else rounds[-1]["bank/images"]
+    assert found["recovered images"] == made
+
+
+def test_the_time_of_bidf_counts_what_comes_between_its_inversions_once(inputs: Inputs, monkeypatch) -> None:
+    """A job of n iterations takes 7 + 2 n minutes here: 3 rounds of 2 jobs of 3 are 78."""
+    took = {"_bidf_job": lambda cfg, *_: 60.0 * (7 + 2 * cfg.iterations), "_task": lambda *_: 0.0}
+    for name, seconds in took.items():
+        monkeypatch.setattr(module, name, seconds)
+    assert planned(inputs, "bidf-mkd")["training minutes"] == "78.0 to 78.0"
 
 
 def test_recovery_from_a_mixed_pool_costs_what_its_mean_teacher_does(
