@@ -53,7 +53,7 @@ def estimate(config: RunConfig, inputs: Inputs, machine: Machine) -> dict[str, A
         plan["meta-updates"] = " to ".join(str(n) for n in dict.fromkeys(span))
         update = found.meta.tasks * _task(found.meta, world)
         minutes = [(found.recovery + n * update) / share / 60 for n in span]
-        plan["training minutes"] = " to ".join(f"{m:.1f}" for m in minutes)
+        plan["training minutes"] = " to ".join(dict.fromkeys(f"{m:.1f}" for m in minutes))
     validation, test = (seconds / share / 60 for seconds in _evaluation(config, inputs))
     processes = machine.workers + 2 if machine.backend == "ray" else 1
     memory_bytes = processes * PROCESS_BYTES + (DAEMON_BYTES if machine.backend == "ray" else 0.0)
