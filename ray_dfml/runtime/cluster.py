@@ -157,7 +157,8 @@ class _Dispatch:
             self._wake(i)
         self._fill()
         while len(self._done) < count:
-            ready, _ = ray.wait(list(self._flying), num_returns=1, timeout=self._patience())
+            results_first = sorted(self._flying, key=lambda ref: not self._flying[ref][1])
+            ready, _ = ray.wait(results_first, num_returns=1, timeout=self._patience())
             for ref in ready:
                 self._receive(ref)
             self._kill_late()
@@ -177,6 +178,8 @@ class _Dispatch:
             self._lost(i, ref, error)
             if not self._load:
                 raise ResourceError(f"no shard is left: {str(error).splitlines()[0]}") from None
+        except exceptions.ObjectLostError:
+            self._waiting.extendleft([job] for job in reversed(chunk))  # done, but the result went with its node
         except exceptions.RayTaskError as error:
             raise _cause(error) from error
         del self._flying[ref]
@@ -220,6 +223,7 @@ class _Dispatch:
         if queue and i not in self._backend.waking and i in self._answered:
             for job in self._flying[queue[0]][1]:
                 self._strikes[job.index] = self._strikes.get(job.index, 0) + 1
+            self._answered.clear()  # what killed this shard may have killed others: ask them before the next suspect
         for job in reversed(chunk):
             if self._strikes.get(job.index, 0) >= STRIKES and len(chunk) == 1:
                 late = f" or took longer than {self._backend.job_seconds:g} s," if job.index in self._late else ""
@@ -249,6 +253,7 @@ class _Dispatch:
             if limit is not None and now - self._since[i] >= limit:
                 self._late |= {job.index for job in self._flying[self._load[i][0]][1]}
                 self._since[i] = now
+                self._answered.add(i)  # it was up until here
                 ray.kill(self._backend.shards[i], no_restart=False)
 
 
@@ -310,7 +315,7 @@ class RaySession:
         assert self._learner is not None
         try:
             return ray.get(getattr(self._learner, name).remote(*args))
-        except (exceptions.RayActorError, exceptions.OutOfMemoryError) as error:
+        except (exceptions.RayActorError, exceptions.OutOfMemoryError, exceptions.ObjectLostError) as error:
             raise LearnerLost(str(error).splitlines()[0]) from None
         except exceptions.RayTaskError as error:
             raise _cause(error) from error

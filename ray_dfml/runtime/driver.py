@@ -10,7 +10,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -140,9 +140,9 @@ def _run(
     folder.status(state="starting", rounds=rounds, rejected=inputs.rejected, notes=notes)
     for line in notes:
         progress.note(line)
+    saved = _Saved(folder)
     session = machine.session(config, inputs.world, inputs.sets, inputs.teachers)
     _arm()
-    saved = _Saved(folder)
     try:
         session.start(saved.state)
         r = saved.rounds
@@ -187,8 +187,9 @@ def _run(
             test_step=session.call("step_sizes"),
         )  # fmt: skip
         return rows
-    except KeyboardInterrupt:
-        saved.write()
+    except (KeyboardInterrupt, DfmlError, FloatingPointError):
+        with suppress(OSError):  # a full disk costs these rounds; what ended the run is the news
+            saved.write()
         raise
     finally:
         progress.stop()

@@ -161,7 +161,8 @@ def _bidf(cfg: bidf.Config, world: World, shard: Shard, card: TeacherCard) -> fl
 
 def _bidf_job(cfg: bidf.Config, world: World, shard: Shard, card: TeacherCard) -> float:
     job = teacher_job(card, index=0, seed=0, values={})
-    shared = bidf.shared(cfg, world, bidf.init(cfg, world), 0)
+    late = bidf.init(cfg, world) | {"updates": cfg.boundary_after}
+    shared = bidf.shared(cfg, world, late, 0)
     return _seconds(lambda: shard.run("bidf-mkd.recover", [job], shared))
 
 

@@ -308,3 +308,47 @@ def test_deaths_before_the_call_are_nobodys_fault(shards: list[Shard], count: in
     """Even if all shards had died, and there are fewer jobs than shards."""
     backend = cluster.RayBackend([Asleep() for _ in range(4)], batched=False)
     assert backend.map("op", jobs(count), {}) == [{"index": i} for i in range(count)]
+
+
+class Doomed(Shard):
+    """A shard that is gone from a certain job on, one of its own or of another shard, until it has failed a call."""
+
+    def __init__(self, node: "Node") -> None:
+        super().__init__(up=True)
+        self.node = node
+
+    def _run(self, op: str, jobs: Sequence[Job], shared: Arrays) -> Ref:
+        if not self.node.fell and self.node.last in [job.index for job in jobs]:
+            self.node.fell = True
+            for shard in self.node.shards:
+                shard.up = False
+        done = super()._run(op, jobs, shared)
+        self.up = True
+        return done
+
+
+class Node:
+    """Two shards that go down together when a certain job begins."""
+
+    def __init__(self, last: int) -> None:
+        self.last, self.fell = last, False
+        self.shards = [Doomed(self), Doomed(self)]
+
+
+def test_a_node_that_goes_down_costs_a_job_one_strike(shards: list[Shard]) -> None:
+    """The other shard of the node was idle and had answered before: it is asked again before it gets the job."""
+    backend = cluster.RayBackend(Node(last=3).shards, batched=False)
+    assert backend.map("op", costing(4, 3, 2, 1), {}) == [{"index": i} for i in range(4)]
+
+
+def test_a_result_that_is_lost_is_made_again(shards: list[Shard]) -> None:
+    class Loses(Shard):
+        def _run(self, op: str, jobs: Sequence[Job], shared: Arrays) -> Ref:
+            done = super()._run(op, jobs, shared)
+            if len(self.calls) == 2:
+                done.error = cluster.exceptions.ObjectLostError("ab", None, "")
+            return done
+
+    shard = Loses(up=True)
+    assert cluster.RayBackend([shard], batched=False).map("op", jobs(3), {}) == [{"index": i} for i in range(3)]
+    assert sum(1 in call for call in shard.calls) == 2
