@@ -4,6 +4,7 @@ Order: defaults (profile `fixed`), then the profile, the preset, and each `--set
 """
 
 import difflib
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -58,6 +59,11 @@ class RunConfig(BaseModel):
     learner: LearnerConfig = LearnerConfig()
     method: SerializeAsAny[MethodConfig]
     eval: EvalConfig = EvalConfig()
+
+    def validates(self, r: int) -> bool:
+        """Whether round r ends with a validation: every `eval.every` rounds, and after the last."""
+        every = self.eval.every or max(1, math.ceil(self.method.rounds / 20))
+        return r % every == every - 1 or r == self.method.rounds - 1
 
 
 SECTIONS = ("method", "eval", "learner")

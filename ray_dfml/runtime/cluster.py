@@ -178,8 +178,10 @@ class _Dispatch:
             self._lost(i, ref, error)
             if not self._load:
                 raise ResourceError(f"no shard is left: {str(error).splitlines()[0]}") from None
-        except exceptions.ObjectLostError:
-            self._waiting.extendleft([job] for job in reversed(chunk))  # done, but the result went with its node
+        except exceptions.ObjectLostError:  # the call ended, but its result went with its node
+            self._waiting.extendleft([job] for job in reversed(chunk))
+            if not chunk:
+                self._backend.waking.discard(i)
         except exceptions.RayTaskError as error:
             raise _cause(error) from error
         del self._flying[ref]
@@ -249,8 +251,10 @@ class _Dispatch:
     def _kill_late(self) -> None:
         """End the process of each shard that is late; Ray starts it again, and its calls fail as those of any death."""
         now, limit = time.monotonic(), self._backend.job_seconds
+        if limit is None:
+            return
         for i in self._working():
-            if limit is not None and now - self._since[i] >= limit:
+            if now - self._since[i] >= limit:
                 self._late |= {job.index for job in self._flying[self._load[i][0]][1]}
                 self._since[i] = now
                 self._answered.add(i)  # it was up until here

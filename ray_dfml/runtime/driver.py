@@ -5,7 +5,6 @@ It holds no mathematics and takes under 1 % of a round. Whatever the session is,
 the final weights are the same bits.
 """
 
-import math
 import signal
 import threading
 import time
@@ -135,7 +134,6 @@ def _run(
     config: RunConfig, inputs: Inputs, folder: RunFolder, machine: Machine, progress: Progress
 ) -> list[dict[str, Any]]:
     rounds = config.method.rounds
-    every = config.eval.every or max(1, math.ceil(rounds / 20))
     notes = [*inputs.notes, *machine.notes()]
     folder.status(state="starting", rounds=rounds, rejected=inputs.rejected, notes=notes)
     for line in notes:
@@ -154,7 +152,7 @@ def _run(
             try:
                 called = time.perf_counter()
                 row: dict[str, Any] = {"round": r} | session.call("round", r)
-                row["validation"] = session.call("validate", r) if r % every == every - 1 or r == rounds - 1 else None
+                row["validation"] = session.call("validate", r) if config.validates(r) else None
                 busy += time.perf_counter() - called
                 snapshot = session.call("snapshot")
             except LearnerLost as error:

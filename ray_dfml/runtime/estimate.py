@@ -1,6 +1,5 @@
 """`train --dry-run`: what a run would do, and how long, from one pass of each kind of work on this machine."""
 
-import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -15,7 +14,7 @@ from ray_dfml.core.inner_loop import Task, meta_gradient
 from ray_dfml.core.net import net
 from ray_dfml.evaluate import finetune
 from ray_dfml.methods import bidf, free, oracle, purer
-from ray_dfml.methods.base import MetaConfig, MethodConfig, World, teacher_job
+from ray_dfml.methods.base import MetaConfig, MethodConfig, ReplayConfig, World, teacher_job
 from ray_dfml.methods.five import five
 from ray_dfml.runtime.driver import Inputs, Machine
 from ray_dfml.runtime.shard import Shard
@@ -78,9 +77,8 @@ class _Work:
 def _work(cfg: MethodConfig, world: World, shard: Shard) -> _Work | None:
     """What training is made of; None for the baselines, whose one step is soon done, and for `dro`."""
     if isinstance(cfg, free.Config):
-        learning = max(cfg.rounds - cfg.warmup, 0)
-        least, most = min(cfg.replay.patience + 1, cfg.replay.max_updates), cfg.replay.max_updates
-        jobs = cfg.rounds * cfg.teachers_per_round
+        learning, jobs = max(cfg.rounds - cfg.warmup, 0), cfg.rounds * cfg.teachers_per_round
+        least, most = _until_plateau(cfg.replay)
         one = (cfg.steps + 1) * _of_mean_teacher(world, lambda card: _five(cfg, world, shard, card))
         return _Work(jobs * cfg.images_per_class * world.way, jobs * one, learning * least, learning * most, cfg.replay)
     if isinstance(cfg, purer.Config):
@@ -90,19 +88,20 @@ def _work(cfg: MethodConfig, world: World, shard: Shard) -> _Work | None:
         made = cfg.images_per_class * sum(len(card.classes) for card in world.cards)
         return _Work(made, cfg.rounds * count * one, updates, updates, cfg.meta)
     if isinstance(cfg, bidf.Config):
-        jobs, bout = cfg.rounds * cfg.teachers_per_round, cfg.replay
+        jobs = cfg.rounds * cfg.teachers_per_round
         one = _of_mean_teacher(world, lambda card: _bidf(cfg, world, shard, card))
-        least, most = (
-            (cfg.generate_every, cfg.generate_every)
-            if cfg.generate_every
-            else (1 + min(bout.patience + 1, bout.max_updates), 1 + bout.max_updates)
-        )
-        images = 2 * jobs * cfg.images_per_class * world.way
-        return _Work(images, jobs * one, cfg.rounds * least, cfg.rounds * most, bout)
+        replayed = (cfg.generate_every - 1,) * 2 if cfg.generate_every else _until_plateau(cfg.replay)
+        least, most = (cfg.rounds * (1 + n) for n in replayed)
+        return _Work(2 * jobs * cfg.images_per_class * world.way, jobs * one, least, most, cfg.replay)
     if isinstance(cfg, oracle.Config):
         updates = cfg.rounds * cfg.updates_per_round
         return _Work(0, 0.0, updates, updates, cfg.replay)
     return None
+
+
+def _until_plateau(cfg: ReplayConfig) -> tuple[int, int]:
+    """The fewest and most updates of `replay.until_plateau`."""
+    return min(cfg.patience + 1, cfg.max_updates), cfg.max_updates
 
 
 def _evaluation(config: RunConfig, inputs: Inputs) -> tuple[float, float]:
@@ -111,14 +110,12 @@ def _evaluation(config: RunConfig, inputs: Inputs) -> tuple[float, float]:
     cfg, world = config.eval, inputs.world
     sets = {split: len([one for one in inputs.sets if one.split == split]) for split in ("val", "test")}
     seconds = {shot: _episode(config, world, shot) for shot in cfg.shots} if any(sets.values()) else {}
-    every = cfg.every or max(1, math.ceil(config.method.rounds / 20))
-    validations = (
-        math.ceil(config.method.rounds / every) * cfg.val_episodes * (sets["val"] + cfg.test_best * sets["test"])
-    )
+    validations = sum(config.validates(r) for r in range(config.method.rounds))
+    validated = validations * cfg.val_episodes * (sets["val"] + cfg.test_best * sets["test"])
     candidates = len(cfg.lrs) if world.head != "protonet" and len(cfg.lrs) > 1 else 0
     weights = 1 if config.name == "random" else 3 + cfg.test_best
     episodes = weights * (sets["test"] * cfg.episodes + sets["val"] * candidates * cfg.val_episodes)
-    return validations * seconds.get(max(cfg.shots), 0.0), episodes * sum(seconds.values())
+    return validated * seconds.get(max(cfg.shots), 0.0), episodes * sum(seconds.values())
 
 
 def _seconds(work: Callable[[], object]) -> float:

@@ -16,25 +16,33 @@ from ray_dfml.runtime.rundir import RunFolder
 from tests.runtime import toy
 
 
+class Dying:
+    """A session whose learner dies in round `last`, each time; what it was started from is in `starts`."""
+
+    def __init__(self, last: int) -> None:
+        self.last = last
+        self.starts: list[Any] = []
+
+    def start(self, state: Any) -> None:
+        self.starts.append(state)
+
+    def call(self, name: str, *args: Any) -> Any:
+        if name == "round" and args[0] == self.last:
+            raise LearnerLost("its process ended")
+        return {"round": {}, "snapshot": {"rejected": {}, "round": args}}.get(name)
+
+    def close(self) -> None:
+        self.starts.append("closed")
+
+
 def test_a_learner_that_keeps_dying_fails_the_run(
     tmp_path: Path, toy_data: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    starts: list[Any] = []
-
-    class Dying:
-        def start(self, state: Any) -> None:
-            starts.append(state)
-
-        def call(self, name: str, *_: Any) -> Any:
-            raise LearnerLost("its process ended")
-
-        def close(self) -> None:
-            starts.append("closed")
-
-    monkeypatch.setattr(driver.Machine, "session", lambda *_: Dying())
+    session = Dying(0)
+    monkeypatch.setattr(driver.Machine, "session", lambda *_: session)
     with pytest.raises(LearnerLost):
         toy.train(toy.config("random", None, toy_data), tmp_path / "run")
-    assert starts == [None] * driver.LEARNER_LIVES + ["closed"]
+    assert session.starts == [None] * driver.LEARNER_LIVES + ["closed"]
     assert toy.status(tmp_path / "run")["state"] == "failed"
     assert "its process ended" in toy.status(tmp_path / "run")["last_error"]
 
@@ -73,24 +81,11 @@ def test_a_learner_that_dies_in_the_same_round_again_fails_the_run(
 ) -> None:
     """It is begun again from the last round, which need not be on disk."""
     monkeypatch.setattr(driver.checkpoint, "save", lambda *_: None)
-    starts: list[Any] = []
-
-    class Dying:
-        def start(self, state: Any) -> None:
-            starts.append(state)
-
-        def call(self, name: str, *args: Any) -> Any:
-            if name == "round" and args[0] == 2:
-                raise LearnerLost("its process ended")
-            return {"round": {}, "snapshot": {"rejected": {}, "round": args}}.get(name)
-
-        def close(self) -> None:
-            starts.append("closed")
-
-    monkeypatch.setattr(driver.Machine, "session", lambda *_: Dying())
+    session = Dying(2)
+    monkeypatch.setattr(driver.Machine, "session", lambda *_: session)
     with pytest.raises(LearnerLost):
         toy.train(toy.config("free", toy_pool, toy_data), tmp_path / "run")
-    assert starts == [None, *[{"rejected": {}, "round": ()}] * (driver.LEARNER_LIVES - 1), "closed"]
+    assert session.starts == [None, *[{"rejected": {}, "round": ()}] * (driver.LEARNER_LIVES - 1), "closed"]
     assert toy.status(tmp_path / "run")["round"] == 2
 
 

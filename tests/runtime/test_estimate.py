@@ -19,10 +19,6 @@ def planned(inputs: Inputs, name: str, machine: Machine = toy.LOCAL, *more: str)
     return estimate(toy.config(name, None, None, *more), inputs, machine)
 
 
-def local(inputs: Inputs) -> LocalBackend:
-    return LocalBackend(inputs.teachers.__getitem__)
-
-
 @pytest.fixture(scope="module")
 def inputs(toy_pool: Path, toy_data: str) -> Inputs:
     return read_inputs(toy.config("free", toy_pool, toy_data))
@@ -60,7 +56,8 @@ def test_validated_last_and_fresh_weights_are_tested(inputs: Inputs, monkeypatch
 def test_images_and_updates_are_those_of_a_run(inputs: Inputs, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setattr(module, "_seconds", lambda work: 60.0)
     found = planned(inputs, name)
-    run = Trainer(toy.config(name, None, None).model_dump(mode="json"), inputs.world, [], local(inputs), None)
+    backend = LocalBackend(inputs.teachers.__getitem__)
+    run = Trainer(toy.config(name, None, None).model_dump(mode="json"), inputs.world, [], backend, None)
     rounds = [run.round(r) for r in range(found["rounds"])]
     assert found["meta-updates"] == str(sum(row.get("replay/updates") or 0 for row in rounds))
     images = run.snapshot()["images"] if name == "purer" else None
