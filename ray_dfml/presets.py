@@ -119,13 +119,14 @@ PRESETS: dict[str, Preset] = {
     ),
     "characters-purer": Preset(
         "purer",
-        "28x28 characters on a small machine: few images, several meta-updates per image step, an early curriculum",
+        "28x28 characters on a small machine: few images, smaller steps for pixels in [0, 1], an early curriculum",
         {
             "method": {
                 "image_steps": 2,
                 "updates": 10,
                 "image_warmup": 12,
                 "images_per_class": 16,
+                "lr_images": 0.1,
                 "tv_weight": 1e-3,
                 "bn_weight": 1.0,
                 "curriculum_after": 20,
