@@ -140,12 +140,12 @@ PRESETS: dict[str, Preset] = {
         "28x28 characters on a small machine: narrow generator that is not told the label, short inversions",
         {
             "method": {
-                "teachers_per_round": 2,
+                "teachers_per_round": 4,
                 "conditional": False,
-                "iterations": 16,
+                "iterations": 8,
                 "images_per_class": 16,
                 "width": 16,
-                "lr_generator": 1e-2,
+                "lr_generator": 3e-2,
                 "crop_pad": 2,
                 "bn_weight": 1.0,
                 "replay": {**REPLAY, "lr": 3e-3},
