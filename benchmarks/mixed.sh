@@ -10,10 +10,10 @@ cifar=cifar-fs:$RAY_DFML_DATA/cifar100.parquet
 build() { [ -e "$1" ] || ray-dfml pool build --out "$@" --workers 2; }
 build omniglot --data "$omniglot" --models 6 --arch conv4,resnet10 --seed 0 --set pretrain.epochs=15 --set pretrain.batch=16
 build mnist --data "$mnist" --models 3 --arch conv4 --seed 0 --set pretrain.epochs=1
-build cifar --data "$cifar" --models 5 --arch conv4 --seed 0 --set pretrain.epochs=8
+build cifar --data "$cifar" --models 12 --arch conv4 --seed 0 --set pretrain.epochs=8
 ray-dfml train free --preset characters --pool omniglot --pool mnist --pool cifar \
     --data "$omniglot" --data "$mnist" --data "$cifar" --run-dir free-mixed --workers 2 \
-    --set method.rounds=24 --set method.steps=4 --set method.images_per_class=16 --set method.replay.lr=1e-3 \
-    --set method.replay.max_updates=20 --set method.replay.patience=20 --set eval.every=6 --set eval.seed=1 \
+    --set method.rounds=24 --set method.images_per_class=16 --set method.replay.lr=1e-3 \
+    --set method.replay.max_updates=20 --set method.replay.patience=20 --set eval.every=6 --set eval.seed=2 \
     --set eval.episodes=200 --set eval.val_episodes=20
 ray-dfml report free-mixed --out mixed.md
