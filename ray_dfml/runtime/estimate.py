@@ -82,7 +82,7 @@ def _work(cfg: MethodConfig, world: World, shard: Shard) -> _Work | None:
         one = (cfg.steps + 1) * _of_mean_teacher(world, lambda card: _five(cfg, world, shard, card))
         return _Work(jobs * cfg.images_per_class * world.way, jobs * one, learning * least, learning * most, cfg.replay)
     if isinstance(cfg, purer.Config):
-        count = cfg.teachers_per_round or len(world.cards)
+        count = min(cfg.teachers_per_round or len(world.cards), len(world.cards))
         one = _of_mean_teacher(world, lambda card: _eci(cfg, world, shard, card))
         updates = max(cfg.rounds - cfg.image_warmup, 0) * cfg.updates
         made = cfg.images_per_class * sum(len(card.classes) for card in world.cards)

@@ -354,7 +354,7 @@ def test_a_result_that_is_lost_is_made_again(shards: list[Shard]) -> None:
     assert sum(1 in call for call in shard.calls) == 2
 
 
-def test_a_lost_answer_of_a_shard_is_an_answer(shards: list[Shard]) -> None:
+def test_a_lost_answer_of_a_shard_ends_the_wait_for_it(shards: list[Shard]) -> None:
     """A shard that was down is asked whether it is up; the call ends, and what it returned is gone."""
     shard = Asleep()
     shard.__ray_ready__ = Method(lambda: Ref(error=cluster.exceptions.ObjectLostError("ab", None, "")))
