@@ -137,8 +137,7 @@ def _entries(record: Record) -> list[_Entry]:
         row = row | {key: _whole(score.get(key)) for key in ("way", "shot", "episodes")}
         row |= {"method": text(method), "md5": md5, "query": query}
         row |= {"eval_seed": eval_seed, "mean": number(score.get("mean")), "ci95": number(score.get("ci95"))}
-        step = _step(record, method, str(score.get("selection")))
-        row["steps"] = [] if step is None else [step]
+        row["steps"] = _steps(record, method, str(score.get("selection")), data)
         identity = None if md5 is None else f"{data.split(':')[0]} {md5}"
         where = (identity, row["split"], row["way"], row["shot"], query, eval_seed, row["episodes"], row["bn"])
         unknown = f"not recorded in {record.path.resolve()}"
@@ -187,17 +186,22 @@ def _md5(record: Record, data: object) -> str | None:
     return "+".join(text(md5) for md5 in found) if found and all(found) else None
 
 
-def _step(record: Record, method: str, selection: str) -> float | None:
-    """Step size of the adaptation at test: the one the run chose, else `eval.lr`; None for a reading without steps.
+def _steps(record: Record, method: str, selection: str, data: str) -> list[float]:
+    """Step sizes of the adaptation at test: the one the run chose for the data, of `pooled` those of all, else
+    `eval.lr`; none for a reading without steps.
 
     Where the last weights are the validated ones, the run notes their step once, under `val`.
     """
     if method.endswith(("-direct", "-assign")) or _part(record.config, "learner").get("head") == "protonet":
-        return None
+        return []
     chosen, name = _part(record.status, "test_step"), method.removesuffix("-finetune")
-    steps = [chosen.get(f"{one}/{kind}") for one in (method, name) for kind in (selection, "val")]
-    known = [step for step in map(number, [*steps, _part(record.config, "eval").get("lr")]) if step is not None]
-    return known[0] if known else None
+    for one in [f"{each}/{kind}" for each in (method, name) for kind in (selection, "val")]:
+        parts = [k for k in chosen if (k.startswith(f"{one}/") if data == POOLED else k == f"{one}/{data}")]
+        known = {step for key in parts or [one] if (step := number(chosen.get(key))) is not None}
+        if known:
+            return sorted(known)
+    given = number(_part(record.config, "eval").get("lr"))
+    return [] if given is None else [given]
 
 
 def _settings(record: Record, method: str) -> str:

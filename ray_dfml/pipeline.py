@@ -67,7 +67,7 @@ class Trainer:
         self._sets = sets
         self._backend = backend
         self.state: State = state or self.method.init(self.config.method, world) | {name: {} for name in KEPT}
-        self._steps: dict[str, float] = {}
+        self._steps: dict[str, dict[str, float]] = {}
 
     @property
     def world(self) -> World:
@@ -151,19 +151,21 @@ class Trainer:
         scores = []
         for reading in self.method.READINGS:
             name = self.config.name + (f"-{reading}" if len(self.method.READINGS) > 1 else "")
-            lr = self.step_size(selection) if reading == "finetune" else None
-            scores += self._tested(name, selection, state, reading, lr)
+            scores += self._tested(name, selection, state, reading, selection)
         return scores
 
     def _selected(self, selection: str) -> Mapping[str, Any]:
         return {"val": self.state["best"], "test-best": self.state["test_best"]}.get(selection) or self.state
 
-    def _tested(
-        self, name: str, selection: str, state: Mapping[str, Any], reading: str, lr: float | None
-    ) -> list[Score]:
+    def _tested(self, name: str, selection: str, state: Mapping[str, Any], reading: str, weights: str) -> list[Score]:
+        """`weights` names the state as for `step_size`."""
         cfg, scores = self.config.eval, []
+        steps = [self.step_size(weights, one.data) if reading == "finetune" else None for one in self._tests]
         for shot in cfg.shots:
-            found = [self._score(one, shot, cfg.episodes, state, reading, lr) for one in self._tests]
+            found = [
+                self._score(one, shot, cfg.episodes, state, reading, lr)
+                for one, lr in zip(self._tests, steps, strict=True)
+            ]
             scores += [
                 self._named(name, one.data, one.split, shot, selection, accuracies)
                 for one, accuracies in zip(self._tests, found, strict=True)
@@ -172,11 +174,11 @@ class Trainer:
                 scores.append(self._named(name, POOLED, self._tests[0].split, shot, selection, np.concatenate(found)))
         return scores
 
-    def step_size(self, selection: str) -> float:
-        """The step of `eval.lrs` whose mean accuracy on the validation episodes, over all shots and sets, is best; the
+    def step_size(self, selection: str, data: str = POOLED) -> float:
+        """The step of `eval.lrs` whose mean accuracy on the validation episodes of `data`, over all shots, is best; the
         first of equals. `eval.lr` without candidates, without validation data, and for a head that takes no steps.
 
-        `selection` as in `test`, or `random` for the fresh learner.
+        `selection` as in `test`, or `random` for the fresh learner; `POOLED` is the episodes of all sets.
         """
         cfg = self.config.eval
         sets = [one for one in self._sets if one.split == "val"]
@@ -184,25 +186,33 @@ class Trainer:
             return cfg.lr
         if selection not in self._steps:
             state = self._fresh() if selection == "random" else self._selected(selection)
+            self._steps[selection] = self._best_steps(sets, state)
+        return self._steps[selection][data]
 
-            def accuracy(lr: float) -> float:
-                return float(
-                    np.concatenate(
-                        [
-                            self._score(one, shot, cfg.val_episodes, state, "finetune", lr)
-                            for one in sets
-                            for shot in cfg.shots
-                        ]
-                    ).mean()
-                )
-
-            self._steps[selection] = cfg.lrs[0] if len(cfg.lrs) == 1 else max(cfg.lrs, key=accuracy)
-        return self._steps[selection]
+    def _best_steps(self, sets: Sequence[Labelled], state: Mapping[str, Any]) -> dict[str, float]:
+        """Data set, and `POOLED` -> the best of `eval.lrs`."""
+        cfg = self.config.eval
+        if len(cfg.lrs) == 1:
+            return dict.fromkeys([*(one.data for one in sets), POOLED], cfg.lrs[0])
+        found = {
+            one.data: [
+                np.concatenate([self._score(one, s, cfg.val_episodes, state, "finetune", lr) for s in cfg.shots])
+                for lr in cfg.lrs
+            ]
+            for one in sets
+        }
+        found[POOLED] = [np.concatenate(of_a_step) for of_a_step in zip(*found.values(), strict=True)]
+        return {data: cfg.lrs[int(np.argmax([each.mean() for each in rows]))] for data, rows in found.items()}
 
     def step_sizes(self) -> dict[str, float]:
-        """The steps chosen so far: "METHOD/SELECTION" -> step size."""
+        """The steps chosen so far: "METHOD/SELECTION" -> step size over all data sets, and with several of them
+        "METHOD/SELECTION/DATA" -> that of each, which its test had."""
         names = {s: "random/last" if s == "random" else f"{self.config.name}/{s}" for s in self._steps}
-        return {names[selection]: lr for selection, lr in self._steps.items()}
+        found = {names[selection]: steps[POOLED] for selection, steps in self._steps.items()}
+        for selection, steps in self._steps.items():
+            if len(steps) > 2:
+                found |= {f"{names[selection]}/{data}": lr for data, lr in steps.items() if data != POOLED}
+        return found
 
     @property
     def _tests(self) -> list[Labelled]:
@@ -210,7 +220,7 @@ class Trainer:
 
     def baseline(self) -> list[Score]:
         """`random` on the same episodes: no number stands alone."""
-        return self._tested("random", "last", self._fresh(), "finetune", self.step_size("random"))
+        return self._tested("random", "last", self._fresh(), "finetune", "random")
 
     def _fresh(self) -> State:
         method = METHODS["random"]

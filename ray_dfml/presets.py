@@ -21,6 +21,7 @@ PROFILES: dict[str, dict[str, Mapping[str, Any]]] = {
                 "flip": "off",
                 "bell_inner": "sgd",
                 "bell_outer": "interpolate",
+                "replay": {"mix_data": True},
             }
         },
         "code": {
@@ -36,12 +37,20 @@ PROFILES: dict[str, dict[str, Mapping[str, Any]]] = {
                 "bell_scale": 67.0,
                 "distill": "probdot",
                 "bank_adds": "last",
-                "replay": {"reduction": "sum", "max_updates": 1_000_000},
+                "replay": {"reduction": "sum", "max_updates": 1_000_000, "mix_data": True},
             }
         },
     },
     "purer": {
-        "paper": {"method": {"rounds": 15_000, "image_steps": 1, "updates": 1, "image_warmup": 0}},
+        "paper": {
+            "method": {
+                "rounds": 15_000,
+                "image_steps": 1,
+                "updates": 1,
+                "image_warmup": 0,
+                "meta": {"mix_data": True},
+            }
+        },
         "code": {
             "method": {
                 "rounds": 60_000,
@@ -49,13 +58,21 @@ PROFILES: dict[str, dict[str, Mapping[str, Any]]] = {
                 "updates": 1,
                 "image_warmup": 0,
                 "start": "average",
-                "meta": {"inner_steps": 1, "reduction": "sum"},
+                "meta": {"inner_steps": 1, "reduction": "sum", "mix_data": True},
             },
             "eval": {"steps": 1},
         },
     },
     "bidf-mkd": {
-        "paper": {"method": {"teachers_per_round": 1, "kl_clamp": 1e9, "crop_pad": 0, "flip": "off"}},
+        "paper": {
+            "method": {
+                "teachers_per_round": 1,
+                "kl_clamp": 1e9,
+                "crop_pad": 0,
+                "flip": "off",
+                "replay": {"mix_data": True},
+            }
+        },
         "code": {
             "method": {
                 "teachers_per_round": 1,
@@ -66,7 +83,7 @@ PROFILES: dict[str, dict[str, Mapping[str, Any]]] = {
                 "boundary_after": 4000,
                 "distill": "probdot",
                 "generate_every": 0,
-                "replay": {"reduction": "sum", "max_updates": 60_000},
+                "replay": {"reduction": "sum", "max_updates": 60_000, "mix_data": True},
             }
         },
     },

@@ -322,6 +322,18 @@ def test_cost_and_step_of_a_run(tmp_path):
     assert rows[0]["steps"] == []
 
 
+def test_steps_of_several_data_sets_are_each_one_s_own(tmp_path):
+    chosen = {"free/val": 0.05, "free/val/toy": 0.5, "free/val/toyota": 0.2, "random/last": 0.01}
+    run = make(tmp_path / "a", {"free/val": FREE, "free/last": FREE, "random/last": RANDOM})
+    edit(run / "status.json", test_step=chosen)
+    scores = json.loads((run / "scores.json").read_text())
+    for data, steps in {"toy": [0.5], "toyota": [0.2], "pooled": [0.2, 0.5], "other": [0.05]}.items():
+        (run / "scores.json").write_text(json.dumps([score | {"data": data} for score in scores]))
+        rows = compare([run]).rows
+        assert [row["steps"] for row in rows if row["method"] == "free"] == [steps] * 2
+        assert row_of(rows, "random")["steps"] == [0.01]
+
+
 def test_scores_whose_episodes_cannot_be_used_say_so(tmp_path):
     run = make(tmp_path / "a", {"free/last": FREE, "random/last": AVERAGE})
     whole = (run / "scores.json").read_text()

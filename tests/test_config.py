@@ -45,6 +45,7 @@ CHANGES: dict[tuple[str, str], dict[str, Any]] = {
         "method.flip": "off",
         "method.bell_inner": "sgd",
         "method.bell_outer": "interpolate",
+        "method.replay.mix_data": True,
     },
     ("free", "code"): {
         "method.rounds": 999,
@@ -60,12 +61,14 @@ CHANGES: dict[tuple[str, str], dict[str, Any]] = {
         "method.bank_adds": "last",
         "method.replay.reduction": "sum",
         "method.replay.max_updates": 1_000_000,
+        "method.replay.mix_data": True,
     },
     ("purer", "paper"): {
         "method.rounds": 15_000,
         "method.image_steps": 1,
         "method.updates": 1,
         "method.image_warmup": 0,
+        "method.meta.mix_data": True,
     },
     ("purer", "code"): {
         "method.rounds": 60_000,
@@ -75,6 +78,7 @@ CHANGES: dict[tuple[str, str], dict[str, Any]] = {
         "method.start": "average",
         "method.meta.inner_steps": 1,
         "method.meta.reduction": "sum",
+        "method.meta.mix_data": True,
         "eval.steps": 1,
     },
     ("bidf-mkd", "paper"): {
@@ -82,6 +86,7 @@ CHANGES: dict[tuple[str, str], dict[str, Any]] = {
         "method.kl_clamp": 1e9,
         "method.crop_pad": 0,
         "method.flip": "off",
+        "method.replay.mix_data": True,
     },
     ("bidf-mkd", "code"): {
         "method.teachers_per_round": 1,
@@ -94,6 +99,7 @@ CHANGES: dict[tuple[str, str], dict[str, Any]] = {
         "method.generate_every": 0,
         "method.replay.reduction": "sum",
         "method.replay.max_updates": 60_000,
+        "method.replay.mix_data": True,
     },
 }
 """What each profile changes of a run, apart from its name and the choice of the test step."""

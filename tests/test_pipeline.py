@@ -225,6 +225,30 @@ def test_the_step_size_is_chosen_on_validation_episodes_alone(monkeypatch: pytes
     assert one.step_sizes() == {"free/last": 0.5, "random/last": 0.5}
 
 
+def test_each_data_set_is_tested_with_a_step_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each set of weights: 0.1 suits the one, 0.5 the other, 0.3 both together, which is what is exported."""
+    best = {"toy": {0.1: 60.0, 0.3: 50.0, 0.5: 20.0}, "other": {0.1: 20.0, 0.3: 50.0, 0.5: 60.0}}
+    asked: list[tuple[str, str, float | None]] = []
+
+    def score(
+        self: Trainer, one: Labelled, shot: int, count: int, state: Any, reading: str, lr: float | None = None
+    ) -> np.ndarray:
+        asked.append((one.data, one.split, lr))
+        return np.full(count, best[one.data][lr or 0.0])
+
+    monkeypatch.setattr(Trainer, "_score", score)
+    config = resolve("free", sets=[*toy.EVAL, "eval.lrs=[0.1,0.3,0.5]"])
+    both = sets() + [replace(part, data="other") for part in sets()]
+    one = Trainer(config.model_dump(mode="json"), WORLD, both, LocalBackend(TEACHERS.__getitem__), None)
+    scores = one.test("last") + one.baseline()
+    assert [(s.data, s.accuracies.mean()) for s in scores] == [("toy", 60.0), ("other", 60.0), ("pooled", 60.0)] * 2
+    assert {(data, lr) for data, split, lr in asked if split == "test"} == {("toy", 0.1), ("other", 0.5)}
+    assert one.step_size("last") == 0.3
+    steps = {"": 0.3, "/toy": 0.1, "/other": 0.5}
+    assert one.step_sizes() == {f"{w}/last{data}": lr for w in ("free", "random") for data, lr in steps.items()}
+    assert len(asked) == 2 * (2 * 3 + 2), "each step is scored once on each set"
+
+
 @pytest.mark.parametrize(("more", "data"), [(("eval.lrs=[]",), True), ((), False), (("learner.head=protonet",), True)])
 def test_without_a_choice_the_step_is_the_given_one(
     monkeypatch: pytest.MonkeyPatch, more: tuple[str, ...], data: bool

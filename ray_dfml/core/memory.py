@@ -5,7 +5,8 @@ A bank is a dict from class key to uint8 images [n c h w], oldest first. Adding 
 place.
 """
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import torch
@@ -19,22 +20,36 @@ def add(bank: Mapping[str, np.ndarray], key: str, images: np.ndarray, capacity: 
     return {**bank, key: np.ascontiguousarray(kept[-capacity:])}
 
 
-def ready(bank: Mapping[str, np.ndarray], per_class: int) -> list[str]:
-    """Class keys, sorted, that hold at least `per_class` images."""
-    return sorted(key for key, images in bank.items() if len(images) >= per_class)
+def one_group(key: str) -> str:
+    """The group of every class where a task may hold any of them."""
+    return ""
+
+
+def ready(
+    bank: Mapping[str, np.ndarray], per_class: int, *, way: int = 1, group: Callable[[str], str] = one_group
+) -> list[str]:
+    """Class keys, sorted, that hold at least `per_class` images, of groups that have `way` such classes."""
+    keys = sorted(key for key, images in bank.items() if len(images) >= per_class)
+    sizes = Counter(map(group, keys))
+    return [key for key in keys if sizes[group(key)] >= way]
 
 
 def draw_task(
-    bank: Mapping[str, np.ndarray], *, way: int, shot: int, query: int, generator: torch.Generator
-) -> tuple[list[str], np.ndarray, np.ndarray]:
-    """An interpolated task: `way` ready classes, `shot` + `query` distinct images of each.
+    bank: Mapping[str, np.ndarray], *, way: int, shot: int, query: int, generator: torch.Generator,
+    group: Callable[[str], str] = one_group,
+) -> tuple[list[str], np.ndarray, np.ndarray]:  # fmt: skip
+    """An interpolated task: `way` ready classes of one group, `shot` + `query` distinct images of each.
 
-    Returns the class keys in label order, and uint8 support [shot*way c h w] and query [query*way c h w],
-    interleaved: the labels are 0..way-1 repeated. Raises ValueError if fewer than `way` classes are ready.
+    The group is that of a class drawn from all, so groups come up by their number of classes. Returns the class keys in
+    label order, and uint8 support [shot*way c h w] and query [query*way c h w], interleaved: the labels are 0..way-1
+    repeated. Raises ValueError if no group has `way` ready classes.
     """
-    keys = ready(bank, shot + query)
-    if len(keys) < way:
-        raise ValueError(f"the bank has {len(keys)} classes with {shot + query} images or more, a task needs {way}")
+    keys = ready(bank, shot + query, way=way, group=group)
+    if not keys:
+        raise ValueError(f"the bank has no {way} classes of one group with {shot + query} images or more")
+    if len(set(map(group, keys))) > 1:
+        first = keys[int(torch.randint(len(keys), (1,), generator=generator))]
+        keys = [key for key in keys if group(key) == group(first)]
     chosen = [keys[int(i)] for i in torch.randperm(len(keys), generator=generator)[:way]]
     picks = [bank[k][torch.randperm(len(bank[k]), generator=generator)[: shot + query].numpy()] for k in chosen]
     both = np.stack(picks, axis=1)

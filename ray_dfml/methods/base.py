@@ -111,6 +111,9 @@ class MetaConfig(BaseModel):
     reduction: Literal["mean", "sum"] = Field(
         default="mean", description="Over the tasks of an update; the released code sums."
     )
+    mix_data: bool = Field(
+        default=False, description="Whether a task may hold classes of several data sets; else all are of one."
+    )
 
 
 class ReplayConfig(MetaConfig):

@@ -36,8 +36,15 @@ from ray_dfml.methods.base import (
     stacked,
     teacher_job,
 )
-from ray_dfml.methods.inversion import BETAS, Inversion, InversionConfig, Judge, checked_generator, groups
-from ray_dfml.methods.inversion import notes as notes
+from ray_dfml.methods.inversion import (
+    BETAS,
+    Inversion,
+    InversionConfig,
+    Judge,
+    checked_generator,
+    dropped_statistics,
+    groups,
+)
 from ray_dfml.types import Arrays, Job
 
 READINGS = ("finetune",)
@@ -82,9 +89,15 @@ def _classes(cfg: Config, way: int) -> int:
     return way if cfg.conditional else 0
 
 
+def notes(cfg: Config, world: World) -> list[str]:
+    """Teachers for which the statistics term does not apply, and classes that no task can hold."""
+    return dropped_statistics(world.cards, cfg.bn_weight) + bank_of.notes(cfg.replay, world, cfg.bank_key)
+
+
 def init(cfg: Config, world: World) -> State:
     """The learner and an empty bank. Raises UsageError as `checked_generator`."""
-    bank_of.check("bidf-mkd", cfg.replay, cfg.bank_capacity)
+    bank_of.check_capacity("bidf-mkd", cfg.replay, cfg.bank_capacity)
+    bank_of.check("bidf-mkd", cfg.replay, world, cfg.bank_key)
     checked_generator("bidf-mkd", cfg, world, _classes(cfg, world.way))
     return replay.with_optimiser(initial_learner(world)) | {"bank": {}}
 

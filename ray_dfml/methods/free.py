@@ -34,8 +34,7 @@ from ray_dfml.methods.base import (
     teacher_job,
 )
 from ray_dfml.methods.five import five
-from ray_dfml.methods.inversion import InversionConfig, Judge, checked_generator, groups
-from ray_dfml.methods.inversion import notes as notes
+from ray_dfml.methods.inversion import InversionConfig, Judge, checked_generator, dropped_statistics, groups
 from ray_dfml.types import Arrays, Job
 
 READINGS = ("finetune",)
@@ -99,12 +98,18 @@ class Config(InversionConfig):
     replay: ReplayConfig = ReplayConfig()
 
 
+def notes(cfg: Config, world: World) -> list[str]:
+    """Teachers for which the statistics term does not apply, and classes that no task can hold."""
+    return dropped_statistics(world.cards, cfg.bn_weight) + bank_of.notes(cfg.replay, world, cfg.bank_key)
+
+
 def init(cfg: Config, world: World) -> State:
     """Learner and generator from the run's seed, fresh optimisers, an empty bank.
 
     Raises UsageError for an input size that the generator cannot make, and for a teacher of too few classes.
     """
-    bank_of.check("free", cfg.replay, cfg.bank_capacity)
+    bank_of.check_capacity("free", cfg.replay, cfg.bank_capacity)
+    bank_of.check("free", cfg.replay, world, cfg.bank_key)
     theta_g = checked_generator("free", cfg, world).init(seeds.generator(world.seed, "theta_g"))
     learner = replay.with_optimiser(initial_learner(world))
     return learner | {

@@ -70,11 +70,6 @@ def checked_generator(method: str, cfg: InversionConfig, world: World, classes: 
         raise UsageError(f"{method}: {error}; use teachers of another input size") from None
 
 
-def notes(cfg: InversionConfig, world: World) -> list[str]:
-    """Teachers that lack what the loss asks for, one line each kind."""
-    return dropped_statistics(world.cards, cfg.bn_weight)
-
-
 def dropped_statistics(cards: Sequence[TeacherCard], weight: float) -> list[str]:
     """A line that says for which teachers the batch-norm term is left out, or nothing."""
     without = [card.id for card in cards if weight and not has_statistics(card)]

@@ -16,10 +16,10 @@ import numpy as np
 import torch
 from pydantic import Field
 
-from ray_dfml.core import memory, seeds
+from ray_dfml.core import seeds
 from ray_dfml.errors import RejectedError, UsageError
+from ray_dfml.methods import bank as bank_of
 from ray_dfml.methods import eci, replay
-from ray_dfml.methods.bank import BankKey
 from ray_dfml.methods.base import (
     MetaConfig,
     MethodConfig,
@@ -64,7 +64,7 @@ class Config(MethodConfig):
     start: Literal["random", "average"] = Field(
         default="random", description="Initial learner; the released scripts start from the mean of all teachers."
     )
-    image_key: BankKey = Field(
+    image_key: bank_of.BankKey = Field(
         default="class",
         description="A class of pseudo tasks is a class name (side information of the cards), or a (teacher, class).",
     )
@@ -72,20 +72,22 @@ class Config(MethodConfig):
 
 
 def notes(cfg: Config, world: World) -> list[str]:
-    """Teachers for which the statistics term does not apply."""
-    return dropped_statistics(world.cards, cfg.bn_weight)
+    """Teachers for which the statistics term does not apply, and classes that no task can hold."""
+    return dropped_statistics(world.cards, cfg.bn_weight) + bank_of.notes(cfg.meta, world, cfg.image_key)
 
 
 def init(cfg: Config, world: World) -> State:
     """The learner, images N(0, 1) per teacher, and the switch.
 
-    Raises UsageError where a class has too few images for a task, or teachers that have no mean are to be averaged.
+    Raises UsageError where a class has too few images for a task, a data set too few classes, or teachers that have no
+    mean are to be averaged.
     """
     if cfg.meta.shot + cfg.meta.query > cfg.images_per_class:
         raise UsageError(
             f"purer: tasks take {cfg.meta.shot} + {cfg.meta.query} images of a class, method.images_per_class is "
             f"{cfg.images_per_class}; raise it or lower method.meta.query"
         )
+    bank_of.check("purer", cfg.meta, world, cfg.image_key)
     odd = [c.id for c in world.cards if (c.arch, c.image.shape, len(c.classes)) != _kind(world)]
     if cfg.start == "average" and odd:
         raise UsageError(
@@ -172,8 +174,10 @@ def learn(cfg: Config, world: World, state: State, r: int, results: list[Arrays]
     if r < cfg.image_warmup:
         return state, metrics
     store = _Store(cfg, world, state)
-    if len(store.classes) < world.way:
-        raise RejectedError(f"the usable teachers know {len(store.classes)} classes, a task needs {world.way}")
+    if not bank_of.ready(cfg.meta, world.way, store.classes):
+        raise RejectedError(
+            f"the usable teachers know {len(store.classes)} classes, too few for a task of {world.way} of one data set"
+        )
     found: Metrics = {}
     for u in range(cfg.updates):
         tasks = [store.pixels(store.draw(world.seed, r, "pseudo", u, t)) for t in range(cfg.meta.tasks)]
@@ -237,7 +241,7 @@ class _Store:
         self.classes: dict[str, Any] = {}
         for i, card in enumerate(world.cards):
             for local, name in enumerate(card.classes):
-                key = name if cfg.image_key == "class" else f"{card.id}#{name}"
+                key = bank_of.class_key(name, card.id, cfg.image_key)
                 rows = np.arange(cfg.images_per_class) * len(card.classes) + local
                 pairs = np.stack([np.full_like(rows, i), rows], 1)
                 self.classes[key] = np.concatenate([self.classes[key], pairs]) if key in self.classes else pairs
@@ -245,9 +249,7 @@ class _Store:
     def draw(self, *tag: int | str) -> dict[str, np.ndarray]:
         """A pseudo task as rows (teacher, image): support [s 2] and query [u 2], interleaved."""
         meta, rng = self._meta, seeds.generator(*tag)
-        _, support, query = memory.draw_task(
-            self.classes, way=self._world.way, shot=meta.shot, query=meta.query, generator=rng
-        )
+        support, query = bank_of.draw(meta, self._world.way, self.classes, rng)
         return {"support": support, "query": query}
 
     def pixels(self, task: dict[str, np.ndarray]) -> Arrays:

@@ -12,6 +12,7 @@ from ray_dfml.core import memory, optim, seeds
 from ray_dfml.core.images import normalise, to_pixels
 from ray_dfml.core.inner_loop import Task, meta_gradient
 from ray_dfml.core.net import net
+from ray_dfml.methods import bank as bank_of
 from ray_dfml.methods.base import MetaConfig, Metrics, ReplayConfig, Send, State, Worker, World, image_values
 from ray_dfml.types import Arrays, Job
 
@@ -57,7 +58,7 @@ def draw(cfg: MetaConfig, world: World, bank: Mapping[str, np.ndarray], tag: tup
     tasks: list[Arrays] = []
     for t in range(cfg.tasks):
         rng = seeds.generator(world.seed, *tag, t)
-        _, support, query = memory.draw_task(bank, way=world.way, shot=cfg.shot, query=cfg.query, generator=rng)
+        support, query = bank_of.draw(cfg, world.way, bank, rng)
         tasks.append({"support": support, "query": query})
     return tasks
 

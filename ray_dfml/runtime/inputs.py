@@ -102,7 +102,7 @@ def read_inputs(config: RunConfig) -> Inputs:
         for spec, one in loaded.items():
             part = one.subset("train")
             images = fitted(part.images, image.shape, f"--data {spec}")
-            real |= {f"{spec}/{c}": images[part.labels == i] for i, c in enumerate(part.class_names)}
+            real |= {f"{one.name}/{spec}/{c}": images[part.labels == i] for i, c in enumerate(part.class_names)}
     world = World(
         cards=teachers.cards, arch=config.learner.arch, image=image, way=way, seed=config.seed,
         head=config.learner.head, real=real,

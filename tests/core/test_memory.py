@@ -54,7 +54,7 @@ def test_a_task_has_distinct_images_of_distinct_ready_classes_in_interleaved_ord
     rng = torch.Generator().manual_seed(seed)
     enough = [key for key in bank if len(bank[key]) >= shot + query]
     if len(enough) < way:
-        with pytest.raises(ValueError, match=f"the bank has {len(enough)} classes"):
+        with pytest.raises(ValueError, match=f"the bank has no {way} classes"):
             memory.draw_task(bank, way=way, shot=shot, query=query, generator=rng)
         return
     copies = {key: images.copy() for key, images in bank.items()}
@@ -90,6 +90,50 @@ def test_classes_and_images_are_drawn_uniformly():
         supports.update(image_numbers(support))
     assert len(supports) == 16
     assert all(60 < count < 140 for count in supports.values())  # mean 100, standard deviation 9.4
+
+
+def first_letter(key: str) -> str:
+    """The group of a class in these tests."""
+    return key[0]
+
+
+def test_ready_classes_of_a_group_are_enough_for_a_task():
+    bank = {key: unique_images(2, SHAPE) for key in ("a1", "a2", "a3", "b1", "b2", "c1")} | {
+        "c2": unique_images(1, SHAPE)
+    }
+    assert memory.ready(bank, 2, way=2, group=first_letter) == ["a1", "a2", "a3", "b1", "b2"]
+    assert memory.ready(bank, 2, way=3, group=first_letter) == ["a1", "a2", "a3"]
+    assert memory.ready(bank, 2, way=4, group=first_letter) == []
+    assert memory.ready(bank, 2, way=6) == ["a1", "a2", "a3", "b1", "b2", "c1"]
+
+
+def test_a_task_is_of_one_group_and_groups_come_up_by_their_classes():
+    """Six classes of `a`, two of `b`, and one of `c`, too few for a task: three quarters of the tasks are of `a`."""
+    keys = [f"a{i}" for i in range(6)] + ["b0", "b1", "c0"]
+    bank, rng = {key: unique_images(2, SHAPE) for key in keys}, torch.Generator().manual_seed(0)
+    found = Counter()
+    for _ in range(400):
+        chosen, _, _ = memory.draw_task(bank, way=2, shot=1, query=1, generator=rng, group=first_letter)
+        assert len(set(chosen)) == 2
+        found["".join(sorted({key[0] for key in chosen}))] += 1
+    assert set(found) == {"a", "b"}
+    assert abs(found["a"] - 300) < 45  # standard deviation 8.7
+
+
+def test_one_group_alone_draws_what_no_groups_draw():
+    bank = numbered_bank([4, 4, 4])
+    draws = [
+        memory.draw_task(bank, way=2, shot=1, query=1, generator=torch.Generator().manual_seed(3), group=group)
+        for group in (memory.one_group, first_letter)
+    ]
+    assert draws[0][0] == draws[1][0]
+    assert np.array_equal(draws[0][1], draws[1][1])
+
+
+def test_no_group_has_enough_classes_for_a_task():
+    bank = {key: unique_images(2, SHAPE) for key in ("a0", "b0", "c0")}
+    with pytest.raises(ValueError, match="no 2 classes of one group with 2 images"):
+        memory.draw_task(bank, way=2, shot=1, query=1, generator=torch.Generator(), group=first_letter)
 
 
 def test_interleaved_labels_repeat_the_ways():

@@ -1,9 +1,11 @@
 """Recovered tasks in the memory bank: under which classes, how many, and what is counted."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from ray_dfml.errors import UsageError
 from ray_dfml.methods import bank as bank_of
@@ -39,7 +41,7 @@ def test_images_go_to_the_class_that_their_label_names():
 
 def test_classes_of_teachers_stay_apart_where_names_are_not_known():
     bank = stored(task("one", ["toy/b", "toy/a"]), task("two", ["toy/a", "toy/c"], first=10), key="teacher")
-    assert numbers(bank) == {"one#toy/b": [0, 2], "one#toy/a": [1, 3], "two#toy/a": [10, 12], "two#toy/c": [11, 13]}
+    assert numbers(bank) == {"toy/b#one": [0, 2], "toy/a#one": [1, 3], "toy/a#two": [10, 12], "toy/c#two": [11, 13]}
 
 
 def test_the_oldest_images_of_a_class_leave_first():
@@ -58,7 +60,7 @@ def test_storing_changes_neither_the_bank_given_nor_the_task():
 
 @pytest.mark.parametrize(
     ("key", "ready", "missing"),
-    [("class", 1, 2), ("teacher", 0, 4)],  # toy/1 has images of both teachers, enough together only
+    [("class", 0, 2), ("teacher", 0, 4)],  # toy/1 has images of both teachers, enough together, and is alone
 )
 def test_figures_count_classes_that_can_be_drawn_and_those_that_cannot(key, ready, missing):
     world = World(cards=(card(0), card(1)), arch="conv4", image=image_spec(), way=2, seed=0)
@@ -88,5 +90,51 @@ def test_images_of_teachers_that_left_the_pool_can_be_drawn_and_are_not_missing(
 def test_a_bank_that_could_never_hold_a_task_is_refused():
     cfg = MetaConfig(shot=2, query=5)
     with pytest.raises(UsageError, match=r"^free: tasks take 2 \+ 5 images of a class, method.bank_capacity is 6;"):
-        bank_of.check("free", cfg, 6)
-    bank_of.check("free", cfg, 7)
+        bank_of.check_capacity("free", cfg, 6)
+    bank_of.check_capacity("free", cfg, 7)
+
+
+def pool_of(*classes: tuple[str, ...], way: int = 2) -> World:
+    """A pool of one teacher for each tuple of classes."""
+    cards = tuple(replace(card(i), classes=names) for i, names in enumerate(classes))
+    return World(cards=cards, arch="conv4", image=image_spec(), way=way, seed=0)
+
+
+def test_the_data_set_of_a_class_is_what_its_name_begins_with():
+    names = [bank_of.class_key(name, "t.1", key) for name in ("a/b/c", "cat") for key in ("class", "teacher")]
+    assert [bank_of.data_set(name) for name in names] == ["a", "a", "", ""]
+
+
+def test_data_sets_with_too_few_classes_for_a_task_are_noted():
+    world = pool_of(("a/0", "b/0"), ("a/1", "b/0"), ("cat", "a/2"))
+    cfg = MetaConfig(shot=1, query=1)
+    found = bank_of.notes(cfg, world, "class")
+    assert [line.split("teachers know")[0] for line in found] == [
+        "no task of the meta-updates has classes of b: the ",
+        "no task of the meta-updates has classes of no named data set: the ",
+    ]
+    assert "know 1 of them, a task takes 2" in found[0]
+    assert bank_of.notes(cfg.model_copy(update={"mix_data": True}), world, "class") == []
+    assert len(bank_of.notes(cfg, world, "teacher")) == 1  # two teachers know b/0
+
+
+def test_a_pool_without_a_data_set_of_enough_classes_is_refused():
+    world, cfg = pool_of(("a/0", "b/0"), ("a/0", "c/0")), MetaConfig(shot=1, query=1)
+    with pytest.raises(UsageError, match=r"^free: a task takes 2 classes of one data set, the teachers know 1 of one"):
+        bank_of.check("free", cfg, world, "class")
+    bank_of.check("free", cfg, world, "teacher")
+    bank_of.check("free", cfg.model_copy(update={"mix_data": True}), world, "class")
+
+
+@pytest.mark.parametrize(("mix", "kinds"), [(False, {"a", "b"}), (True, {"a", "b", "ab"})])
+def test_a_task_is_of_one_data_set_unless_it_may_mix_them(mix, kinds):
+    cfg = MetaConfig(shot=1, query=1, mix_data=mix)
+    bank = {
+        f"{kind}/{i}": unique_images(2, SHAPE, first=100 * j + 10 * i) for j, kind in enumerate("ab") for i in range(2)
+    }
+    found = set()
+    for seed in range(40):
+        support, query = bank_of.draw(cfg, 2, bank, torch.Generator().manual_seed(seed))
+        of = {"ab"[number // 100] for number in image_numbers(np.concatenate([support, query]))}
+        found.add("".join(sorted(of)))
+    assert found == kinds

@@ -277,7 +277,7 @@ def test_the_bank_holds_both_sets_under_their_class_names():
     units = bidf.learn(small_bidf(bank_key="teacher", bank_capacity=5), WORLD, state, 0, results, worker.send)[0][
         "bank"
     ]
-    assert sorted(units) == ["conv4-0#toy/0", "conv4-0#toy/1", "conv4-1#toy/1", "conv4-1#toy/2"]
+    assert sorted(units) == ["toy/0#conv4-0", "toy/1#conv4-0", "toy/1#conv4-1", "toy/2#conv4-1"]
     assert {len(images) for images in units.values()} == {5}
 
 
@@ -289,7 +289,7 @@ def test_without_enough_images_a_round_is_its_distillations():
     assert not torch.equal(after["theta"], before["theta"])
     _, _, metrics = play("bidf-mkd", cfg, WORLD)
     assert (metrics["bank/classes"], metrics["bank/missing_classes"], metrics["replay/updates"]) == (0, 4, 1)
-    with pytest.raises(ValueError, match="the bank has 0 classes with 9 images or more, a task needs 2"):
+    with pytest.raises(ValueError, match="the bank has no 2 classes of one group with 9 images or more"):
         replay.draw(cfg.replay, WORLD, after["bank"], (0,))
 
 

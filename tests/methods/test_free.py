@@ -144,7 +144,7 @@ def test_without_class_names_bank_classes_are_units_of_teachers():
     )
     bank = learn(cfg, free.init(cfg, WORLD), [fake_task("conv4-0"), fake_task("conv4-1")], 1)["bank"]
     assert {key: image_numbers(images) for key, images in bank.items()} == {
-        "conv4-0#toy/0": [0, 2], "conv4-0#toy/1": [1, 3], "conv4-1#toy/1": [0, 2], "conv4-1#toy/2": [1, 3],
+        "toy/0#conv4-0": [0, 2], "toy/1#conv4-0": [1, 3], "toy/1#conv4-1": [0, 2], "toy/2#conv4-1": [1, 3],
     }  # fmt: skip
 
 
@@ -286,7 +286,7 @@ def test_replay_waits_until_the_bank_has_enough_classes():
     assert torch.equal(after["theta"], before["theta"])
     assert (metrics["bank/classes"], metrics["bank/missing_classes"], metrics["replay/updates"]) == (0, 4, 0)
     assert worker.sent == []
-    with pytest.raises(ValueError, match="the bank has 0 classes with 4 images or more, a task needs 2"):
+    with pytest.raises(ValueError, match="the bank has no 2 classes of one group with 4 images or more"):
         replay.draw(cfg.replay, WORLD, after["bank"], (1,))
 
 
@@ -336,8 +336,8 @@ def test_a_round_on_a_mixed_pool(sharing):
         assert task["logits"].shape == (8, 2)
     for name, images in after["bank"].items():
         assert images.shape[1:] == (3, 20, 20)
-        assert bool((images == images[:, :1]).all()) == name.startswith("grey")
-    assert {name.split("#")[0] for name in after["bank"]} == {"grey", "colour"}
+        assert bool((images == images[:, :1]).all()) == name.endswith("#grey")
+    assert {name.split("#")[1] for name in after["bank"]} == {"grey", "colour"}
     assert metrics["replay/updates"] >= 1
     assert all(np.isfinite(value) for value in metrics.values())
     assert not torch.equal(after["theta"], state["theta"])

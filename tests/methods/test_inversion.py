@@ -264,18 +264,17 @@ def test_a_pool_that_cannot_be_inverted_is_an_error_before_the_run(method, name)
 
 
 def test_notes_name_the_teachers_without_batch_norm():
-    plain, weighed = tuple(card(i, arch="mlp") for i in range(5)), InversionConfig.model_validate({"bn_weight": 1.0})
+    plain = tuple(card(i, arch="mlp") for i in range(5))
     assert [inversion.has_statistics(c) for c in (card(0), plain[0])] == [True, False]
     for cards, names in (
         (plain[:1], "mlp-0"),
         ((card(0), *plain[:3]), "mlp-0, mlp-1, mlp-2"),
         (plain, "mlp-0, mlp-1, mlp-2 and 2 more"),
     ):
-        world = replace(small_world(), cards=cards)
         line = f"the batch-norm statistics term is dropped for {names}: no batch norm in the network"
-        assert inversion.notes(weighed, world) == [line]
-        assert inversion.notes(InversionConfig.model_validate({}), world) == []
-    assert inversion.notes(weighed, small_world()) == []
+        assert inversion.dropped_statistics(cards, 1.0) == [line]
+        assert inversion.dropped_statistics(cards, 0.0) == []
+    assert inversion.dropped_statistics(small_world().cards, 1.0) == []
 
 
 def test_the_term_is_left_out_for_a_teacher_without_batch_norm():
