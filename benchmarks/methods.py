@@ -63,7 +63,8 @@ def run(method: str, seed: int, spec: str, out: Path, seconds: float) -> dict[st
     sets = [Labelled("omniglot", s, np.ascontiguousarray(parts[s].images), parts[s].labels) for s in ("val", "test")]
     oracle = method == "maml-oracle"
     config = resolve(method, preset=INVERSION.get(method), sets=(*(ORACLE if oracle else ()), *TEST), seed=seed)
-    real = {c: parts["train"].images[parts["train"].labels == i] for i, c in enumerate(parts["train"].class_names)}
+    train = parts["train"]
+    real = {f"omniglot/{c}": train.images[train.labels == i] for i, c in enumerate(train.class_names)}
     first = pool.cards[0]
     world = World(
         cards=() if oracle else pool.cards, arch="conv4", image=first.image, way=5, seed=seed,
