@@ -44,7 +44,7 @@ class EvalConfig(BaseModel):
     lr: float = Field(default=0.01, gt=0, description="Their step size.")
     lrs: tuple[Annotated[float, Field(gt=0)], ...] = Field(
         default=(0.01, 0.05, 0.2, 0.5),
-        description="Candidate step sizes at test; the best on validation episodes is used. Empty: `lr`.",
+        description="Candidate step sizes at test; for each data set the best on validation is used. Empty: `lr`.",
     )
     bn: BatchNormMode = Field(
         default="transductive", description="Batch-norm statistics at test; stamped on every number."

@@ -158,7 +158,8 @@ class Trainer:
         return {"val": self.state["best"], "test-best": self.state["test_best"]}.get(selection) or self.state
 
     def _tested(self, name: str, selection: str, state: Mapping[str, Any], reading: str, weights: str) -> list[Score]:
-        """`weights` names the state as for `step_size`."""
+        """Scores of `state` on every shot and data set, under a name and a selection. `weights` names it as for
+        `step_size`."""
         cfg, scores = self.config.eval, []
         steps = [self.step_size(weights, one.data) if reading == "finetune" else None for one in self._tests]
         for shot in cfg.shots:
@@ -178,7 +179,8 @@ class Trainer:
         """The step of `eval.lrs` whose mean accuracy on the validation episodes of `data`, over all shots, is best; the
         first of equals. `eval.lr` without candidates, without validation data, and for a head that takes no steps.
 
-        `selection` as in `test`, or `random` for the fresh learner; `POOLED` is the episodes of all sets.
+        `selection` as in `test`, or `random` for the fresh learner; `POOLED`, and data that have no validation
+        episodes, stand for the episodes of all sets.
         """
         cfg = self.config.eval
         sets = [one for one in self._sets if one.split == "val"]
@@ -187,7 +189,7 @@ class Trainer:
         if selection not in self._steps:
             state = self._fresh() if selection == "random" else self._selected(selection)
             self._steps[selection] = self._best_steps(sets, state)
-        return self._steps[selection][data]
+        return self._steps[selection].get(data, self._steps[selection][POOLED])
 
     def _best_steps(self, sets: Sequence[Labelled], state: Mapping[str, Any]) -> dict[str, float]:
         """Data set, and `POOLED` -> the best of `eval.lrs`."""
@@ -205,13 +207,13 @@ class Trainer:
         return {data: cfg.lrs[int(np.argmax([each.mean() for each in rows]))] for data, rows in found.items()}
 
     def step_sizes(self) -> dict[str, float]:
-        """The steps chosen so far: "METHOD/SELECTION" -> step size over all data sets, and with several of them
-        "METHOD/SELECTION/DATA" -> that of each, which its test had."""
-        names = {s: "random/last" if s == "random" else f"{self.config.name}/{s}" for s in self._steps}
-        found = {names[selection]: steps[POOLED] for selection, steps in self._steps.items()}
+        """The steps chosen so far, "METHOD/SELECTION" -> step size; with several data sets "METHOD/SELECTION/DATA" for
+        each of them."""
+        found = {}
         for selection, steps in self._steps.items():
-            if len(steps) > 2:
-                found |= {f"{names[selection]}/{data}": lr for data, lr in steps.items() if data != POOLED}
+            name = "random/last" if selection == "random" else f"{self.config.name}/{selection}"
+            each = {f"{name}/{data}": lr for data, lr in steps.items() if data != POOLED}
+            found |= each if len(each) > 1 else {name: steps[POOLED]}
         return found
 
     @property

@@ -226,7 +226,8 @@ def _facts(value: object, prefix: str = "") -> list[tuple[str, str]]:
 
 
 def _steps(record: Record) -> dict[str, float]:
-    """Step sizes at test, as the run chose them: "METHOD/SELECTION" -> step."""
+    """Step sizes at test, as the run chose them: "METHOD/SELECTION", or for several data sets "METHOD/SELECTION/DATA",
+    -> step."""
     found = record.status.get("test_step")
     given = found.items() if isinstance(found, dict) else ()
     return {str(name): lr for name, lr in ((name, number(value)) for name, value in given) if lr is not None}

@@ -244,8 +244,9 @@ def test_each_data_set_is_tested_with_a_step_of_its_own(monkeypatch: pytest.Monk
     assert [(s.data, s.accuracies.mean()) for s in scores] == [("toy", 60.0), ("other", 60.0), ("pooled", 60.0)] * 2
     assert {(data, lr) for data, split, lr in asked if split == "test"} == {("toy", 0.1), ("other", 0.5)}
     assert one.step_size("last") == 0.3
-    steps = {"": 0.3, "/toy": 0.1, "/other": 0.5}
-    assert one.step_sizes() == {f"{w}/last{data}": lr for w in ("free", "random") for data, lr in steps.items()}
+    assert one.step_size("last", "unknown") == 0.3
+    steps = {"toy": 0.1, "other": 0.5}
+    assert one.step_sizes() == {f"{w}/last/{data}": lr for w in ("free", "random") for data, lr in steps.items()}
     assert len(asked) == 2 * (2 * 3 + 2), "each step is scored once on each set"
 
 

@@ -78,7 +78,11 @@ def build(
 )
 @click.option("--arch", required=True, help="Architecture, from the allow-list.")
 @click.option("--input", "size", required=True, help="Channels x height x width, such as 3x32x32.")
-@click.option("--classes", required=True, help="Class names in the order of the outputs, with commas.")
+@click.option(
+    "--classes",
+    required=True,
+    help="Class names in the order of the outputs, with commas; DATASET/NAME if known.",
+)
 @click.option("--mean", help="Per channel, for pixels in [0, 1]; default 0.")
 @click.option("--std", help="Per channel; default 1.")
 @click.option("--id", "id", help="Name in the pool; default: the file's name.")

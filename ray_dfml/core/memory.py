@@ -46,7 +46,10 @@ def draw_task(
     """
     keys = ready(bank, shot + query, way=way, group=group)
     if not keys:
-        raise ValueError(f"the bank has no {way} classes of one group with {shot + query} images or more")
+        filled = len(ready(bank, shot + query))
+        raise ValueError(
+            f"a task needs {way} classes of one group with {shot + query} images or more; the bank has {filled} in all"
+        )
     if len(set(map(group, keys))) > 1:
         first = keys[int(torch.randint(len(keys), (1,), generator=generator))]
         keys = [key for key in keys if group(key) == group(first)]

@@ -4,7 +4,7 @@ The classes of a task are of one data set, as those of a test episode are, unles
 """
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Literal
 
 import numpy as np
@@ -24,9 +24,14 @@ def class_key(name: str, teacher: str, key: BankKey) -> str:
     return name if key == "class" else f"{name}#{teacher}"
 
 
-def data_set(class_key: str) -> str:
+def data_set(name: str) -> str:
     """The data set of a class: what its name has before the first `/`; empty for a name without one."""
-    return class_key.partition("/")[0] if "/" in class_key else ""
+    return name.partition("/")[0] if "/" in name else ""
+
+
+def of_pool(world: World, key: BankKey) -> set[str]:
+    """The bank's keys of all classes that the teachers know."""
+    return {class_key(name, card.id, key) for card in world.cards for name in card.classes}
 
 
 def _group(cfg: MetaConfig) -> Callable[[str], str]:
@@ -46,32 +51,26 @@ def ready(cfg: MetaConfig, way: int, bank: Mapping[str, np.ndarray]) -> list[str
     return memory.ready(bank, cfg.shot + cfg.query, way=way, group=_group(cfg))
 
 
-def _of_pool(world: World, key: BankKey) -> set[str]:
-    return {class_key(name, card.id, key) for card in world.cards for name in card.classes}
-
-
-def _sizes(cfg: MetaConfig, world: World, key: BankKey) -> Counter[str]:
-    """Data set -> how many classes of it the pool knows."""
-    return Counter(map(_group(cfg), sorted(_of_pool(world, key))))
-
-
-def notes(cfg: MetaConfig, world: World, key: BankKey) -> list[str]:
-    """The data sets whose classes are in no task, one line each."""
+def notes(cfg: MetaConfig, way: int, keys: Iterable[str]) -> list[str]:
+    """The data sets of which `keys` are too few for a task, one line each."""
+    sizes = Counter(map(_group(cfg), sorted(keys)))
     return [
-        f"no task of the meta-updates has classes of {kind or 'no named data set'}: the teachers know {count} of them, "
-        f"a task takes {world.way} of one data set"
-        for kind, count in _sizes(cfg, world, key).items()
-        if count < world.way
+        f"{kind or 'classes whose names have no data set'}: known classes {count}, a task takes {way} of one data set, "
+        "so no meta-update has them"
+        for kind, count in sizes.items()
+        if count < way
     ]
 
 
-def check(method: str, cfg: MetaConfig, world: World, key: BankKey) -> None:
-    """Raises UsageError where no data set has as many classes as a task takes."""
-    most = max(_sizes(cfg, world, key).values())
-    if most < world.way:
+def check(method: str, field: str, cfg: MetaConfig, way: int, keys: Iterable[str]) -> None:
+    """Raises UsageError where no data set has as many of the classes `keys` as a task takes. `field` is where `cfg` is
+    in the run's settings."""
+    sizes = Counter(map(_group(cfg), sorted(keys)))
+    if max(sizes.values(), default=0) < way:
+        known = ", ".join(f"{kind or 'no data set'} {count}" for kind, count in list(sizes.items())[:5]) or "none"
         raise UsageError(
-            f"{method}: a task takes {world.way} classes of one data set, the teachers know {most} of one at most; "
-            "lower learner.way, or let tasks mix data sets (mix_data=true, beside the tasks' shot)"
+            f"{method}: a task takes {way} classes of one data set (a class name up to its first '/'), and the known "
+            f"classes are: {known}; lower learner.way, or let tasks mix data sets with {field}.mix_data=true"
         )
 
 
@@ -95,10 +94,12 @@ def store(bank: Mapping[str, np.ndarray], task: Arrays, key: BankKey, capacity: 
 
 
 def figures(cfg: MetaConfig, world: World, bank: Mapping[str, np.ndarray], key: BankKey) -> Metrics:
-    """How many classes a task can be drawn from, how many of the pool lack images for one, and the images in all."""
-    filled = set(memory.ready(bank, cfg.shot + cfg.query))
+    """How many classes have images for a task, how many of the pool have not, the images in all, and how many data sets
+    tasks come from."""
+    filled = memory.ready(bank, cfg.shot + cfg.query)
     return {
-        "bank/classes": len(ready(cfg, world.way, bank)),
-        "bank/missing_classes": len(_of_pool(world, key) - filled),
+        "bank/classes": len(filled),
+        "bank/missing_classes": len(of_pool(world, key) - set(filled)),
         "bank/images": sum(len(images) for images in bank.values()),
+        "bank/data_sets": len(set(map(_group(cfg), ready(cfg, world.way, bank)))),
     }

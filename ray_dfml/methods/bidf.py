@@ -91,13 +91,15 @@ def _classes(cfg: Config, way: int) -> int:
 
 def notes(cfg: Config, world: World) -> list[str]:
     """Teachers for which the statistics term does not apply, and classes that no task can hold."""
-    return dropped_statistics(world.cards, cfg.bn_weight) + bank_of.notes(cfg.replay, world, cfg.bank_key)
+    return dropped_statistics(world.cards, cfg.bn_weight) + bank_of.notes(
+        cfg.replay, world.way, bank_of.of_pool(world, cfg.bank_key)
+    )
 
 
 def init(cfg: Config, world: World) -> State:
-    """The learner and an empty bank. Raises UsageError as `checked_generator`."""
+    """The learner and an empty bank. Raises UsageError as `checked_generator`, and where no task can be drawn."""
     bank_of.check_capacity("bidf-mkd", cfg.replay, cfg.bank_capacity)
-    bank_of.check("bidf-mkd", cfg.replay, world, cfg.bank_key)
+    bank_of.check("bidf-mkd", "method.replay", cfg.replay, world.way, bank_of.of_pool(world, cfg.bank_key))
     checked_generator("bidf-mkd", cfg, world, _classes(cfg, world.way))
     return replay.with_optimiser(initial_learner(world)) | {"bank": {}}
 
@@ -278,7 +280,7 @@ def learn(cfg: Config, world: World, state: State, r: int, results: list[Arrays]
     metrics["distill/agreement"] = 100.0 * sum(one["accuracy"] for one in extra) / len(extra)
     metrics["distill/grad_norm"] = float(sum(torch.tensor(one["grad"]).norm() for one in extra) / len(extra))
     metrics |= bank_of.figures(cfg.replay, world, bank, cfg.bank_key)
-    ready = (metrics["bank/classes"] or 0) >= world.way
+    ready = bool(metrics["bank/data_sets"])
     count = max(cfg.replay.tasks - len(extra), 0) if ready else 0
     first = cfg.replay.model_copy(update={"tasks": count})
     tasks = replay.draw(first, world, bank, (r, "distill"))

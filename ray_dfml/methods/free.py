@@ -100,16 +100,19 @@ class Config(InversionConfig):
 
 def notes(cfg: Config, world: World) -> list[str]:
     """Teachers for which the statistics term does not apply, and classes that no task can hold."""
-    return dropped_statistics(world.cards, cfg.bn_weight) + bank_of.notes(cfg.replay, world, cfg.bank_key)
+    return dropped_statistics(world.cards, cfg.bn_weight) + bank_of.notes(
+        cfg.replay, world.way, bank_of.of_pool(world, cfg.bank_key)
+    )
 
 
 def init(cfg: Config, world: World) -> State:
     """Learner and generator from the run's seed, fresh optimisers, an empty bank.
 
-    Raises UsageError for an input size that the generator cannot make, and for a teacher of too few classes.
+    Raises UsageError for an input size that the generator cannot make, for a teacher of too few classes, and where no
+    task can be drawn.
     """
     bank_of.check_capacity("free", cfg.replay, cfg.bank_capacity)
-    bank_of.check("free", cfg.replay, world, cfg.bank_key)
+    bank_of.check("free", "method.replay", cfg.replay, world.way, bank_of.of_pool(world, cfg.bank_key))
     theta_g = checked_generator("free", cfg, world).init(seeds.generator(world.seed, "theta_g"))
     learner = replay.with_optimiser(initial_learner(world))
     return learner | {
@@ -214,7 +217,7 @@ def learn(cfg: Config, world: World, state: State, r: int, results: list[Arrays]
         state, found = bell.update(cfg, world, state, [_distill_set(cfg, world, task) for task in tasks], r)
         metrics |= found
     metrics |= bank_of.figures(cfg.replay, world, bank, cfg.bank_key)
-    if (metrics["bank/classes"] or 0) < world.way:
+    if not metrics["bank/data_sets"]:
         return state, metrics | {"replay/updates": 0}
     state, found = replay.until_plateau(cfg.replay, world, state, bank, r, send)
     return state, metrics | found

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 
 from pydantic import Field
 
+from ray_dfml.core import memory
+from ray_dfml.methods import bank as bank_of
 from ray_dfml.methods import replay
 from ray_dfml.methods.base import MetaConfig, MethodConfig, Metrics, Send, State, Worker, World, initial_learner
 from ray_dfml.types import Arrays, Job
@@ -23,12 +25,18 @@ class Config(MethodConfig):
 
 
 def notes(cfg: Config, world: World) -> list[str]:
-    """Nothing to say."""
-    return []
+    """Data sets with too few classes for a task."""
+    return bank_of.notes(cfg.replay, world.way, _classes(cfg, world))
+
+
+def _classes(cfg: Config, world: World) -> list[str]:
+    return memory.ready(world.real, cfg.replay.shot + cfg.replay.query)
 
 
 def init(cfg: Config, world: World) -> State:
-    """The learner from the run's seed, as every method starts."""
+    """The learner from the run's seed, as every method starts. Raises UsageError where no task can be drawn."""
+    if world.real:
+        bank_of.check("maml-oracle", "method.replay", cfg.replay, world.way, _classes(cfg, world))
     return replay.with_optimiser(initial_learner(world))
 
 

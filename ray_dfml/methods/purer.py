@@ -73,7 +73,9 @@ class Config(MethodConfig):
 
 def notes(cfg: Config, world: World) -> list[str]:
     """Teachers for which the statistics term does not apply, and classes that no task can hold."""
-    return dropped_statistics(world.cards, cfg.bn_weight) + bank_of.notes(cfg.meta, world, cfg.image_key)
+    return dropped_statistics(world.cards, cfg.bn_weight) + bank_of.notes(
+        cfg.meta, world.way, bank_of.of_pool(world, cfg.image_key)
+    )
 
 
 def init(cfg: Config, world: World) -> State:
@@ -87,7 +89,7 @@ def init(cfg: Config, world: World) -> State:
             f"purer: tasks take {cfg.meta.shot} + {cfg.meta.query} images of a class, method.images_per_class is "
             f"{cfg.images_per_class}; raise it or lower method.meta.query"
         )
-    bank_of.check("purer", cfg.meta, world, cfg.image_key)
+    bank_of.check("purer", "method.meta", cfg.meta, world.way, bank_of.of_pool(world, cfg.image_key))
     odd = [c.id for c in world.cards if (c.arch, c.image.shape, len(c.classes)) != _kind(world)]
     if cfg.start == "average" and odd:
         raise UsageError(
@@ -95,7 +97,7 @@ def init(cfg: Config, world: World) -> State:
         )
     state = replay.with_optimiser(initial_learner(world))
     return state | {
-        "images": {card.id: _fresh(cfg, world, card) for card in world.cards},
+        "images": {card.id: fresh(cfg, world, card) for card in world.cards},
         "push": {},
         "switch": {"best": -1.0, "waited": 0, "due": 0, "fired": 0},
     }
@@ -105,7 +107,8 @@ def _kind(world: World) -> tuple[str, tuple[int, int, int], int]:
     return (world.arch, world.image.shape, world.way)
 
 
-def _fresh(cfg: Config, world: World, card: TeacherCard) -> State:
+def fresh(cfg: Config, world: World, card: TeacherCard) -> State:
+    """Images N(0, 1) of a teacher from the run's seed, with the moments of their optimiser."""
     shape = (cfg.images_per_class * len(card.classes), *card.image.shape)
     x = torch.randn(shape, generator=seeds.generator(world.seed, "images", card.id))
     return {"x": x, "m": torch.zeros_like(x), "v": torch.zeros_like(x), "step": 0}
@@ -176,7 +179,8 @@ def learn(cfg: Config, world: World, state: State, r: int, results: list[Arrays]
     store = _Store(cfg, world, state)
     if not bank_of.ready(cfg.meta, world.way, store.classes):
         raise RejectedError(
-            f"the usable teachers know {len(store.classes)} classes, too few for a task of {world.way} of one data set"
+            f"the usable teachers know {len(store.classes)} classes, and too few of any one data set for a task of "
+            f"{world.way}"
         )
     found: Metrics = {}
     for u in range(cfg.updates):

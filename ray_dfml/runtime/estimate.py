@@ -145,7 +145,7 @@ def _five(cfg: free.Config, world: World, shard: Shard, card: TeacherCard) -> fl
 def _eci(cfg: purer.Config, world: World, shard: Shard, card: TeacherCard) -> float:
     """PURER's image steps of one round."""
     alone = replace(world, cards=(card,))
-    jobs = purer.plan(cfg, alone, purer.init(cfg.model_copy(update={"start": "random"}), alone), 0)
+    jobs = purer.plan(cfg, alone, {"images": {card.id: purer.fresh(cfg, world, card)}, "push": {}}, 0)
     return _seconds(lambda: shard.run("purer.recover", jobs, purer.shared(cfg, alone, {}, 0)))
 
 

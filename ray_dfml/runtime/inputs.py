@@ -99,10 +99,10 @@ def read_inputs(config: RunConfig) -> Inputs:
     if config.name == "maml-oracle":
         if not loaded:
             raise UsageError("maml-oracle trains on real images: name them with --data")
-        for spec, one in loaded.items():
+        for n, (spec, one) in enumerate(loaded.items()):
             part = one.subset("train")
             images = fitted(part.images, image.shape, f"--data {spec}")
-            real |= {f"{one.name}/{spec}/{c}": images[part.labels == i] for i, c in enumerate(part.class_names)}
+            real |= {f"{one.name}-{n}/{c}": images[part.labels == i] for i, c in enumerate(part.class_names)}
     world = World(
         cards=teachers.cards, arch=config.learner.arch, image=image, way=way, seed=config.seed,
         head=config.learner.head, real=real,

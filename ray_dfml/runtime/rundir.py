@@ -86,11 +86,18 @@ class RunFolder:
             lock.release()
 
     def config(self) -> RunConfig:
-        """The run's resolved configuration. Raises RejectedError if it cannot be read."""
+        """The run's resolved configuration. Raises RejectedError if it cannot be read, or lacks a setting that this
+        version has: its default need not be what the run began with."""
+        path = self.path / "config.yaml"
         try:
-            return build(yaml.safe_load((self.path / "config.yaml").read_text()))
+            tree = yaml.safe_load(path.read_text())
+            config = build(tree)
         except (OSError, yaml.YAMLError, UsageError) as error:
-            raise RejectedError(f"{self.path / 'config.yaml'}: {error}") from None
+            raise RejectedError(f"{path}: {error}") from None
+        lacking = _lacking(tree, config.model_dump(mode="json"))
+        if lacking:
+            raise RejectedError(f"{path}: has no {lacking}, so another version wrote it; start a new run")
+        return config
 
     def manifest(self) -> dict[str, Any]:
         """The manifest the run began with."""
@@ -193,3 +200,14 @@ def _git() -> dict[str, Any]:
 
 def _now() -> str:
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+def _lacking(tree: dict[str, Any], wanted: dict[str, Any]) -> str:
+    """The first dotted key of `wanted` that `tree` has not; empty if it has all."""
+    for key, value in wanted.items():
+        if key not in tree:
+            return key
+        inner = _lacking(tree[key] or {}, value) if isinstance(value, dict) else ""
+        if inner:
+            return f"{key}.{inner}"
+    return ""

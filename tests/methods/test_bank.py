@@ -8,10 +8,23 @@ import pytest
 import torch
 
 from ray_dfml.errors import UsageError
+from ray_dfml.methods import METHODS
 from ray_dfml.methods import bank as bank_of
 from ray_dfml.methods.base import MetaConfig, World
-from ray_dfml.types import Arrays
-from tests.support import card, image_numbers, image_spec, unique_images
+from ray_dfml.types import Arrays, Job
+from tests.support import (
+    FakeWorker,
+    card,
+    image_numbers,
+    image_spec,
+    mixed_world,
+    play,
+    small_bidf,
+    small_config,
+    small_purer,
+    small_world,
+    unique_images,
+)
 
 SHAPE = (3, 16, 16)
 
@@ -60,14 +73,14 @@ def test_storing_changes_neither_the_bank_given_nor_the_task():
 
 @pytest.mark.parametrize(
     ("key", "ready", "missing"),
-    [("class", 0, 2), ("teacher", 0, 4)],  # toy/1 has images of both teachers, enough together, and is alone
+    [("class", 1, 2), ("teacher", 0, 4)],  # toy/1 has images of both teachers, enough together only
 )
 def test_figures_count_classes_that_can_be_drawn_and_those_that_cannot(key, ready, missing):
     world = World(cards=(card(0), card(1)), arch="conv4", image=image_spec(), way=2, seed=0)
     assert [c.classes for c in world.cards] == [("toy/0", "toy/1"), ("toy/1", "toy/2")]
     bank = stored(*(task(c.id, list(c.classes)) for c in world.cards), key=key)
     found = bank_of.figures(MetaConfig(shot=1, query=2), world, bank, key)
-    assert found == {"bank/classes": ready, "bank/missing_classes": missing, "bank/images": 8}
+    assert found == {"bank/classes": ready, "bank/missing_classes": missing, "bank/images": 8, "bank/data_sets": 0}
 
 
 def test_a_class_that_was_never_recovered_is_missing():
@@ -76,7 +89,7 @@ def test_a_class_that_was_never_recovered_is_missing():
     cfg = MetaConfig(shot=1, query=2)
     assert bank_of.figures(cfg, world, bank, "class")["bank/missing_classes"] == 1
     assert bank_of.figures(cfg, world, {}, "class") == {
-        "bank/classes": 0, "bank/missing_classes": 3, "bank/images": 0,
+        "bank/classes": 0, "bank/missing_classes": 3, "bank/images": 0, "bank/data_sets": 0,
     }  # fmt: skip
 
 
@@ -84,7 +97,7 @@ def test_images_of_teachers_that_left_the_pool_can_be_drawn_and_are_not_missing(
     world = World(cards=(card(0),), arch="conv4", image=image_spec(), way=2, seed=0)
     bank = stored(task("gone", ["toy/8", "toy/9"], per_class=3))
     found = bank_of.figures(MetaConfig(shot=1, query=2), world, bank, "class")
-    assert found == {"bank/classes": 2, "bank/missing_classes": 2, "bank/images": 6}
+    assert found == {"bank/classes": 2, "bank/missing_classes": 2, "bank/images": 6, "bank/data_sets": 1}
 
 
 def test_a_bank_that_could_never_hold_a_task_is_refused():
@@ -94,10 +107,14 @@ def test_a_bank_that_could_never_hold_a_task_is_refused():
     bank_of.check_capacity("free", cfg, 7)
 
 
-def pool_of(*classes: tuple[str, ...], way: int = 2) -> World:
-    """A pool of one teacher for each tuple of classes."""
-    cards = tuple(replace(card(i), classes=names) for i, names in enumerate(classes))
-    return World(cards=cards, arch="conv4", image=image_spec(), way=way, seed=0)
+def test_figures_count_the_data_sets_that_tasks_come_from():
+    bank = {
+        f"{kind}/{i}": unique_images(2, SHAPE) for kind, count in (("a", 3), ("b", 2), ("c", 1)) for i in range(count)
+    }
+    world = World(cards=(), arch="conv4", image=image_spec(), way=2, seed=0)
+    for cfg, wanted in ((MetaConfig(shot=1, query=1), 2), (MetaConfig(shot=1, query=1, mix_data=True), 1)):
+        found = bank_of.figures(cfg, world, bank, "class")
+        assert (found["bank/classes"], found["bank/data_sets"]) == (6, wanted)
 
 
 def test_the_data_set_of_a_class_is_what_its_name_begins_with():
@@ -105,25 +122,86 @@ def test_the_data_set_of_a_class_is_what_its_name_begins_with():
     assert [bank_of.data_set(name) for name in names] == ["a", "a", "", ""]
 
 
+KNOWN = ["a/0", "a/1", "a/2", "b/0", "cat"]
+
+
 def test_data_sets_with_too_few_classes_for_a_task_are_noted():
-    world = pool_of(("a/0", "b/0"), ("a/1", "b/0"), ("cat", "a/2"))
     cfg = MetaConfig(shot=1, query=1)
-    found = bank_of.notes(cfg, world, "class")
-    assert [line.split("teachers know")[0] for line in found] == [
-        "no task of the meta-updates has classes of b: the ",
-        "no task of the meta-updates has classes of no named data set: the ",
-    ]
-    assert "know 1 of them, a task takes 2" in found[0]
-    assert bank_of.notes(cfg.model_copy(update={"mix_data": True}), world, "class") == []
-    assert len(bank_of.notes(cfg, world, "teacher")) == 1  # two teachers know b/0
+    found = bank_of.notes(cfg, 2, KNOWN)
+    assert [line.split(", a task takes 2 of one")[0] for line in found] == [
+        "b: known classes 1", "classes whose names have no data set: known classes 1"
+    ]  # fmt: skip
+    assert bank_of.notes(cfg.model_copy(update={"mix_data": True}), 2, KNOWN) == []
 
 
-def test_a_pool_without_a_data_set_of_enough_classes_is_refused():
-    world, cfg = pool_of(("a/0", "b/0"), ("a/0", "c/0")), MetaConfig(shot=1, query=1)
-    with pytest.raises(UsageError, match=r"^free: a task takes 2 classes of one data set, the teachers know 1 of one"):
-        bank_of.check("free", cfg, world, "class")
-    bank_of.check("free", cfg, world, "teacher")
-    bank_of.check("free", cfg.model_copy(update={"mix_data": True}), world, "class")
+def test_classes_of_which_no_task_can_be_made_are_refused():
+    cfg = MetaConfig(shot=1, query=1)
+    message = r"^free: a task takes 4 .* are: a 3, b 1, no data set 1; .* with method\.replay\.mix_data=true$"
+    with pytest.raises(UsageError, match=message):
+        bank_of.check("free", "method.replay", cfg, 4, KNOWN)
+    bank_of.check("free", "method.replay", cfg, 3, KNOWN)
+    bank_of.check("free", "method.replay", cfg.model_copy(update={"mix_data": True}), 4, KNOWN)
+    with pytest.raises(UsageError, match="the known classes are: none; "):
+        bank_of.check("free", "method.replay", cfg, 2, [])
+
+
+def two_data_sets(last: str = "other/c") -> World:
+    """A grey teacher of `toy`, and a colour teacher of `other`, whose last class is given."""
+    world = mixed_world()
+    grey, colour = world.cards
+    return replace(world, cards=(grey, replace(colour, classes=("other/d", "other/a", last))))
+
+
+SMALL = {"free": small_config, "purer": small_purer, "bidf-mkd": small_bidf}
+"""Small settings of each method that replays."""
+
+
+@pytest.mark.parametrize("mix", [False, True])
+@pytest.mark.parametrize("name", SMALL)
+def test_a_meta_update_of_every_method_has_tasks_of_one_data_set(name, mix):
+    """Colours tell them apart: grey images have three equal channels, after the normalisation too once it is undone."""
+    world, field = two_data_sets(), "meta" if name == "purer" else "replay"
+    cfg = SMALL[name]()
+    meta = getattr(cfg, field).model_copy(update={"mix_data": mix, "tasks": 6})
+    cfg = cfg.model_copy(update={field: meta} | ({"curriculum_after": 1} if name == "purer" else {}))
+    worker = FakeWorker(world)
+    play(name, cfg, world, rounds=4, worker=worker)
+    kinds = set()
+    for op, jobs in worker.sent:
+        if op in ("maml.grad", "purer.grad"):
+            kinds |= {tuple(sorted(set(grey_classes(job, world)))) for job in jobs}
+    assert kinds == ({(True,), (False,), (False, True)} if mix else {(True,), (False,)})
+
+
+def grey_classes(job: Job, world: World) -> list[bool]:
+    """Whether the images of each class of a task are grey."""
+    images = job.values["query"]
+    if images.dtype != np.uint8:
+        mean, std = (np.array(part, np.float32)[:, None, None] for part in (world.image.mean, world.image.std))
+        images = images * std + mean
+    spread = np.abs(images.astype(np.float64) - images[:, :1]).max((1, 2, 3))
+    return [bool(np.all(spread[way :: world.way] < 1e-4)) for way in range(world.way)]
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_every_method_says_which_data_sets_it_leaves_out_and_refuses_a_pool_of_none(name):
+    cfg, method = SMALL[name](), METHODS[name]
+    assert [line for line in method.notes(cfg, two_data_sets("third/c")) if line.startswith("third: known classes 1, ")]
+    field = "meta" if name == "purer" else "replay"
+    world = small_world()
+    cards = [replace(c, classes=tuple(f"{c.id}{n}{name}" for n, name in enumerate(c.classes))) for c in world.cards]
+    apart = replace(world, cards=tuple(cards))
+    with pytest.raises(UsageError, match=rf"^{name}: a task takes 2 .*method\.{field}\.mix_data=true$"):
+        method.init(cfg, apart)
+
+
+def test_the_ceiling_takes_tasks_of_one_data_set_too():
+    real = {name: unique_images(4, SHAPE) for name in KNOWN}
+    world = World(cards=(), arch="conv4", image=image_spec(3, 16), way=2, seed=0, real=real)
+    cfg = METHODS["maml-oracle"].Config.model_validate({"replay": {"shot": 1, "query": 1, "tasks": 1}})
+    assert len(METHODS["maml-oracle"].notes(cfg, world)) == 2
+    with pytest.raises(UsageError, match=r"^maml-oracle: a task takes 4 "):
+        METHODS["maml-oracle"].init(cfg, replace(world, way=4))
 
 
 @pytest.mark.parametrize(("mix", "kinds"), [(False, {"a", "b"}), (True, {"a", "b", "ab"})])

@@ -289,7 +289,7 @@ def test_without_enough_images_a_round_is_its_distillations():
     assert not torch.equal(after["theta"], before["theta"])
     _, _, metrics = play("bidf-mkd", cfg, WORLD)
     assert (metrics["bank/classes"], metrics["bank/missing_classes"], metrics["replay/updates"]) == (0, 4, 1)
-    with pytest.raises(ValueError, match="the bank has no 2 classes of one group with 9 images or more"):
+    with pytest.raises(ValueError, match="needs 2 classes of one group with 9 images or more; the bank has 0 in all"):
         replay.draw(cfg.replay, WORLD, after["bank"], (0,))
 
 

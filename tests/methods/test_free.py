@@ -286,7 +286,7 @@ def test_replay_waits_until_the_bank_has_enough_classes():
     assert torch.equal(after["theta"], before["theta"])
     assert (metrics["bank/classes"], metrics["bank/missing_classes"], metrics["replay/updates"]) == (0, 4, 0)
     assert worker.sent == []
-    with pytest.raises(ValueError, match="the bank has no 2 classes of one group with 4 images or more"):
+    with pytest.raises(ValueError, match="needs 2 classes of one group with 4 images or more; the bank has 0 in all"):
         replay.draw(cfg.replay, WORLD, after["bank"], (1,))
 
 

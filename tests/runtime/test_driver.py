@@ -134,7 +134,7 @@ def test_the_oracle_needs_data_and_gets_only_the_training_classes(toy_data: str)
         driver.read_inputs(toy.config("maml-oracle", None, None))
     found = driver.read_inputs(toy.config("maml-oracle", None, toy_data))
     assert len(found.world.real) == 12
-    assert all(f"/{toy_data}/train" in key for key in found.world.real)
+    assert all(key.startswith("folder-0/train") for key in found.world.real)
     assert [(one.split, len(one.images)) for one in found.sets] == [("val", 120), ("test", 160)]
 
 

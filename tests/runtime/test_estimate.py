@@ -1,5 +1,6 @@
 """`--dry-run`: what is known of each method, on mixed pools too, without running it."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,12 @@ def test_every_method_has_rounds_and_minutes_of_test(inputs: Inputs, name: str) 
     assert float(found["test minutes"]) >= 0
     trained = name in ("free", "purer", "bidf-mkd", "maml-oracle")
     assert ("training minutes" in found) == ("meta-updates" in found) == trained
+
+
+def test_purer_is_planned_where_a_task_has_more_classes_than_one_teacher(inputs: Inputs) -> None:
+    wider = dataclasses.replace(inputs, world=dataclasses.replace(inputs.world, way=3))
+    assert max(len(card.classes) for card in wider.world.cards) < 3
+    assert float(planned(wider, "purer")["training minutes"]) >= 0
 
 
 def test_the_choice_of_a_step_size_is_counted(inputs: Inputs, monkeypatch: pytest.MonkeyPatch) -> None:

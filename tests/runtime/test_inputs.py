@@ -132,7 +132,7 @@ def test_without_a_pool_the_data_sets_decide(toy_data: str, colour_data: str) ->
     assert {images.shape[1:] for images in found.world.real.values()} == {(3, 20, 20)}
     train = datasets.load(toy_data).subset("train")
     wanted = to_bytes(fit(to_pixels(train.images[train.labels == 3]), (3, 20, 20)))
-    assert np.array_equal(found.world.real[f"{train.name}/{toy_data}/{train.class_names[3]}"], wanted)
+    assert np.array_equal(found.world.real[f"{train.name}-0/{train.class_names[3]}"], wanted)
     assert read_inputs(mixed("random", [], [toy_data])).world.way == 5
 
 

@@ -117,6 +117,17 @@ def test_a_config_that_cannot_be_read_is_rejected(folder: RunFolder) -> None:
         assert text == "{" or "\n" not in str(error.value)
 
 
+def test_a_config_of_another_version_is_not_filled_up_with_defaults(folder: RunFolder) -> None:
+    path = folder.path / "config.yaml"
+    tree = yaml.safe_load(path.read_text())
+    del tree["eval"]["icfil"]["steps"]
+    path.write_text(yaml.safe_dump(tree))
+    with pytest.raises(
+        RejectedError, match=r"config\.yaml: has no eval\.icfil\.steps, so another version wrote it; start"
+    ):
+        folder.config()
+
+
 def test_no_run_folder_is_a_usage_error(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"not a run folder \(no config\.yaml\); start a run without --resume"):
         RunFolder.open(tmp_path)
