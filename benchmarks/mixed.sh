@@ -14,6 +14,6 @@ build cifar --data "$cifar" --models 12 --arch conv4 --seed 0 --set pretrain.epo
 ray-dfml train free --preset characters --pool omniglot --pool mnist --pool cifar \
     --data "$omniglot" --data "$mnist" --data "$cifar" --run-dir free-mixed --workers 2 \
     --set method.rounds=24 --set method.images_per_class=16 --set method.replay.lr=1e-3 \
-    --set method.replay.max_updates=12 --set method.replay.patience=12 --set eval.every=24 --set eval.seed=3 \
-    --set eval.episodes=600 --set eval.val_episodes=50
+    --set method.replay.max_updates=12 --set method.replay.patience=12 --set eval.every=24 --set eval.seed=4 \
+    --set eval.episodes=600 --set eval.val_episodes=50 --set eval.shots=[5]
 ray-dfml report free-mixed --out mixed.md

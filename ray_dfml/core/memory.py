@@ -40,9 +40,9 @@ def draw_task(
 ) -> tuple[list[str], np.ndarray, np.ndarray]:  # fmt: skip
     """An interpolated task: `way` ready classes of one group, `shot` + `query` distinct images of each.
 
-    The group is that of a class drawn from all, so groups come up by their number of classes. Returns the class keys in
-    label order, and uint8 support [shot*way c h w] and query [query*way c h w], interleaved: the labels are 0..way-1
-    repeated. Raises ValueError if no group has `way` ready classes.
+    Groups are equally likely, whatever their number of classes. Returns the class keys in label order, and uint8
+    support [shot*way c h w] and query [query*way c h w], interleaved: the labels are 0..way-1 repeated. Raises
+    ValueError if no group has `way` ready classes.
     """
     keys = ready(bank, shot + query, way=way, group=group)
     if not keys:
@@ -50,9 +50,10 @@ def draw_task(
         raise ValueError(
             f"a task needs {way} classes of one group with {shot + query} images or more; the bank has {filled} in all"
         )
-    if len(set(map(group, keys))) > 1:
-        first = keys[int(torch.randint(len(keys), (1,), generator=generator))]
-        keys = [key for key in keys if group(key) == group(first)]
+    groups = sorted(set(map(group, keys)))
+    if len(groups) > 1:
+        chosen_group = groups[int(torch.randint(len(groups), (1,), generator=generator))]
+        keys = [key for key in keys if group(key) == chosen_group]
     chosen = [keys[int(i)] for i in torch.randperm(len(keys), generator=generator)[:way]]
     picks = [bank[k][torch.randperm(len(bank[k]), generator=generator)[: shot + query].numpy()] for k in chosen]
     both = np.stack(picks, axis=1)
