@@ -154,7 +154,7 @@ PRESETS: dict[str, Preset] = {
     ),
     "characters-bidf": Preset(
         "bidf-mkd",
-        "28x28 characters on a small machine: narrow generator not told the label, short inversions, a late boundary",
+        "28x28 characters on a small machine: narrow generator that is not told the label, short inversions",
         {
             "method": {
                 "teachers_per_round": 4,
@@ -162,7 +162,6 @@ PRESETS: dict[str, Preset] = {
                 "iterations": 8,
                 "images_per_class": 16,
                 "width": 16,
-                "boundary_after": 60,
                 "lr_generator": 3e-2,
                 "crop_pad": 2,
                 "bn_weight": 1.0,
