@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # A pool of three domains and two architectures: Omniglot and MNIST (1x28x28), CIFAR-FS (3x32x32); Conv4, and
 # ResNet-10 for half of the Omniglot teachers.
-# FREE learns one learner from all of it; it is tested on each domain and on all episodes together. 36 minutes on 2
-# cores at work elsewhere, with the first two pools there. Usage: RAY_DFML_DATA=FOLDER benchmarks/mixed.sh OUT
+# FREE learns one learner from all of it; it is tested on each domain and on all episodes together. 26 minutes on 2
+# cores at work elsewhere, with the pools there. Usage: RAY_DFML_DATA=FOLDER benchmarks/mixed.sh OUT
 set -euo pipefail
 mkdir -p "$1" && cd "$1"
 omniglot=omniglot:$RAY_DFML_DATA/omniglot28.parquet mnist=mnist:$RAY_DFML_DATA/mnist.parquet
