@@ -147,20 +147,23 @@ class Trainer:
     def test(self, selection: str) -> list[Score]:
         """Scores of the weights that `selection` names (`val`, `last` or `test-best`) on the test episodes, every
         shot and reading; those of several data sets also pooled."""
-        state = self._selected(selection)
         scores = []
         for reading in self.method.READINGS:
             name = self.config.name + (f"-{reading}" if len(self.method.READINGS) > 1 else "")
-            scores += self._tested(name, selection, state, reading, selection)
+            scores += self._tested(name, selection, selection, reading)
         return scores
 
     def _selected(self, selection: str) -> Mapping[str, Any]:
+        """The weights that a selection names as for `step_size`."""
+        if selection == "random":
+            method = METHODS["random"]
+            return method.init(method.Config(), self._world)
         return {"val": self.state["best"], "test-best": self.state["test_best"]}.get(selection) or self.state
 
-    def _tested(self, name: str, selection: str, state: Mapping[str, Any], reading: str, weights: str) -> list[Score]:
-        """Scores of `state` on every shot and data set, under a name and a selection. `weights` names it as for
+    def _tested(self, name: str, selection: str, weights: str, reading: str) -> list[Score]:
+        """Scores on every shot and data set, under a name and a selection, of what `weights` names as for
         `step_size`."""
-        cfg, scores = self.config.eval, []
+        cfg, state, scores = self.config.eval, self._selected(weights), []
         steps = [self.step_size(weights, one.data) if reading == "finetune" else None for one in self._tests]
         for shot in cfg.shots:
             found = [
@@ -187,8 +190,7 @@ class Trainer:
         if not sets or not cfg.lrs or self._world.head == "protonet":
             return cfg.lr
         if selection not in self._steps:
-            state = self._fresh() if selection == "random" else self._selected(selection)
-            self._steps[selection] = self._best_steps(sets, state)
+            self._steps[selection] = self._best_steps(sets, self._selected(selection))
         return self._steps[selection].get(data, self._steps[selection][POOLED])
 
     def _best_steps(self, sets: Sequence[Labelled], state: Mapping[str, Any]) -> dict[str, float]:
@@ -222,11 +224,7 @@ class Trainer:
 
     def baseline(self) -> list[Score]:
         """`random` on the same episodes: no number stands alone."""
-        return self._tested("random", "last", self._fresh(), "finetune", "random")
-
-    def _fresh(self) -> State:
-        method = METHODS["random"]
-        return method.init(method.Config(), self._world)
+        return self._tested("random", "last", "random", "finetune")
 
     def _named(self, name: str, data: str, split: str, shot: int, selection: str, accuracies: np.ndarray) -> Score:
         return Score(

@@ -51,13 +51,17 @@ def ready(cfg: MetaConfig, way: int, bank: Mapping[str, np.ndarray]) -> list[str
     return memory.ready(bank, cfg.shot + cfg.query, way=way, group=_group(cfg))
 
 
+def _sizes(cfg: MetaConfig, keys: Iterable[str]) -> Counter[str]:
+    """Data set -> how many of the classes `keys` are of it, in order of names."""
+    return Counter(map(_group(cfg), sorted(keys)))
+
+
 def notes(cfg: MetaConfig, way: int, keys: Iterable[str]) -> list[str]:
     """The data sets of which `keys` are too few for a task, one line each."""
-    sizes = Counter(map(_group(cfg), sorted(keys)))
     return [
         f"{kind or 'classes whose names have no data set'}: known classes {count}, a task takes {way} of one data set, "
         "so no meta-update has them"
-        for kind, count in sizes.items()
+        for kind, count in _sizes(cfg, keys).items()
         if count < way
     ]
 
@@ -65,7 +69,7 @@ def notes(cfg: MetaConfig, way: int, keys: Iterable[str]) -> list[str]:
 def check(method: str, field: str, cfg: MetaConfig, way: int, keys: Iterable[str]) -> None:
     """Raises UsageError where no data set has as many of the classes `keys` as a task takes. `field` is where `cfg` is
     in the run's settings."""
-    sizes = Counter(map(_group(cfg), sorted(keys)))
+    sizes = _sizes(cfg, keys)
     if max(sizes.values(), default=0) < way:
         known = ", ".join(f"{kind or 'no data set'} {count}" for kind, count in list(sizes.items())[:5]) or "none"
         raise UsageError(

@@ -195,7 +195,7 @@ def test_every_method_says_which_data_sets_it_leaves_out_and_refuses_a_pool_of_n
         method.init(cfg, apart)
 
 
-def test_the_ceiling_takes_tasks_of_one_data_set_too():
+def test_the_ceiling_says_which_data_sets_it_leaves_out_and_refuses_to_have_none():
     real = {name: unique_images(4, SHAPE) for name in KNOWN}
     world = World(cards=(), arch="conv4", image=image_spec(3, 16), way=2, seed=0, real=real)
     cfg = METHODS["maml-oracle"].Config.model_validate({"replay": {"shot": 1, "query": 1, "tasks": 1}})

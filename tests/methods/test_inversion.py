@@ -13,7 +13,7 @@ from ray_dfml.core.generators import Generator, generator
 from ray_dfml.core.images import fit, normalise, to_pixels, view
 from ray_dfml.core.losses import batch_norm_distance, total_variation
 from ray_dfml.errors import UsageError
-from ray_dfml.methods import bidf, free, inversion
+from ray_dfml.methods import METHODS, bidf, free, inversion
 from ray_dfml.methods.base import World
 from ray_dfml.methods.inversion import Inversion, InversionConfig
 from ray_dfml.types import ImageSpec, TeacherCard
@@ -274,6 +274,10 @@ def test_notes_name_the_teachers_without_batch_norm():
         line = f"the batch-norm statistics term is dropped for {names}: no batch norm in the network"
         assert inversion.dropped_statistics(cards, 1.0) == [line]
         assert inversion.dropped_statistics(cards, 0.0) == []
+        for method in (METHODS["free"], METHODS["bidf-mkd"]):
+            world = replace(small_world(), cards=cards)
+            assert method.notes(method.Config.model_validate({"bn_weight": 1.0}), world) == [line]
+            assert method.notes(method.Config.model_validate({}), world) == []
     assert inversion.dropped_statistics(small_world().cards, 1.0) == []
 
 
