@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from ray_dfml.core import memory
-from ray_dfml.errors import UsageError
+from ray_dfml.errors import RejectedError, UsageError
 from ray_dfml.methods.base import MetaConfig, Metrics, World
 from ray_dfml.types import Arrays
 
@@ -75,6 +75,16 @@ def check(method: str, field: str, cfg: MetaConfig, way: int, keys: Iterable[str
         raise UsageError(
             f"{method}: a task takes {way} classes of one data set (a class name up to its first '/'), and the known "
             f"classes are: {known}; lower learner.way, or let tasks mix data sets with {field}.mix_data=true"
+        )
+
+
+def check_left(cfg: MetaConfig, world: World, bank: Mapping[str, np.ndarray], key: BankKey) -> None:
+    """Raises RejectedError where no task can be drawn, now or later: too few classes of every data set are in `bank` or
+    known to the teachers that are left."""
+    known = of_pool(world, key) | set(memory.ready(bank, cfg.shot + cfg.query))
+    if max(_sizes(cfg, known).values(), default=0) < world.way:
+        raise RejectedError(
+            f"the usable teachers know {len(known)} classes, and too few of any one data set for a task of {world.way}"
         )
 
 

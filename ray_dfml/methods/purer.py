@@ -177,11 +177,7 @@ def learn(cfg: Config, world: World, state: State, r: int, results: list[Arrays]
     if r < cfg.image_warmup:
         return state, metrics
     store = _Store(cfg, world, state)
-    if not bank_of.ready(cfg.meta, world.way, store.classes):
-        raise RejectedError(
-            f"the usable teachers know {len(store.classes)} classes, and too few of any one data set for a task of "
-            f"{world.way}"
-        )
+    bank_of.check_left(cfg.meta, world, {}, cfg.image_key)
     found: Metrics = {}
     for u in range(cfg.updates):
         tasks = [store.pixels(store.draw(world.seed, r, "pseudo", u, t)) for t in range(cfg.meta.tasks)]

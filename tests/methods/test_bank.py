@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-from ray_dfml.errors import UsageError
+from ray_dfml.errors import RejectedError, UsageError
 from ray_dfml.methods import METHODS
 from ray_dfml.methods import bank as bank_of
-from ray_dfml.methods.base import MetaConfig, World
+from ray_dfml.methods.base import MetaConfig, State, World
 from ray_dfml.types import Arrays, Job
 from tests.support import (
     FakeWorker,
@@ -193,6 +193,24 @@ def test_every_method_says_which_data_sets_it_leaves_out_and_refuses_a_pool_of_n
     apart = replace(world, cards=tuple(cards))
     with pytest.raises(UsageError, match=rf"^{name}: a task takes 2 .*method\.{field}\.mix_data=true$"):
         method.init(cfg, apart)
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_teachers_left_of_which_no_task_can_be_made_end_a_run_unless_the_bank_has_classes(name):
+    method, cfg = METHODS[name], SMALL[name]()
+    whole, other = small_world(cards=2).cards
+    world = replace(small_world(), cards=(whole, replace(other, classes=("a/0", "b/0"))))
+    left = replace(world, cards=world.cards[1:])
+
+    def one_round(state: State) -> dict[str, Any]:
+        worker = FakeWorker(left)
+        results = worker.send(f"{name}.recover", method.plan(cfg, left, state, 9), method.shared(cfg, left, state, 9))
+        return method.learn(cfg, left, state, 9, results, worker.send)[1]
+
+    with pytest.raises(RejectedError, match="the usable teachers know 2 classes, and too few of any one data set for"):
+        one_round(method.init(cfg, world))
+    if name != "purer":
+        assert one_round(play(name, cfg, world, rounds=4)[1])["replay/updates"]
 
 
 def test_the_ceiling_says_which_data_sets_it_leaves_out_and_refuses_to_have_none():
