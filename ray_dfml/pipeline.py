@@ -94,7 +94,12 @@ class Trainer:
         results = (
             send(f"{self.config.name}.recover", jobs, self.method.shared(cfg, world, self.state, r)) if jobs else []
         )
-        state, metrics = self.method.learn(cfg, self.world, self.state, r, results, send)
+        try:
+            state, metrics = self.method.learn(cfg, self.world, self.state, r, results, send)
+        except RejectedError as error:
+            if not self.world.cards or not self.state["rejected"]:
+                raise
+            raise RejectedError(f"{error} (rejected: {self._reasons()})") from None
         self.state = state | {name: self.state[name] for name in KEPT}
         total = time.perf_counter() - started
         metrics |= {f"seconds/{op}": spent for op, spent in seconds.items()}
@@ -109,8 +114,11 @@ class Trainer:
                 bad[job.teacher] = str(result["rejected"])
             self.state = {**self.state, "rejected": self.state["rejected"] | bad}
         if self._world.cards and not self.world.cards:
-            reasons = "; ".join(f"{k}: {v}" for k, v in self.state["rejected"].items())
-            raise RejectedError(f"every teacher was rejected ({reasons}); run `ray-dfml pool check`")
+            raise RejectedError(f"every teacher was rejected ({self._reasons()}); run `ray-dfml pool check`")
+
+    def _reasons(self) -> str:
+        """Why each rejected teacher is."""
+        return "; ".join(f"{id}: {why}" for id, why in self.state["rejected"].items())
 
     def snapshot(self) -> State:
         """The state after the last round: what a checkpoint holds."""

@@ -77,6 +77,16 @@ def test_the_last_teacher_lost_ends_the_run() -> None:
         trainer(spoil={"free.recover": {0: bad}}).round(0)
 
 
+def test_a_run_that_too_few_teachers_end_says_why_the_others_are_out() -> None:
+    first, second = WORLD.cards[:2]
+    world = replace(WORLD, cards=(first, replace(second, classes=("a/0", "b/0"))))
+    config = resolve("purer", sets=[*toy.SETS["purer"], "method.image_warmup=0"])
+    backend = Spoiled({"purer.recover": {0: {"rejected": "its loss is not finite"}}})
+    message = r"too few of any one data set for a task of 2 \(rejected: conv4-0: its loss is not finite\)$"
+    with pytest.raises(RejectedError, match=message):
+        Trainer(config.model_dump(mode="json"), world, [], backend, None).round(0)
+
+
 def test_work_without_a_teacher_that_fails_ends_the_run() -> None:
     one = trainer(
         "free",

@@ -79,12 +79,13 @@ def check(method: str, field: str, cfg: MetaConfig, way: int, keys: Iterable[str
 
 
 def check_left(cfg: MetaConfig, world: World, bank: Mapping[str, np.ndarray], key: BankKey) -> None:
-    """Raises RejectedError where no task can be drawn, now or later: too few classes of every data set are in `bank` or
-    known to the teachers that are left."""
+    """Raises RejectedError where no task can be drawn, now or later: the usable teachers and `bank` together have too
+    few classes of every data set."""
     known = of_pool(world, key) | set(memory.ready(bank, cfg.shot + cfg.query))
     if max(_sizes(cfg, known).values(), default=0) < world.way:
+        kind = "" if cfg.mix_data else " of any one data set"
         raise RejectedError(
-            f"the usable teachers know {len(known)} classes, and too few of any one data set for a task of {world.way}"
+            f"the usable teachers and the bank have {len(known)} classes, too few{kind} for a task of {world.way}"
         )
 
 

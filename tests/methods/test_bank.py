@@ -1,5 +1,6 @@
 """Recovered tasks in the memory bank: under which classes, how many, and what is counted."""
 
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -195,6 +196,24 @@ def test_every_method_says_which_data_sets_it_leaves_out_and_refuses_a_pool_of_n
         method.init(cfg, apart)
 
 
+@pytest.mark.parametrize("key", ["class", "teacher"])
+@pytest.mark.parametrize(
+    ("held", "count", "mix", "message"),
+    [
+        ("a/1", 3, False, ""),
+        ("a/1", 2, False, "have 2 classes, too few of any one data set for a task of 2$"),
+        ("c/1", 3, False, "have 3 classes, too few of any one data set for a task of 2$"),
+        ("c/1", 3, True, ""),
+    ],
+)
+def test_the_bank_counts_with_the_teachers_that_are_left(key, held, count, mix, message):
+    world = replace(small_world(), cards=(replace(card(0), classes=("a/0", "b/0")),))
+    bank = {bank_of.class_key(held, "gone", key): unique_images(count, SHAPE)}
+    cfg = MetaConfig(shot=1, query=2, mix_data=mix)
+    with pytest.raises(RejectedError, match=message) if message else nullcontext():
+        bank_of.check_left(cfg, world, bank, key)
+
+
 @pytest.mark.parametrize("name", SMALL)
 def test_teachers_left_of_which_no_task_can_be_made_end_a_run_unless_the_bank_has_classes(name):
     method, cfg = METHODS[name], SMALL[name]()
@@ -207,7 +226,7 @@ def test_teachers_left_of_which_no_task_can_be_made_end_a_run_unless_the_bank_ha
         results = worker.send(f"{name}.recover", method.plan(cfg, left, state, 9), method.shared(cfg, left, state, 9))
         return method.learn(cfg, left, state, 9, results, worker.send)[1]
 
-    with pytest.raises(RejectedError, match="the usable teachers know 2 classes, and too few of any one data set for"):
+    with pytest.raises(RejectedError, match="the usable teachers and the bank have 2 classes, too few of any one"):
         one_round(method.init(cfg, world))
     if name != "purer":
         assert one_round(play(name, cfg, world, rounds=4)[1])["replay/updates"]

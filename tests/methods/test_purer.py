@@ -330,7 +330,7 @@ def test_tasks_need_classes_of_teachers_that_are_left():
     state = purer.init(cfg, replace(WORLD, way=3))
     left = replace(WORLD, way=3, cards=WORLD.cards[:1])
     with pytest.raises(
-        RejectedError, match="the usable teachers know 2 classes, and too few of any one data set for a task of 3"
+        RejectedError, match="the usable teachers and the bank have 2 classes, too few of any one data set for a task"
     ):
         purer.learn(cfg, left, state, 1, [], FakeWorker(left).send)
     both = replace(left, cards=WORLD.cards[:2])
