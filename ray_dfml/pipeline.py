@@ -5,7 +5,6 @@ pool -> [shards] recover -> recovered tasks -> [learner] learn -> theta -> [shar
                                  [shards] grad --+  replay jobs
 """
 
-import hashlib
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -69,7 +68,6 @@ class Trainer:
         self._backend = backend
         self.state: State = state or self.method.init(self.config.method, world) | {name: {} for name in KEPT}
         self._steps: dict[str, dict[str, float]] = {}
-        self._measured: dict[tuple[Any, ...], np.ndarray] = {}
 
     @property
     def world(self) -> World:
@@ -245,21 +243,14 @@ class Trainer:
     def _score(
         self, one: Labelled, shot: int, count: int, state: Mapping[str, Any], reading: str, lr: float | None = None
     ) -> np.ndarray:
-        """Accuracies in percent [count]. What several selections share is measured once."""
-        theta, stats, image = state["theta"].numpy(), state["stats"].numpy(), learner_image(self._world, state)
-        arch, outputs = state.get("arch", self._world.arch), state.get("outputs", self._world.way)
-        weights = hashlib.sha256(theta.tobytes() + stats.tobytes()).digest()
-        key = (one.data, one.split, shot, count, reading, lr, arch, outputs, image, weights)
-        if key in self._measured:
-            return self._measured[key]
         world, cfg = self._world, self.config.eval
         shared = evaluate.shared(
             cfg,
-            arch=arch,
-            image=image,
-            outputs=outputs,
-            theta=theta,
-            stats=stats,
+            arch=state.get("arch", world.arch),
+            image=learner_image(world, state),
+            outputs=state.get("outputs", world.way),
+            theta=state["theta"].numpy(),
+            stats=state["stats"].numpy(),
             reading=reading,
             lr=lr,
             head=world.head,
@@ -270,5 +261,4 @@ class Trainer:
         for result in results:
             if "rejected" in result:
                 raise DfmlError(f"evaluation failed: {result['rejected']}")
-        self._measured[key] = np.concatenate([result["accuracies"] for result in results])
-        return self._measured[key]
+        return np.concatenate([result["accuracies"] for result in results])

@@ -189,25 +189,6 @@ def test_the_scores_of_a_selection_are_those_of_its_weights() -> None:
     assert [s.accuracies.tolist() for s in random] == fresh, "a fresh learner is the random baseline"
 
 
-def test_weights_that_two_selections_share_are_tested_once() -> None:
-    def asked() -> int:
-        return sum(op == "evaluate" for op, _ in backend.sent)
-
-    backend = Spoiled({})
-    config = resolve("average", sets=[*toy.EVAL, "eval.lrs=[0.1,0.2]"])
-    one = Trainer(config.model_dump(mode="json"), WORLD, sets(), backend, None)
-    one.round(0)
-    one.validate(0)
-    before = asked()
-    last = one.test("last")
-    cost = asked() - before
-    assert cost == 3, "two steps on validation, one test"
-    assert [s.accuracies.tolist() for s in one.test("val")] == [s.accuracies.tolist() for s in last]
-    assert asked() == before + cost
-    assert one.baseline()[0].accuracies.tolist() != last[0].accuracies.tolist()
-    assert asked() == before + 2 * cost
-
-
 @pytest.mark.parametrize("method", METHODS)
 def test_a_row_has_the_keys_of_the_contract(method: str) -> None:
     rows = [as_row(score, "fixed") for score in trainer(method).test("last")]
