@@ -46,11 +46,6 @@ def draw(
     return task[1:]
 
 
-def ready(cfg: MetaConfig, way: int, bank: Mapping[str, np.ndarray]) -> list[str]:
-    """Classes that a task can be drawn from."""
-    return memory.ready(bank, cfg.shot + cfg.query, way=way, group=_group(cfg))
-
-
 def _sizes(cfg: MetaConfig, keys: Iterable[str]) -> Counter[str]:
     """Data set -> how many of the classes `keys` are of it, in order of names."""
     return Counter(map(_group(cfg), sorted(keys)))
@@ -112,9 +107,10 @@ def figures(cfg: MetaConfig, world: World, bank: Mapping[str, np.ndarray], key: 
     """How many classes have images for a task, how many of the pool have not, the images in all, and how many data sets
     tasks come from."""
     filled = memory.ready(bank, cfg.shot + cfg.query)
+    drawable = memory.ready(bank, cfg.shot + cfg.query, way=world.way, group=_group(cfg))
     return {
         "bank/classes": len(filled),
         "bank/missing_classes": len(of_pool(world, key) - set(filled)),
         "bank/images": sum(len(images) for images in bank.values()),
-        "bank/data_sets": len(set(map(_group(cfg), ready(cfg, world.way, bank)))),
+        "bank/data_sets": len(set(map(_group(cfg), drawable))),
     }

@@ -280,9 +280,8 @@ def learn(cfg: Config, world: World, state: State, r: int, results: list[Arrays]
     metrics["distill/agreement"] = 100.0 * sum(one["accuracy"] for one in extra) / len(extra)
     metrics["distill/grad_norm"] = float(sum(torch.tensor(one["grad"]).norm() for one in extra) / len(extra))
     metrics |= bank_of.figures(cfg.replay, world, bank, cfg.bank_key)
+    bank_of.check_left(cfg.replay, world, bank, cfg.bank_key)
     ready = bool(metrics["bank/data_sets"])
-    if not ready:
-        bank_of.check_left(cfg.replay, world, bank, cfg.bank_key)
     count = max(cfg.replay.tasks - len(extra), 0) if ready else 0
     first = cfg.replay.model_copy(update={"tasks": count})
     tasks = replay.draw(first, world, bank, (r, "distill"))

@@ -217,8 +217,8 @@ def learn(cfg: Config, world: World, state: State, r: int, results: list[Arrays]
         state, found = bell.update(cfg, world, state, [_distill_set(cfg, world, task) for task in tasks], r)
         metrics |= found
     metrics |= bank_of.figures(cfg.replay, world, bank, cfg.bank_key)
+    bank_of.check_left(cfg.replay, world, bank, cfg.bank_key)
     if not metrics["bank/data_sets"]:
-        bank_of.check_left(cfg.replay, world, bank, cfg.bank_key)
         return state, metrics | {"replay/updates": 0}
     state, found = replay.until_plateau(cfg.replay, world, state, bank, r, send)
     return state, metrics | found

@@ -329,9 +329,8 @@ def test_tasks_need_classes_of_teachers_that_are_left():
     cfg = small_purer()
     state = purer.init(cfg, replace(WORLD, way=3))
     left = replace(WORLD, way=3, cards=WORLD.cards[:1])
-    with pytest.raises(
-        RejectedError, match="the usable teachers and the bank have 2 classes, too few of any one data set for a task"
-    ):
+    message = "the usable teachers and the bank have 2 classes, too few of any one data set for a task of 3"
+    with pytest.raises(RejectedError, match=message):
         purer.learn(cfg, left, state, 1, [], FakeWorker(left).send)
     both = replace(left, cards=WORLD.cards[:2])
     rows = [row for t in drawn(cfg, both) for part in t["support"] for row in part]
