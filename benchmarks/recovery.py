@@ -25,8 +25,12 @@ from ray_dfml.core.scoring import mean_ci95
 from ray_dfml.data import datasets
 from ray_dfml.data.pool import Pool
 from ray_dfml.methods import bank as bank_of
-from ray_dfml.methods import bidf, eci, free, purer, replay
+from ray_dfml.methods import replay
 from ray_dfml.methods.base import MetaConfig, World, initial_learner, teacher_job
+from ray_dfml.methods.bidf import method as bidf
+from ray_dfml.methods.free import method as free
+from ray_dfml.methods.purer import eci
+from ray_dfml.methods.purer import method as purer
 from ray_dfml.pipeline import Labelled, Trainer
 from ray_dfml.presets import REPLAY
 from ray_dfml.runtime.local import LocalBackend

@@ -5,7 +5,9 @@ from typing import Any
 
 from ray_dfml import evaluate
 from ray_dfml.data import pretrain
-from ray_dfml.methods import METHODS, baselines, bidf, eci, replay
+from ray_dfml.methods import METHODS, baselines, replay
+from ray_dfml.methods.bidf import method as bidf
+from ray_dfml.methods.purer import eci
 from ray_dfml.types import Arrays, Job
 
 Op = Callable[[Any, Sequence[Job], Arrays], list[Arrays]]

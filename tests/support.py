@@ -13,8 +13,11 @@ from torch import Tensor
 from ray_dfml.core import seeds
 from ray_dfml.core.net import Net
 from ray_dfml.errors import RejectedError
-from ray_dfml.methods import METHODS, bidf, free, purer
+from ray_dfml.methods import METHODS
 from ray_dfml.methods.base import State, World
+from ray_dfml.methods.bidf import method as bidf
+from ray_dfml.methods.free import method as free
+from ray_dfml.methods.purer import method as purer
 from ray_dfml.ops import OPS
 from ray_dfml.types import Arrays, ImageSpec, Job, TeacherCard
 

@@ -9,9 +9,11 @@ import torch
 
 from ray_dfml.config import resolve
 from ray_dfml.core import optim
-from ray_dfml.methods import bidf, free, purer
 from ray_dfml.methods.base import State
+from ray_dfml.methods.bidf import method as bidf
+from ray_dfml.methods.free import method as free
 from ray_dfml.methods.inversion import Inversion
+from ray_dfml.methods.purer import method as purer
 from ray_dfml.presets import PRESETS
 from tests.support import FakeWorker, play, same, small_bidf, small_config, small_purer, small_world
 

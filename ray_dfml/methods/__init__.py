@@ -2,8 +2,11 @@
 
 from typing import cast
 
-from ray_dfml.methods import baselines, bidf, dro, free, oracle, ota, purer
+from ray_dfml.methods import baselines, dro, oracle, ota
 from ray_dfml.methods.base import Method
+from ray_dfml.methods.bidf import method as bidf
+from ray_dfml.methods.free import method as free
+from ray_dfml.methods.purer import method as purer
 
 METHODS: dict[str, Method] = {
     "free": cast(Method, free),

@@ -13,9 +13,12 @@ from ray_dfml.core.generators import generator
 from ray_dfml.core.inner_loop import Task, meta_gradient
 from ray_dfml.core.net import net
 from ray_dfml.evaluate import finetune
-from ray_dfml.methods import bidf, free, oracle, purer
+from ray_dfml.methods import oracle
 from ray_dfml.methods.base import MetaConfig, MethodConfig, ReplayConfig, World, teacher_job
-from ray_dfml.methods.five import five
+from ray_dfml.methods.bidf import method as bidf
+from ray_dfml.methods.free import method as free
+from ray_dfml.methods.free.five import five
+from ray_dfml.methods.purer import method as purer
 from ray_dfml.runtime.driver import Inputs, Machine
 from ray_dfml.runtime.shard import Shard
 from ray_dfml.types import TeacherCard

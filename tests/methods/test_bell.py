@@ -13,8 +13,9 @@ from torch import Tensor
 
 from ray_dfml.core import losses, optim
 from ray_dfml.core.inner_loop import plain_grad
-from ray_dfml.methods import bell, free
 from ray_dfml.methods.base import State, World
+from ray_dfml.methods.free import bell
+from ray_dfml.methods.free import method as free
 from tests.support import PROPERTY, normal, small_config, small_world
 
 WORLD = small_world()

@@ -12,8 +12,9 @@ from ray_dfml.core import losses, optim, seeds
 from ray_dfml.core.generators import generator
 from ray_dfml.core.images import normalise, to_bytes, to_pixels, view
 from ray_dfml.core.inner_loop import Loss, adapt, plain_grad
-from ray_dfml.methods import bidf, replay
+from ray_dfml.methods import replay
 from ray_dfml.methods.base import State, World, image_values
+from ray_dfml.methods.bidf import method as bidf
 from ray_dfml.methods.inversion import Inversion, Judge
 from ray_dfml.types import Arrays, Job
 from tests.support import FakeWorker, card, mixed_world, normal, play, same, small_bidf, small_world

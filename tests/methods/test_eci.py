@@ -11,8 +11,9 @@ from torch import Tensor
 
 from ray_dfml.core import optim
 from ray_dfml.core.inner_loop import Task, graph_grad, query_loss
-from ray_dfml.methods import eci, purer
 from ray_dfml.methods.base import image_values
+from ray_dfml.methods.purer import eci
+from ray_dfml.methods.purer import method as purer
 from ray_dfml.types import Arrays, ImageSpec, Job, TeacherCard
 from tests.support import FakeTeacher, FakeWorker, card, mixed_world, normal, random_teacher, small_purer, small_world
 

@@ -8,8 +8,10 @@ import torch
 from pydantic import ValidationError
 
 from ray_dfml.core import seeds
-from ray_dfml.methods import bell, free, replay
+from ray_dfml.methods import replay
 from ray_dfml.methods.base import Metrics, State, World, image_values, initial_learner
+from ray_dfml.methods.free import bell
+from ray_dfml.methods.free import method as free
 from ray_dfml.types import Arrays
 from tests.support import (
     FakeWorker,

@@ -13,8 +13,10 @@ from ray_dfml.core.generators import Generator, generator
 from ray_dfml.core.images import fit, normalise, to_pixels, view
 from ray_dfml.core.losses import batch_norm_distance, total_variation
 from ray_dfml.errors import UsageError
-from ray_dfml.methods import METHODS, bidf, free, inversion
+from ray_dfml.methods import METHODS, inversion
 from ray_dfml.methods.base import World
+from ray_dfml.methods.bidf import method as bidf
+from ray_dfml.methods.free import method as free
 from ray_dfml.methods.inversion import Inversion, InversionConfig
 from ray_dfml.types import ImageSpec, TeacherCard
 from tests.support import (

@@ -11,8 +11,8 @@ from ray_dfml.core import seeds
 from ray_dfml.core.images import normalise
 from ray_dfml.core.inner_loop import Task, graph_grad, query_loss
 from ray_dfml.errors import RejectedError, UsageError
-from ray_dfml.methods import purer
 from ray_dfml.methods.base import State, World
+from ray_dfml.methods.purer import method as purer
 from ray_dfml.types import TeacherCard
 from tests.support import FakeWorker, card, image_spec, mixed_world, play, same, small_purer, small_world
 

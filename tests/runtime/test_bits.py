@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from ray_dfml.methods import free
+from ray_dfml.methods.free import method as free
 from ray_dfml.runtime import cluster, driver
 from ray_dfml.runtime.driver import Machine
 from ray_dfml.runtime.rundir import RunFolder

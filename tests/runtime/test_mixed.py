@@ -9,7 +9,7 @@ from ray_dfml.config import RunConfig
 from ray_dfml.data.pool import Pool
 from ray_dfml.data.pretrain import PretrainConfig
 from ray_dfml.learner import Learner
-from ray_dfml.methods import free
+from ray_dfml.methods.free import method as free
 from ray_dfml.runtime import build_pool, driver
 from ray_dfml.runtime.driver import Machine
 from tests.runtime import toy

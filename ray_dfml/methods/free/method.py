@@ -8,10 +8,8 @@ Deviations of the released code and of this implementation are rows of docs/meth
 import math
 from collections.abc import Sequence
 from functools import partial
-from typing import Literal
 
 import torch
-from pydantic import Field
 
 from ray_dfml.core import optim, seeds
 from ray_dfml.core.generators import generator
@@ -19,10 +17,9 @@ from ray_dfml.core.images import normalise, to_pixels, view
 from ray_dfml.core.net import net
 from ray_dfml.errors import RejectedError
 from ray_dfml.methods import bank as bank_of
-from ray_dfml.methods import bell, replay
+from ray_dfml.methods import replay
 from ray_dfml.methods.base import (
     Metrics,
-    ReplayConfig,
     Send,
     State,
     Teacher,
@@ -33,69 +30,13 @@ from ray_dfml.methods.base import (
     stacked,
     teacher_job,
 )
-from ray_dfml.methods.five import five
-from ray_dfml.methods.inversion import InversionConfig, Judge, checked_generator, dropped_statistics, groups
+from ray_dfml.methods.free import bell
+from ray_dfml.methods.free.config import Config
+from ray_dfml.methods.free.five import five
+from ray_dfml.methods.inversion import Judge, checked_generator, dropped_statistics, groups
 from ray_dfml.types import Arrays, Job
 
 READINGS = ("finetune",)
-
-
-class Config(InversionConfig):
-    """FREE's hyper-parameters. The defaults are the `fixed` profile; docs/methods.md has all three side by side."""
-
-    rounds: int = Field(default=1000, ge=1, description="Outer iterations (epochs in the paper).")
-    warmup: int = Field(
-        default=19, ge=0, description="First rounds that train the generator only, without the adversarial term."
-    )
-    teachers_per_round: int = Field(
-        default=4, ge=1, description="b: teachers inverted in a round, drawn with replacement."
-    )
-    steps: int = Field(default=5, ge=0, description="k: adaptation steps of (Z, theta_G) to one teacher.")
-    lr_generator: float = Field(default=1e-3, ge=0, description="Inner Adam step size of theta_G.")
-    lr_latent: float = Field(default=1e-3, ge=0, description="Inner Adam step size of Z.")
-    lr_meta: float = Field(default=1e-3, ge=0, description="gamma: outer step size of theta_G.")
-    meta_optimizer: Literal["adam", "adam-fresh", "sgd"] = Field(
-        "adam",
-        description="Outer optimiser of theta_G: persistent Adam; Adam re-created every round (code); SGD (paper).",
-    )
-    meta_reduction: Literal["mean", "sum"] = Field(
-        default="mean", description="Of the b meta-gradients; the released code sums."
-    )
-    generator_sharing: Literal["meta", "sequential"] = Field(
-        default="meta", description="FIVE, or one generator trained on teacher after teacher (ablation)."
-    )
-    final_pass: bool = Field(
-        True,
-        description="k updates, then one pass for images and meta-gradient; the released code takes both from pass k.",
-    )
-    learner_update: Literal["bell", "erm", "none"] = Field(
-        default="bell", description="Distillation of the b tasks: BELL, or ablations."
-    )
-    bell_inner: Literal["adam", "sgd"] = Field(default="adam", description="Inner optimiser of BELL.")
-    bell_lr: float = Field(default=1e-3, gt=0, description="alpha: inner step size of BELL.")
-    bell_outer: Literal["adam", "interpolate", "shared-adam"] = Field(
-        "adam",
-        description="Outer step: own Adam on theta - theta~; theta += eps (theta~ - theta); the replay's Adam (code).",
-    )
-    bell_outer_lr: float = Field(default=1e-3, gt=0, le=1.0, description="epsilon: outer step size of BELL.")
-    bell_scale: float = Field(
-        default=1.0, gt=0, description="Factor on the pseudo-gradient theta - theta~; the released code has 67."
-    )
-    distill: Literal["kl", "probdot", "hard"] = Field(
-        default="kl", description="BELL's loss: KL, the code's form, or CE on labels."
-    )
-    alignment_every: int = Field(
-        default=10, ge=0, description="Rounds between gradient products with all g_i at theta; 0 is never."
-    )
-    bank_capacity: int = Field(default=400, ge=1, description="Images kept per class, first in first out.")
-    bank_adds: Literal["all", "last"] = Field(
-        default="all", description="Recovered tasks stored per round; the released code: last."
-    )
-    bank_key: bank_of.BankKey = Field(
-        default="class",
-        description="A bank class is a class name (side information of the cards), or a (teacher, unit) pair.",
-    )
-    replay: ReplayConfig = ReplayConfig()
 
 
 def notes(cfg: Config, world: World) -> list[str]:

@@ -6,7 +6,6 @@ curriculum is due, the first step of a job also ascends the learner's outer loss
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -18,10 +17,8 @@ from ray_dfml.core.images import fit, normalise
 from ray_dfml.core.inner_loop import adapted, graph_grad
 from ray_dfml.core.net import net
 from ray_dfml.methods.base import Teacher, Worker, stacked
+from ray_dfml.methods.purer.config import Config
 from ray_dfml.types import Arrays, ImageSpec, Job
-
-if TYPE_CHECKING:
-    from ray_dfml.methods.purer import Config
 
 
 def as_learner_sees(x: Tensor, teacher: ImageSpec, learner: ImageSpec) -> Tensor:
@@ -34,7 +31,7 @@ def as_learner_sees(x: Tensor, teacher: ImageSpec, learner: ImageSpec) -> Tensor
 
 
 def invert(
-    cfg: "Config", teachers: Sequence[Teacher], jobs: Sequence[Job], *, device: torch.device, batched: bool
+    cfg: Config, teachers: Sequence[Teacher], jobs: Sequence[Job], *, device: torch.device, batched: bool
 ) -> list[Arrays]:
     """`cfg.image_steps` Adam steps on the images of b teachers of one architecture and input.
 

@@ -4,7 +4,6 @@
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -12,15 +11,13 @@ from torch import Tensor
 from ray_dfml.core import optim
 from ray_dfml.core.generators import Generator
 from ray_dfml.methods.base import Teacher
+from ray_dfml.methods.free.config import Config
 from ray_dfml.methods.inversion import BETAS, Inversion, Judge
 from ray_dfml.types import Arrays
 
-if TYPE_CHECKING:
-    from ray_dfml.methods.free import Config
-
 
 def five(
-    cfg: "Config",
+    cfg: Config,
     net_g: Generator,
     teachers: Sequence[Teacher],
     theta_g: Tensor,

@@ -7,7 +7,7 @@ products.
 """
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,9 +17,7 @@ from ray_dfml.core import losses, optim
 from ray_dfml.core.inner_loop import plain_grad
 from ray_dfml.core.net import Net
 from ray_dfml.methods.base import Metrics, State, World
-
-if TYPE_CHECKING:
-    from ray_dfml.methods.free import Config
+from ray_dfml.methods.free.config import Config
 
 
 class DistillSet(NamedTuple):
@@ -62,7 +60,7 @@ def alignment(grads: Sequence[Tensor]) -> tuple[float, float]:
     return float(products.mean()), float((unit @ unit.T)[upper[0], upper[1]].mean())
 
 
-def update(cfg: "Config", world: World, state: State, tasks: Sequence[DistillSet], r: int) -> tuple[State, Metrics]:
+def update(cfg: Config, world: World, state: State, tasks: Sequence[DistillSet], r: int) -> tuple[State, Metrics]:
     """One outer step on the learner ([Wei2024] Algorithm 2), or for ERM one step on the summed losses at theta."""
     theta = state["theta"]
     loss_fns = [distill_loss(world.net, task, cfg.distill) for task in tasks]

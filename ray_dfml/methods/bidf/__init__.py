@@ -1,0 +1,1 @@
+"""BiDf-MKD. Its settings are `config`, the method is `method`."""

@@ -1,0 +1,1 @@
+"""FREE. Its settings are `config`, the method is `method`; `five` and `bell` are its two parts."""

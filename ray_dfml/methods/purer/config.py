@@ -1,0 +1,41 @@
+"""Settings of PURER."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from ray_dfml.methods.bank import BankKey
+from ray_dfml.methods.base import MetaConfig, MethodConfig
+
+
+class Config(MethodConfig):
+    """PURER's hyper-parameters. The defaults are the `fixed` profile; docs/methods.md has all three side by side."""
+
+    rounds: int = Field(default=1500, ge=1, description="Outer iterations.")
+    image_steps: int = Field(default=10, ge=1, description="Adam steps on the images in a round.")
+    updates: int = Field(default=10, ge=1, description="Meta-updates in a round; the paper alternates one and one.")
+    image_warmup: int = Field(
+        default=20, ge=0, description="First rounds without meta-updates: noise teaches the learner nothing."
+    )
+    teachers_per_round: int = Field(
+        default=0, ge=0, description="Teachers whose images move in a round, drawn without replacement; 0 is all."
+    )
+    images_per_class: int = Field(default=20, ge=2, description="Learnable images per class of a teacher.")
+    lr_images: float = Field(default=0.25, gt=0, description="Adam step size of the images.")
+    tv_weight: float = Field(default=1e-4, ge=0, description="Weight of the four norms of differences of neighbours.")
+    l2_weight: float = Field(default=1e-5, ge=0, description="Weight of the norm of the images.")
+    bn_weight: float = Field(default=1e-2, ge=0, description="Weight of the teacher's batch-norm statistics.")
+    shift: int = Field(default=2, ge=0, description="Largest random cyclic shift of the images, pixels.")
+    curriculum: float = Field(default=10.0, ge=0, description="Weight of the adversarial step; 0 is no curriculum.")
+    curriculum_after: int = Field(default=4000, ge=1, description="Meta-updates before the first adversarial step.")
+    curriculum_patience: int = Field(
+        default=6, ge=1, description="Updates without a new best training accuracy before the next one."
+    )
+    start: Literal["random", "average"] = Field(
+        default="random", description="Initial learner; the released scripts start from the mean of all teachers."
+    )
+    image_key: BankKey = Field(
+        default="class",
+        description="A class of pseudo tasks is a class name (side information of the cards), or a (teacher, class).",
+    )
+    meta: MetaConfig = MetaConfig(tasks=4)
