@@ -1,13 +1,14 @@
 """Shared by all tests: an environment of our own, a toy world, and one Ray for the whole session."""
 
 import os
+import secrets
 
 # before anything imports ray, which reads these once
-os.environ["RAY_AUTH_MODE"] = "disabled"
+os.environ["RAY_AUTH_MODE"] = "token"
+os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)  # Ray listens on every interface, whatever address it is given
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 os.environ["RAY_ENABLE_UV_RUN_RUNTIME_ENV"] = "0"
 os.environ.pop("RAY_ADDRESS", None)
-os.environ.pop("RAY_AUTH_TOKEN", None)
 
 import logging
 from collections.abc import Callable, Iterator

@@ -156,7 +156,7 @@ def test_functions_that_a_page_names_exist(page):
     for file, name in re.findall(r"`([\w/]+\.py):([\w.]+)`", TEXT[page]):
         assert (ROOT / "ray_dfml" / file).is_file(), file
         parts = [part for part in file.removesuffix(".py").split("/") if part != "__init__"]
-        if file == "runtime/cluster.py":  # not imported here: it would load Ray
+        if file in ("runtime/cluster.py", "runtime/dispatch.py"):  # not imported here: it would load Ray
             assert f"class {name}" in (ROOT / "ray_dfml" / file).read_text("utf-8")
             continue
         found: object = importlib.import_module(".".join(["ray_dfml", *parts]))

@@ -1,7 +1,6 @@
 """Options and output that commands share."""
 
 import json
-import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -9,6 +8,7 @@ from typing import Any
 import click
 
 from ray_dfml.errors import ResourceError
+from ray_dfml.runtime import host
 
 
 def as_json(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -26,7 +26,7 @@ def sets(function: Callable[..., Any]) -> Callable[..., Any]:
 def workers(function: Callable[..., Any]) -> Callable[..., Any]:
     """`--workers`, by default one per processor."""
     return click.option(
-        "--workers", type=click.IntRange(min=1), default=lambda: os.cpu_count() or 1, show_default="processors",
+        "--workers", type=click.IntRange(min=1), default=host.processors, show_default="processors",
         help="Shards. Any number gives the same bits on a CPU.",
     )(function)  # fmt: skip
 

@@ -1,6 +1,5 @@
 """`ray-dfml quickstart`: the whole way on embedded data, in minutes, without network."""
 
-import os
 import time
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,7 @@ import click
 
 from ray_dfml.cli import options
 from ray_dfml.errors import UsageError
+from ray_dfml.runtime import host
 
 POOL = {"models": 12, "way": 5, "seed": 0}
 
@@ -17,7 +17,7 @@ POOL = {"models": 12, "way": 5, "seed": 0}
 @click.option("--run-dir", type=click.Path(path_type=Path), help="Run folder; default: runs/quickstart-TIME.")
 @click.option("--backend", type=click.Choice(["ray", "local"]), default="ray", show_default=True)
 @click.option(
-    "--workers", type=click.IntRange(min=1), default=lambda: min(2, os.cpu_count() or 1), show_default="up to 2"
+    "--workers", type=click.IntRange(min=1), default=lambda: min(2, host.processors()), show_default="up to 2"
 )
 @options.sets
 @options.as_json

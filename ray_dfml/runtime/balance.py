@@ -3,10 +3,18 @@
 [Graham1969] Bounds on Multiprocessing Timing Anomalies, SIAM J. Appl. Math. 17(2): longest processing time first.
 """
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import groupby, islice
 
 from ray_dfml.types import Job
+
+
+def check_distinct(jobs: Sequence[Job]) -> None:
+    """Raises ValueError where two jobs have one index: it is how results find their job."""
+    twice = [index for index, count in Counter(job.index for job in jobs).items() if count > 1]
+    if twice:
+        raise ValueError(f"{len(jobs)} jobs: index {twice[0]} is given twice")
 
 
 def longest_first(jobs: Sequence[Job]) -> list[Job]:

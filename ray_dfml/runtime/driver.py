@@ -78,35 +78,26 @@ class Machine:
         tree = config.model_dump(mode="json")
         if self.backend == "local":
             return LocalSession(tree, world, sets, teachers, threads=self.threads)
-        from ray_dfml.runtime.cluster import RaySession
+        from ray_dfml.runtime.cluster import Cluster, RaySession
 
-        return RaySession(
-            tree, world, sets, teachers,
-            workers=self.workers, gpus_per_worker=self.gpus_per_worker, threads=self.threads,
-            job_seconds=self.job_seconds,
-        )  # fmt: skip
+        cluster = Cluster(workers=self.workers, gpus_per_worker=self.gpus_per_worker, threads=self.threads)
+        return RaySession(tree, world, sets, teachers, cluster, threads=self.threads, job_seconds=self.job_seconds)
 
 
 @contextmanager
 def _interruptible() -> Iterator[None]:
     """SIGTERM acts as Ctrl-C, so that a cluster's grace period ends in a clean stop."""
-    before = signal.getsignal(signal.SIGTERM)
-    _arm()
-    try:
-        yield
-    finally:
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, before)
-
-
-def _arm() -> None:
-    """Take SIGTERM, also after a session was made: Ray installs a handler of its own that ends the process at once."""
 
     def stop(_signal: int, _frame: object) -> None:
         raise KeyboardInterrupt
 
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, stop)
+    main = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGTERM, stop) if main else None
+    try:
+        yield
+    finally:
+        if main:
+            signal.signal(signal.SIGTERM, before)
 
 
 def run(
@@ -140,7 +131,6 @@ def _run(
         progress.note(line)
     saved = _Saved(folder)
     session = machine.session(config, inputs.world, inputs.sets, inputs.teachers)
-    _arm()
     try:
         session.start(saved.state)
         r = saved.rounds

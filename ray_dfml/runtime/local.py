@@ -24,6 +24,7 @@ class LocalBackend:
 
     def map(self, op: str, jobs: Sequence[Job], shared: Arrays) -> list[Arrays]:
         """See `Backend.map`."""
+        balance.check_distinct(jobs)
         if not self._shard.batched:
             return [result for job in jobs for result in self._shard.run(op, [job], shared)]
         done: dict[int, Arrays] = {}

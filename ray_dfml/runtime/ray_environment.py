@@ -5,20 +5,27 @@ Without RAY_ADDRESS a private cluster is started on this machine. Ray's own proc
 whatever address they are given, so it is guarded by a token that lives as long as this process. A cluster that exists
 already sets RAY_AUTH_MODE and its token itself; what the user has set is never changed.
 
-Ray prints one line at the start of a run, that shards have constructor arguments in the object store: those are the
-teachers, which would be lost with their owner. The owner is the driver, which outlives its shards.
+Where the user's code imported Ray before, it has read its environment already, and what is set now would reach only
+its daemons: nothing is set.
 """
 
 import os
 import secrets
+import sys
 
-if "RAY_AUTH_MODE" not in os.environ and not os.environ.get("RAY_ADDRESS"):
-    os.environ["RAY_AUTH_MODE"] = "token"
-    os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
-os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
+IMPORTED_BEFORE = "ray" in sys.modules
+"""Whether Ray was imported before this file could prepare its environment."""
 
-import ray
-from ray import exceptions
+if not IMPORTED_BEFORE:
+    if "RAY_AUTH_MODE" not in os.environ and not os.environ.get("RAY_ADDRESS"):
+        os.environ["RAY_AUTH_MODE"] = "token"
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    if os.environ.get("RAY_ADDRESS"):
+        os.environ.setdefault("RAY_NUM_REDIS_GET_RETRIES", "1")  # one takes 40 s where no cluster answers; Ray has 20
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
 
-__all__ = ["exceptions", "ray"]
+import ray  # noqa: E402
+from ray import exceptions  # noqa: E402
+
+__all__ = ["IMPORTED_BEFORE", "exceptions", "ray"]

@@ -70,6 +70,11 @@ class Shard:
         self._load = load
         self._hosted: OrderedDict[str, HostedTeacher] = OrderedDict()
 
+    def reload(self, load: LoadWeights) -> None:
+        """Take teachers from elsewhere from now on, and forget those hosted."""
+        self._load = load
+        self._hosted.clear()
+
     def teacher(self, id: str) -> HostedTeacher:
         """The teacher, loaded on first use; the longest unused go where it would exceed CACHE_BYTES with them."""
         if id in self._hosted:

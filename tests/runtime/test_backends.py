@@ -13,7 +13,7 @@ from ray_dfml.errors import RejectedError, ResourceError
 from ray_dfml.methods.base import World
 from ray_dfml.pipeline import Trainer
 from ray_dfml.runtime import cluster, driver
-from ray_dfml.runtime.cluster import RayBackend
+from ray_dfml.runtime.dispatch import RayBackend
 from ray_dfml.runtime.driver import Machine
 from ray_dfml.runtime.local import LocalBackend
 from ray_dfml.types import Job
@@ -57,11 +57,8 @@ def obedient(store: Callable[[str], tuple]) -> Callable[[str], tuple]:
 
 @pytest.fixture(scope="module")
 def backend(ray_cluster: None, inputs: driver.Inputs) -> Iterator[RayBackend]:
-    store = cluster.PoolStore(inputs.teachers)
-    shards = cluster.start_shards(obedient(store), workers=2, gpus_per_worker=0.0, threads=1)  # type: ignore[arg-type]
-    yield RayBackend(shards, batched=False)
-    for shard in shards:
-        cluster.ray.kill(shard)
+    with cluster.Cluster(workers=2) as place:
+        yield place.backend(obedient(cluster.PoolStore(inputs.teachers)))
 
 
 def load_jobs(*names: str) -> list[Job]:
@@ -102,7 +99,7 @@ def test_a_job_that_hangs_is_rejected_and_its_shard_works_on(
     backend: RayBackend, inputs: driver.Inputs, ids: list[str]
 ) -> None:
     """Also for the next call, with another limit."""
-    strict = RayBackend(backend.shards, batched=False, job_seconds=3.0)
+    strict = RayBackend(backend.shards, backend.load, batched=False, job_seconds=3.0)
     results = strict.map("weights", load_jobs(ids[0], f"sleep:600/{ids[1]}", ids[2], ids[3]), {})
     assert results[1] == {"rejected": "its process died or took longer than 3 s, 2 times"}
     assert all(is_teacher(results[i], inputs, ids[i]) for i in (0, 2, 3))

@@ -36,11 +36,13 @@ class Ambush:
         self.folder, self.teacher = folder, teacher
         folder.mkdir()
 
-    def start_shards(self, plain: Callable[..., list[Any]]) -> Callable[..., list[Any]]:
-        """`start_shards` with shards that note every load and wait at the first one of the teacher."""
+    def store(self, plain: Callable[[Any], Callable[[str], tuple]]) -> Callable[[Any], Callable[[str], tuple]]:
+        """`PoolStore` whose loads are noted; the first one of the teacher waits."""
         folder, teacher, patience = self.folder, self.teacher, PATIENCE
 
-        def start(store: Callable[[str], tuple], **options: Any) -> list[Any]:
+        def make(teachers: Any) -> Callable[[str], tuple]:
+            stored = plain(teachers)
+
             def load(id: str) -> tuple:
                 with (folder / "loads").open("a") as log:
                     log.write(f"{id} {os.getpid()}\n")
@@ -49,12 +51,11 @@ class Ambush:
                     until = time.monotonic() + patience
                     while not (folder / "go").exists() and time.monotonic() < until:
                         time.sleep(0.01)
-                return store(id)
+                return stored(id)
 
-            load.store = store  # type: ignore[attr-defined]
-            return plain(load, **options)
+            return load
 
-        return start
+        return make
 
     def held(self) -> int:
         """The pid of the shard that waits, once there is one."""
@@ -111,7 +112,7 @@ def test_a_shard_killed_within_a_job(
     tmp_path: Path, free_run: Path, toy_pool: Path, toy_data: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ambush = Ambush(tmp_path / "ambush", late_teacher(toy_pool, toy_data)[0])
-    monkeypatch.setattr(cluster, "start_shards", ambush.start_shards(cluster.start_shards))
+    monkeypatch.setattr(cluster, "PoolStore", ambush.store(cluster.PoolStore))
     killed: list[int] = []
 
     def strike() -> None:
@@ -134,7 +135,7 @@ def test_the_learner_killed_within_a_round(
 ) -> None:
     teacher, r = late_teacher(toy_pool, toy_data)
     ambush = Ambush(tmp_path / "ambush", teacher)
-    monkeypatch.setattr(cluster, "start_shards", ambush.start_shards(cluster.start_shards))
+    monkeypatch.setattr(cluster, "PoolStore", ambush.store(cluster.PoolStore))
     pids: list[int] = []
     plain = cluster.RaySession.start
 

@@ -7,9 +7,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
-from ray_dfml.errors import RejectedError
-from ray_dfml.runtime import cluster
+from ray_dfml.errors import RejectedError, ResourceError
+from ray_dfml.ops import OPS
+from ray_dfml.runtime import cluster, dispatch
+from ray_dfml.runtime.dispatch import RayBackend
+from ray_dfml.runtime.local import LocalBackend, no_teachers
 from ray_dfml.runtime.shard import Loaded
 from ray_dfml.types import Arrays, ImageSpec, Job, TeacherCard
 
@@ -65,17 +69,17 @@ class Shard:
         self.calls: list[list[int]] = []
         self.refs: list[Ref] = []
         self.up = up
-        self.run = Method(self._run)
+        self.run_for = Method(self._run)
         self.__ray_ready__ = Method(lambda: Ref(error=None if self.up else self._gone()))
 
-    def _run(self, op: str, jobs: Sequence[Job], shared: Arrays) -> Ref:
+    def _run(self, load: Sequence[Any], op: str, jobs: Sequence[Job], shared: Arrays) -> Ref:
         self.calls.append([job.index for job in jobs])
         self.refs.append(Ref([{"index": job.index} for job in jobs], None if self.up else self._gone()))
         return self.refs[-1]
 
     @staticmethod
     def _gone() -> Exception:
-        return cluster.exceptions.ActorUnavailableError("down", None)
+        return dispatch.exceptions.ActorUnavailableError("down", None)
 
     def die(self) -> None:
         """Every call fails whose result was not taken."""
@@ -86,8 +90,13 @@ class Shard:
 
 @pytest.fixture
 def shards(monkeypatch: pytest.MonkeyPatch) -> list[Shard]:
-    monkeypatch.setattr(cluster, "ray", StandIn)
+    monkeypatch.setattr(dispatch, "ray", StandIn)
     return [Shard(up=True), Shard(up=False)]
+
+
+def backend_of(shards: Sequence[Any], **options: Any) -> RayBackend:
+    """A backend over stand-ins, which need no teachers."""
+    return RayBackend(shards, None, **options)  # type: ignore[arg-type]
 
 
 def jobs(count: int) -> list[Job]:
@@ -99,12 +108,12 @@ def costing(*costs: float, memory: int = 0) -> list[Job]:
 
 
 def test_a_shard_that_never_comes_back_does_not_hold_up_the_others(shards: list[Shard]) -> None:
-    backend = cluster.RayBackend(shards, batched=False)
+    backend = backend_of(shards, batched=False)
     assert backend.map("op", jobs(6), {}) == [{"index": i} for i in range(6)]
 
 
 def test_a_shard_that_is_down_gets_no_work_in_the_next_call(shards: list[Shard]) -> None:
-    backend = cluster.RayBackend(shards, batched=False)
+    backend = backend_of(shards, batched=False)
     backend.map("op", jobs(4), {})
     sent = len(shards[1].calls)
     assert backend.map("op", jobs(4), {}) == [{"index": i} for i in range(4)]
@@ -113,7 +122,7 @@ def test_a_shard_that_is_down_gets_no_work_in_the_next_call(shards: list[Shard])
 
 def test_chunks_of_an_accelerator_keep_the_order_of_jobs(shards: list[Shard]) -> None:
     both_up = [Shard(up=True), Shard(up=True)]
-    backend = cluster.RayBackend(both_up, batched=True)
+    backend = backend_of(both_up, batched=True)
     assert backend.map("op", jobs(5), {}) == [{"index": i} for i in range(5)]
     assert both_up[0].calls + both_up[1].calls == [[0, 1, 2], [3, 4]]
 
@@ -121,7 +130,7 @@ def test_chunks_of_an_accelerator_keep_the_order_of_jobs(shards: list[Shard]) ->
 def test_costly_jobs_are_sent_first_and_queued_where_least_is_ahead(shards: list[Shard]) -> None:
     """Costs 1, 10, 6, 5, 1: a second job of 5 waits behind that of 6, not behind that of 10."""
     both_up = [Shard(up=True), Shard(up=True)]
-    results = cluster.RayBackend(both_up, batched=False).map("op", costing(1, 10, 6, 5, 1), {})
+    results = backend_of(both_up, batched=False).map("op", costing(1, 10, 6, 5, 1), {})
     assert results == [{"index": i} for i in range(5)], "results come in job order all the same"
     assert (both_up[0].calls[0], both_up[1].calls[:2]) == ([1], [[2], [3]])
 
@@ -137,21 +146,21 @@ def test_at_most_two_chunks_are_queued_per_shard(shards: list[Shard], monkeypatc
         return wait(refs, num_returns, timeout)
 
     monkeypatch.setattr(StandIn, "wait", staticmethod(watch))
-    cluster.RayBackend(both_up, batched=False).map("op", costing(9, 9, *[1] * 8), {})
+    backend_of(both_up, batched=False).map("op", costing(9, 9, *[1] * 8), {})
     assert queued == [4, 4, 4, 4, 4, 4, 4, 3, 2, 1]
 
 
 def test_chunks_of_an_accelerator_cost_the_same(shards: list[Shard]) -> None:
     both_up = [Shard(up=True), Shard(up=True)]
-    results = cluster.RayBackend(both_up, batched=True).map("op", costing(1, 1, 8, 1, 4, 1), {})
+    results = backend_of(both_up, batched=True).map("op", costing(1, 1, 8, 1, 4, 1), {})
     assert results == [{"index": i} for i in range(6)]
     assert both_up[0].calls + both_up[1].calls == [[2], [0, 1, 3, 4, 5]]
 
 
 def test_chunks_of_an_accelerator_fit_its_cache(shards: list[Shard], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cluster, "CACHE_BYTES", 20)
+    monkeypatch.setattr(dispatch, "CACHE_BYTES", 20)
     both_up = [Shard(up=True), Shard(up=True)]
-    results = cluster.RayBackend(both_up, batched=True).map("op", costing(*[1.0] * 6, memory=10), {})
+    results = backend_of(both_up, batched=True).map("op", costing(*[1.0] * 6, memory=10), {})
     assert results == [{"index": i} for i in range(6)]
     assert sorted(both_up[0].calls + both_up[1].calls) == [[0, 1], [2], [3, 4], [5]]
 
@@ -212,10 +221,10 @@ class Mortal(Shard):
         super().__init__(up=True)
         self.deadly = set(deadly)
 
-    def _run(self, op: str, jobs: Sequence[Job], shared: Arrays) -> Ref:
-        done = super()._run(op, jobs, shared)
+    def _run(self, load: Sequence[Any], op: str, jobs: Sequence[Job], shared: Arrays) -> Ref:
+        done = super()._run(load, op, jobs, shared)
         if self.deadly & {job.index for job in jobs}:
-            return Ref(error=cluster.exceptions.ActorUnavailableError("died", None))
+            return Ref(error=dispatch.exceptions.ActorUnavailableError("died", None))
         return done
 
 
@@ -223,7 +232,7 @@ class Mortal(Shard):
 def test_only_the_job_that_kills_is_given_up(shards: list[Shard], batched: bool) -> None:
     """A chunk that dies is sent again job by job: then it shows which one it was."""
     mortals = [Mortal(2), Mortal(2)]
-    results = cluster.RayBackend(mortals, batched=batched).map("op", costing(1, 2, 9, 3, 2, 4), {})
+    results = backend_of(mortals, batched=batched).map("op", costing(1, 2, 9, 3, 2, 4), {})
     assert results.pop(2) == {"rejected": "its process died 2 times"}
     assert results == [{"index": i} for i in (0, 1, 3, 4, 5)]
     calls = sum(2 in call for shard in mortals for call in shard.calls)
@@ -238,9 +247,9 @@ class Forgetful(Shard):
         self.deadly = set(deadly)
         self.behind: list[tuple[int, int]] = []
 
-    def _run(self, op: str, jobs: Sequence[Job], shared: Arrays) -> Ref:
+    def _run(self, load: Sequence[Any], op: str, jobs: Sequence[Job], shared: Arrays) -> Ref:
         self.behind += [(job.index, sum(not ref.taken for ref in self.refs)) for job in jobs]
-        done = super()._run(op, jobs, shared)
+        done = super()._run(load, op, jobs, shared)
         if self.deadly & {job.index for job in jobs}:
             self.die()
         return done
@@ -249,7 +258,7 @@ class Forgetful(Shard):
 def test_a_job_with_a_strike_is_sent_alone(shards: list[Shard]) -> None:
     """The job before the deadly one is struck too, as if it had killed; alone, it shows that it did not."""
     shard = Forgetful(2)
-    results = cluster.RayBackend([shard], batched=False).map("op", costing(99, 9, 8, 1), {})
+    results = backend_of([shard], batched=False).map("op", costing(99, 9, 8, 1), {})
     assert results == [{"index": 0}, {"index": 1}, {"rejected": "its process died 2 times"}, {"index": 3}]
     assert shard.behind[:3] == [(0, 0), (1, 1), (2, 1)], "a first time they queue"
     assert shard.behind[3:] == [(2, 0), (2, 0), (1, 0), (3, 0)]
@@ -263,8 +272,8 @@ class Hanging(Shard):
         self.endless = set(endless)
         self.deaths = 0
 
-    def _run(self, op: str, jobs: Sequence[Job], shared: Arrays) -> Ref:
-        done = super()._run(op, jobs, shared)
+    def _run(self, load: Sequence[Any], op: str, jobs: Sequence[Job], shared: Arrays) -> Ref:
+        done = super()._run(load, op, jobs, shared)
         done.ends = not self.endless & {job.index for job in jobs}
         return done
 
@@ -276,7 +285,7 @@ class Hanging(Shard):
 @pytest.mark.parametrize("batched", [False, True])
 def test_a_job_that_hangs_is_given_up_alone(shards: list[Shard], batched: bool) -> None:
     hanging = [Hanging(1), Hanging(1)]
-    backend = cluster.RayBackend(hanging, batched=batched, job_seconds=0.05)
+    backend = backend_of(hanging, batched=batched, job_seconds=0.05)
     results = backend.map("op", costing(3, 9, 2, 1, 1), {})
     assert results.pop(1) == {"rejected": "its process died or took longer than 0.05 s, 2 times"}
     assert results == [{"index": i} for i in (0, 2, 3, 4)]
@@ -285,7 +294,7 @@ def test_a_job_that_hangs_is_given_up_alone(shards: list[Shard], batched: bool) 
 
 def test_a_job_that_hangs_is_given_up_while_another_shard_is_down(shards: list[Shard]) -> None:
     """The calls to that shard fail all the time, so there is always something to receive."""
-    backend = cluster.RayBackend([Hanging(1), Shard(up=False)], batched=False, job_seconds=0.05)
+    backend = backend_of([Hanging(1), Shard(up=False)], batched=False, job_seconds=0.05)
     results = backend.map("op", jobs(3), {})
     assert results.pop(1) == {"rejected": "its process died or took longer than 0.05 s, 2 times"}
     assert results == [{"index": 0}, {"index": 2}]
@@ -297,8 +306,8 @@ class Asleep(Shard):
     def __init__(self) -> None:
         super().__init__(up=False)
 
-    def _run(self, op: str, jobs: Sequence[Job], shared: Arrays) -> Ref:
-        done = super()._run(op, jobs, shared)
+    def _run(self, load: Sequence[Any], op: str, jobs: Sequence[Job], shared: Arrays) -> Ref:
+        done = super()._run(load, op, jobs, shared)
         self.up = True
         return done
 
@@ -306,7 +315,7 @@ class Asleep(Shard):
 @pytest.mark.parametrize("count", [1, 2, 5])
 def test_deaths_before_the_call_are_nobodys_fault(shards: list[Shard], count: int) -> None:
     """Even if all shards had died, and there are fewer jobs than shards."""
-    backend = cluster.RayBackend([Asleep() for _ in range(4)], batched=False)
+    backend = backend_of([Asleep() for _ in range(4)], batched=False)
     assert backend.map("op", jobs(count), {}) == [{"index": i} for i in range(count)]
 
 
@@ -317,12 +326,12 @@ class Doomed(Shard):
         super().__init__(up=True)
         self.node = node
 
-    def _run(self, op: str, jobs: Sequence[Job], shared: Arrays) -> Ref:
+    def _run(self, load: Sequence[Any], op: str, jobs: Sequence[Job], shared: Arrays) -> Ref:
         if not self.node.fell and self.node.last in [job.index for job in jobs]:
             self.node.fell = True
             for shard in self.node.shards:
                 shard.up = False
-        done = super()._run(op, jobs, shared)
+        done = super()._run(load, op, jobs, shared)
         self.up = True
         return done
 
@@ -337,25 +346,90 @@ class Node:
 
 def test_a_node_that_goes_down_costs_a_job_one_strike(shards: list[Shard]) -> None:
     """The other shard of the node was idle and had answered before: it is asked again before it gets the job."""
-    backend = cluster.RayBackend(Node(last=3).shards, batched=False)
+    backend = backend_of(Node(last=3).shards, batched=False)
     assert backend.map("op", costing(4, 3, 2, 1), {}) == [{"index": i} for i in range(4)]
 
 
 def test_a_result_that_is_lost_is_made_again(shards: list[Shard]) -> None:
     class Loses(Shard):
-        def _run(self, op: str, jobs: Sequence[Job], shared: Arrays) -> Ref:
-            done = super()._run(op, jobs, shared)
+        def _run(self, load: Sequence[Any], op: str, jobs: Sequence[Job], shared: Arrays) -> Ref:
+            done = super()._run(load, op, jobs, shared)
             if len(self.calls) == 2:
-                done.error = cluster.exceptions.ObjectLostError("ab", None, "")
+                done.error = dispatch.exceptions.ObjectLostError("ab", None, "")
             return done
 
     shard = Loses(up=True)
-    assert cluster.RayBackend([shard], batched=False).map("op", jobs(3), {}) == [{"index": i} for i in range(3)]
+    assert backend_of([shard], batched=False).map("op", jobs(3), {}) == [{"index": i} for i in range(3)]
     assert sum(1 in call for call in shard.calls) == 2
 
 
 def test_a_lost_answer_of_a_shard_ends_the_wait_for_it(shards: list[Shard]) -> None:
     """A shard that was down is asked whether it is up; the call ends, and what it returned is gone."""
     shard = Asleep()
-    shard.__ray_ready__ = Method(lambda: Ref(error=cluster.exceptions.ObjectLostError("ab", None, "")))
-    assert cluster.RayBackend([shard], batched=False).map("op", jobs(2), {}) == [{"index": 0}, {"index": 1}]
+    shard.__ray_ready__ = Method(lambda: Ref(error=dispatch.exceptions.ObjectLostError("ab", None, "")))
+    assert backend_of([shard], batched=False).map("op", jobs(2), {}) == [{"index": 0}, {"index": 1}]
+
+
+def test_two_jobs_of_one_index_are_refused_at_once(shards: list[Shard]) -> None:
+    """Alike in every backend: results find their job by its index."""
+    twice = [*jobs(2), *jobs(1)]
+    for backend in (backend_of([Shard(up=True)], batched=False), LocalBackend(no_teachers)):
+        with pytest.raises(ValueError, match=r"^3 jobs: index 0 is given twice$"):
+            backend.map("weights", twice, {})
+
+
+class Unreachable(Shard):
+    """A shard whose node is gone: calls do not even fail."""
+
+    def _run(self, load: Sequence[Any], op: str, jobs: Sequence[Job], shared: Arrays) -> Ref:
+        done = super()._run(load, op, jobs, shared)
+        self.__ray_ready__ = Method(lambda: Ref(ends=False))
+        return done
+
+
+@pytest.mark.parametrize("kind", [Shard, Unreachable])
+def test_a_run_whose_shards_are_all_gone_ends_in_time(
+    shards: list[Shard], monkeypatch: pytest.MonkeyPatch, kind: type[Shard]
+) -> None:
+    """Whether Ray refuses calls to them, or keeps them waiting for a node that never comes."""
+    monkeypatch.setattr(dispatch, "LOST_SECONDS", 0.3)
+    began = time.monotonic()
+    with pytest.raises(
+        ResourceError, match=r"no shard has been up for 0.3 s: their nodes are gone; .*--resume"
+    ) as error:
+        backend_of([kind(up=False), kind(up=False)], batched=False).map("op", jobs(3), {})
+    assert error.value.exit_code == 5
+    assert 0.3 <= time.monotonic() - began < 5
+
+
+def test_arrays_by_reference_and_teachers_come_with_each_message(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A shard that was restarted needs nothing but the next message; one that was not loads a teacher once."""
+    asked: list[str] = []
+
+    class Store:
+        ObjectRef = Ref
+
+        @staticmethod
+        def get(ref: Ref) -> Any:
+            return ref.value
+
+    def load(id: str) -> Loaded:
+        asked.append(id)
+        return OnDemand()[id]
+
+    seen: list[Arrays] = []
+    monkeypatch.setattr(dispatch, "ray", Store)
+    weights = OPS["weights"]
+    monkeypatch.setitem(OPS, "weights", lambda worker, jobs, shared: seen.append(shared) or weights(worker, jobs, {}))
+    where, images = [Ref(load)], np.arange(3)
+    job = [Job(index=0, seed=0, teacher="a")]
+    one = dispatch.ShardActor(threads=1, device=torch.device("cpu"))
+    for _ in range(2):
+        one.run_for(where, "weights", job, {"images": Ref(images), "steps": 3})
+    assert seen[0]["images"] is images
+    assert seen[0]["steps"] == 3
+    assert asked == ["a"]
+    restarted = dispatch.ShardActor(threads=1, device=torch.device("cpu"))
+    assert restarted.run_for(where, "weights", job, {})[0]["theta"].tolist() == [97.0] * 3
+    one.run_for([Ref(load)], "weights", job, {})
+    assert asked == ["a"] * 3, "another pool under the same name is another pool"

@@ -48,7 +48,7 @@ def test_a_shard_killed_within_a_job(
     state = METHODS[method].init(config.method, world)
     teacher = str(METHODS[method].plan(config.method, world, state, 0)[0].teacher)
     ambush = Ambush(tmp_path / "ambush", teacher)
-    monkeypatch.setattr(cluster, "start_shards", ambush.start_shards(cluster.start_shards))
+    monkeypatch.setattr(cluster, "PoolStore", ambush.store(cluster.PoolStore))
     killed: list[int] = []
 
     def strike() -> None:

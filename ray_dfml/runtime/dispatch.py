@@ -1,0 +1,225 @@
+"""Dispatch: jobs to shard actors and their results back in job order, whoever dies on the way.
+
+Delivery is at least once: a shard that dies is restarted by Ray, and the job it held is sent again. Ops depend on (job,
+shared) only, so a job that ran twice gives the same bits.
+"""
+
+import time
+from collections import deque
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+
+from ray_dfml.errors import ResourceError
+from ray_dfml.runtime import balance
+from ray_dfml.runtime.local import no_teachers
+from ray_dfml.runtime.ray_environment import exceptions, ray
+from ray_dfml.runtime.shard import CACHE_BYTES, Shard
+from ray_dfml.types import Arrays, Job
+
+STRIKES = 2
+"""A job whose process died this often is given up: its teacher is rejected."""
+
+IN_FLIGHT = 2
+"""Jobs queued per shard: the next one is there when the last one ends."""
+
+WAKE_SECONDS = 0.1
+"""Between two questions whether a shard that died is up again. Until it is, Ray fails every call to it at once."""
+
+LOST_SECONDS = 180.0
+"""Longest time without any shard that is up: their nodes may be replaced, and a process takes seconds to start."""
+
+
+class ShardActor(Shard):
+    """A shard in a process of its own. How it gets teachers comes with each message, so that one that was restarted
+    needs nothing else."""
+
+    def __init__(self, *, threads: int, device: torch.device | None) -> None:
+        self._where: ray.ObjectRef | None = None
+        super().__init__(no_teachers, threads=threads, device=device)
+
+    def run_for(self, load: "Sequence[ray.ObjectRef]", op: str, jobs: Sequence[Job], shared: Arrays) -> list[Arrays]:
+        """`run` with the teachers of `load[0]`, and with arrays that stand in `shared` by reference."""
+        if load[0] != self._where:
+            self.reload(ray.get(load[0]))
+            self._where = load[0]
+        return self.run(op, jobs, {k: ray.get(v) if isinstance(v, ray.ObjectRef) else v for k, v in shared.items()})
+
+
+class RayBackend:
+    """`Backend` over shard actors: dynamic dispatch, costly work first, results in job order, lost jobs sent again.
+
+    A shard that works on a chunk for longer than `job_seconds` is killed, as if it had died of it; None for no limit.
+    """
+
+    def __init__(
+        self, shards: Sequence[Any], load: "ray.ObjectRef", *, batched: bool, job_seconds: float | None = None
+    ) -> None:
+        """`load`: in the object store, how shards get teachers, a `shard.LoadWeights`."""
+        self.shards = list(shards)
+        self.load = load
+        self.batched = batched
+        self.job_seconds = job_seconds
+        self.waking: set[int] = set()
+
+    def map(self, op: str, jobs: Sequence[Job], shared: Arrays) -> list[Arrays]:
+        """See `Backend.map`. Raises ResourceError when no shard is left, or none was up for LOST_SECONDS, and whatever
+        an op raises."""
+        balance.check_distinct(jobs)
+        if self.batched:
+            waiting = balance.chunks(jobs, len(self.shards), CACHE_BYTES)
+        else:
+            waiting = [[job] for job in balance.longest_first(jobs)]
+        done = _Dispatch(self, op, waiting, ray.put(shared)).run(len(jobs))
+        return [done[job.index] for job in jobs]
+
+
+class _Dispatch:
+    """One call of `map`: chunks of jobs that wait, those that shards have, and what came back.
+
+    The first chunk in a shard's queue is the one at work. When its process dies each of its jobs gets a strike, if the
+    shard has answered in this call: one that had died before takes its first chunk with it, unseen. A job with a strike
+    is sent alone to a shard that has answered, and nothing is queued with it, so that a second strike is its own.
+    """
+
+    def __init__(self, backend: RayBackend, op: str, waiting: Iterable[Sequence[Job]], shared: "ray.ObjectRef") -> None:
+        self._backend, self._op, self._shared = backend, op, shared
+        self._waiting = deque(waiting)
+        self._flying: dict[ray.ObjectRef, tuple[int, Sequence[Job]]] = {}
+        self._load: dict[int, list[ray.ObjectRef]] = {i: [] for i in range(len(backend.shards))}
+        self._since: dict[int, float] = {}
+        self._done: dict[int, Arrays] = {}
+        self._strikes: dict[int, int] = {}
+        self._late: set[int] = set()
+        self._answered: set[int] = set()
+        self._down_since: float | None = None
+
+    def run(self, count: int) -> dict[int, Arrays]:
+        """Results of `count` jobs by their index."""
+        for i in tuple(self._backend.waking):
+            self._wake(i)
+        self._fill()
+        while len(self._done) < count:
+            results_first = sorted(self._flying, key=lambda ref: not self._flying[ref][1])
+            ready, _ = ray.wait(results_first, num_returns=1, timeout=self._patience())
+            for ref in ready:
+                self._receive(ref)
+            self._kill_late()
+            self._check_lost()
+            self._fill()
+        return self._done
+
+    def _receive(self, ref: "ray.ObjectRef") -> None:
+        i, chunk = self._flying[ref]
+        try:
+            results = ray.get(ref)
+            self._answered.add(i)
+            if chunk:
+                self._done.update((job.index, result) for job, result in zip(chunk, results, strict=True))
+            else:
+                self._backend.waking.discard(i)
+        except (exceptions.RayActorError, exceptions.OutOfMemoryError) as error:
+            self._lost(i, ref, error)
+            if not self._load:
+                raise ResourceError(f"no shard is left: {str(error).splitlines()[0]}") from None
+        except exceptions.ObjectLostError:  # the call ended, but its result went with its node
+            self._waiting.extendleft([job] for job in reversed(chunk))
+            if not chunk:
+                self._backend.waking.discard(i)
+        except exceptions.RayTaskError as error:
+            raise cause(error) from error
+        del self._flying[ref]
+        if ref in self._load.get(i, []):
+            self._load[i].remove(ref)
+            self._since[i] = time.monotonic()
+
+    def _ahead(self, i: int) -> float:
+        return sum(job.cost for ref in self._load[i] for job in self._flying[ref][1])
+
+    def _suspect(self, chunk: Sequence[Job]) -> bool:
+        return any(job.index in self._strikes for job in chunk)
+
+    def _fill(self) -> None:
+        """Send the next chunks where the least is ahead of them."""
+        for depth in range(1, IN_FLIGHT + 1):
+            for i in sorted(self._load, key=self._ahead):
+                queue = self._load[i]
+                if not self._waiting or i in self._backend.waking or len(queue) >= depth:
+                    continue
+                suspect = self._suspect(self._waiting[0])
+                if queue and (suspect or self._suspect(self._flying[queue[-1]][1])):
+                    continue
+                if suspect and i not in self._answered:
+                    self._wake(i)
+                    continue
+                chunk = self._waiting.popleft()
+                if not queue:
+                    self._since[i] = time.monotonic()
+                ref = self._backend.shards[i].run_for.remote([self._backend.load], self._op, list(chunk), self._shared)
+                self._flying[ref] = (i, chunk)
+                queue.append(ref)
+
+    def _wake(self, i: int) -> None:
+        self._backend.waking.add(i)
+        self._flying[self._backend.shards[i].__ray_ready__.remote()] = (i, ())
+
+    def _lost(self, i: int, ref: "ray.ObjectRef", error: Exception) -> None:
+        """Shard `i` died, or is not up again: whatever ran gets a strike once, what was queued is sent again."""
+        queue, chunk = self._load.get(i, []), self._flying[ref][1]
+        if queue and i not in self._backend.waking and i in self._answered:
+            for job in self._flying[queue[0]][1]:
+                self._strikes[job.index] = self._strikes.get(job.index, 0) + 1
+            self._answered.clear()  # what killed this shard may have killed others: ask them before the next suspect
+        for job in reversed(chunk):
+            if self._strikes.get(job.index, 0) >= STRIKES and len(chunk) == 1:
+                late = f" or took longer than {self._backend.job_seconds:g} s," if job.index in self._late else ""
+                self._done[job.index] = {"rejected": f"its process died{late} {STRIKES} times"}
+            else:
+                self._waiting.appendleft([job])
+        if isinstance(error, exceptions.ActorDiedError):
+            self._load.pop(i, None)
+        elif i in self._load and (i not in self._backend.waking or not chunk):
+            time.sleep(WAKE_SECONDS if i in self._backend.waking else 0.0)
+            self._wake(i)
+
+    def _working(self) -> list[int]:
+        return [i for i, queue in self._load.items() if queue and i not in self._backend.waking]
+
+    def _patience(self) -> float | None:
+        """Seconds until the first shard at work is late, or all have been down for too long; None if neither can be."""
+        limit, working = self._backend.job_seconds, self._working()
+        ends = [self._since[i] + limit for i in working] if limit is not None else []
+        if self._down_since is not None:
+            ends.append(self._down_since + LOST_SECONDS)
+        return max(0.0, min(ends) - time.monotonic()) if ends else None
+
+    def _check_lost(self) -> None:
+        """Raises ResourceError where no shard has been up for LOST_SECONDS: their nodes are gone."""
+        if not self._backend.waking >= self._load.keys():
+            self._down_since = None
+            return
+        now = time.monotonic()
+        self._down_since = self._down_since or now
+        if now - self._down_since >= LOST_SECONDS:
+            raise ResourceError(
+                f"no shard has been up for {LOST_SECONDS:g} s: their nodes are gone; go on with --resume when the "
+                "cluster is back, or on another"
+            )
+
+    def _kill_late(self) -> None:
+        """End the process of each shard that is late; Ray starts it again, and its calls fail as those of any death."""
+        now, limit = time.monotonic(), self._backend.job_seconds
+        if limit is None:
+            return
+        for i in self._working():
+            if now - self._since[i] >= limit:
+                self._late |= {job.index for job in self._flying[self._load[i][0]][1]}
+                self._since[i] = now
+                self._answered.add(i)  # it was up until here
+                ray.kill(self._backend.shards[i], no_restart=False)
+
+
+def cause(error: exceptions.RayTaskError) -> Exception:
+    """What the remote code raised: its message is one line, Ray's holds a traceback."""
+    return error.cause if isinstance(error.cause, Exception) else error
