@@ -1,6 +1,7 @@
 """The exported learner: what is written is read, adapting is the evaluated mathematics, errors are one line."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -206,6 +207,25 @@ def test_renaming_classes_only_renames_predictions_and_bits_repeat(tmp_path):
     np.testing.assert_array_equal(one.predict_proba(q), two.predict_proba(q))
     np.testing.assert_array_equal(one.predict_proba(q), one.predict_proba(q))
     assert torch.equal(learner.theta, flat()[0])
+
+
+@pytest.mark.parametrize("bn", ["transductive", "support", "running"])
+def test_answers_from_eight_threads_equal_those_from_one(tmp_path, bn):
+    """Two learners of one architecture, many requests at once, each adapted to a support of its own."""
+    learners = [exported(tmp_path, bn=bn) for _ in range(2)]
+    learners[1].theta.mul_(1.1)
+    (query, _), supports = blobs(3, seed=99), [blobs(2, seed=i) for i in range(8)]
+
+    def ask(i: int) -> tuple[list[Any], np.ndarray]:
+        adapted = learners[i % 2].adapt(*supports[i % 8])
+        return adapted.predict(query), adapted.predict_proba(query)
+
+    alone = [ask(i) for i in range(8)]
+    with ThreadPoolExecutor(8) as pool:
+        for i, (labels, rows) in enumerate(pool.map(ask, range(64))):
+            assert labels == alone[i % 8][0]
+            assert np.array_equal(rows, alone[i % 8][1])
+    assert not np.array_equal(alone[0][1], alone[1][1])
 
 
 @pytest.mark.parametrize("labels", [np.array([7, 3]), torch.tensor([7, 3]), [("a", 1), ("b", 2)], [True, None]])

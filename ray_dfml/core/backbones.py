@@ -1,127 +1,140 @@
-"""Classifiers of the field, as plain modules. Weights are drawn by `net.Net.init`, never by the constructor's defaults.
+"""Classifiers of the field: the names and shapes of their tensors, and features as a function of these.
+
+A backbone holds no weights and no state. `net.Net` draws weights, gives a call its `Layers`, and applies the head.
 
 [Finn2017] Model-Agnostic Meta-Learning, arXiv 1703.03400 (Conv4). [He2016] Deep Residual Learning, arXiv 1512.03385.
 [Wei2024] FREE, arXiv 2405.00984, section 5.1 (Conv4 with 32 channels; ResNet-10/-18 of the few-shot literature).
 """
 
 from collections.abc import Callable
+from typing import NamedTuple, Protocol
 
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from ray_dfml.core.norm import BatchNorm
+from ray_dfml.core.layers import Layers, Shapes, channels_last, conv_shapes, linear_shapes, norm_shapes
 
 
-class ConvBlock(nn.Module):
-    """Conv 3x3 -> batch norm -> max-pool 2 -> ReLU. (ReLU and max-pool commute; pooling first is cheaper.)
+class Backbone(Protocol):
+    """A classifier without weights. A network of another library can be wrapped as one: it reads `layers.tensors`."""
 
-    A CPU pools channels-last images 15 times as fast; the values are the same.
+    parameters: Shapes
+    """Trainable tensors. The last two are the linear head's, `head.weight` [q f] and `head.bias` [q]."""
+    norms: dict[str, int]
+    """Batch norms and their channels."""
+
+    def features(self, layers: Layers, x: Tensor) -> Tensor:
+        """Features [n f] of normalised images [n c h w]: what the head reads."""
+        ...
+
+
+class Conv4:
+    """Four blocks of conv 3x3, batch norm, max-pool 2, ReLU, and a linear head ([Finn2017]).
+
+    ReLU and max-pool commute; pooling first is cheaper. With `adaptive` the features are each channel's maximum, so
+    that one head serves any input size.
     """
-
-    def __init__(self, channels_in: int, channels: int) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(channels_in, channels, 3, padding=1)
-        self.norm = BatchNorm(channels)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.norm(F.conv2d(x, self.conv.weight, padding=1), shift=self.conv.bias)
-        return F.relu(F.max_pool2d(x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2), 2))
-
-
-class Conv4(nn.Module):
-    """Four blocks and a linear head ([Finn2017]). `adaptive` pools to 1x1 first: one head for any input size."""
 
     def __init__(
         self, channels_in: int, height: int, width: int, ways: int, *, hidden: int = 32, adaptive: bool = False
-    ):
-        super().__init__()
-        self.blocks = nn.Sequential(*[ConvBlock(channels_in if i == 0 else hidden, hidden) for i in range(4)])
+    ) -> None:
         self.adaptive = adaptive
-        self.headless = False
-        self.head = nn.Linear(hidden if adaptive else hidden * (height // 16) * (width // 16), ways)
+        self.parameters: Shapes = {}
+        for i in range(4):
+            self.parameters |= conv_shapes(f"blocks.{i}.conv", hidden if i else channels_in, hidden, 3, bias=True)
+            self.parameters |= norm_shapes(f"blocks.{i}.norm", hidden)
+        self.norms = {f"blocks.{i}.norm": hidden for i in range(4)}
+        self.parameters |= linear_shapes("head", hidden * (1 if adaptive else (height // 16) * (width // 16)), ways)
 
-    def features(self, x: Tensor) -> Tensor:
-        """Features [n f] before the head."""
-        x = self.blocks(x)
+    def features(self, layers: Layers, x: Tensor) -> Tensor:
+        """See `Backbone.features`."""
+        for i in range(4):
+            x = layers.conv_norm(f"blocks.{i}.conv", f"blocks.{i}.norm", x)
+            x = F.relu(F.max_pool2d(channels_last(x), 2))
         return x.amax((2, 3)) if self.adaptive else x.flatten(1)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.features(x)
-        return x if self.headless else self.head(x)
 
-
-class ResidualBlock(nn.Module):
+class ResidualBlock(NamedTuple):
     """conv-BN-ReLU-conv-BN plus identity, or plus a 1x1 conv-BN where channels or size change ([He2016])."""
 
-    def __init__(self, channels_in: int, channels: int, stride: int) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(channels_in, channels, 3, stride, 1, bias=False)
-        self.norm1 = BatchNorm(channels)
-        self.conv2 = nn.Conv2d(channels, channels, 3, 1, 1, bias=False)
-        self.norm2 = BatchNorm(channels)
-        self.project = None
-        if stride != 1 or channels_in != channels:
-            self.project = nn.Conv2d(channels_in, channels, 1, stride, bias=False)
-            self.project_norm = BatchNorm(channels)
+    name: str
+    channels_in: int
+    channels: int
+    stride: int
 
-    def forward(self, x: Tensor) -> Tensor:
-        shortcut = x if self.project is None else self.project_norm(self.project(x))
-        x = F.relu(self.norm1(self.conv1(x)))
-        return F.relu(self.norm2(self.conv2(x)) + shortcut)
+    @property
+    def projects(self) -> bool:
+        """Whether the shortcut has a convolution."""
+        return self.stride != 1 or self.channels_in != self.channels
+
+    @property
+    def parameters(self) -> Shapes:
+        """Names and shapes of its tensors."""
+        found: Shapes = {}
+        for i, channels_in in ((1, self.channels_in), (2, self.channels)):
+            found |= conv_shapes(f"{self.name}.conv{i}", channels_in, self.channels, 3)
+            found |= norm_shapes(f"{self.name}.norm{i}", self.channels)
+        if self.projects:
+            found |= conv_shapes(f"{self.name}.project", self.channels_in, self.channels, 1)
+            found |= norm_shapes(f"{self.name}.project_norm", self.channels)
+        return found
+
+    @property
+    def norms(self) -> dict[str, int]:
+        """Its batch norms and their channels."""
+        names = ("norm1", "norm2", "project_norm") if self.projects else ("norm1", "norm2")
+        return {f"{self.name}.{norm}": self.channels for norm in names}
+
+    def __call__(self, layers: Layers, x: Tensor) -> Tensor:
+        at = self.name
+        shortcut = x
+        if self.projects:
+            shortcut = layers.conv_norm(f"{at}.project", f"{at}.project_norm", x, stride=self.stride, padding=0)
+        x = F.relu(layers.conv_norm(f"{at}.conv1", f"{at}.norm1", x, stride=self.stride))
+        return F.relu(layers.conv_norm(f"{at}.conv2", f"{at}.norm2", x) + shortcut)
 
 
-class ResNet(nn.Module):
-    """Few-shot ResNet: 3x3 stem without pooling, four stages 64/128/256/512, global average pool, linear head.
+class ResNet:
+    """Few-shot ResNet: 3x3 stem without pooling and without ReLU, as the released few-shot variant; four stages of
+    64/128/256/512 channels, global average pool, linear head."""
 
-    The released few-shot variant has no ReLU after the stem; `stem_relu` puts it back.
-    """
-
-    def __init__(
-        self, channels_in: int, ways: int, *, depths: tuple[int, int, int, int], stem_relu: bool = False
-    ) -> None:
-        super().__init__()
-        self.stem = nn.Conv2d(channels_in, 64, 3, 1, 1, bias=False)
-        self.stem_norm = BatchNorm(64)
-        self.stem_relu = stem_relu
-        blocks, channels = [], 64
+    def __init__(self, channels_in: int, ways: int, *, depths: tuple[int, int, int, int]) -> None:
+        self.blocks: list[ResidualBlock] = []
+        channels = 64
         for stage, (width, depth) in enumerate(zip((64, 128, 256, 512), depths, strict=True)):
             for i in range(depth):
-                blocks.append(ResidualBlock(channels, width, 2 if stage and i == 0 else 1))
+                stride = 2 if stage and i == 0 else 1
+                self.blocks.append(ResidualBlock(f"blocks.{len(self.blocks)}", channels, width, stride))
                 channels = width
-        self.blocks = nn.Sequential(*blocks)
-        self.headless = False
-        self.head = nn.Linear(512, ways)
+        self.parameters = conv_shapes("stem", channels_in, 64, 3) | norm_shapes("stem_norm", 64)
+        self.norms = {"stem_norm": 64}
+        for block in self.blocks:
+            self.parameters |= block.parameters
+            self.norms |= block.norms
+        self.parameters |= linear_shapes("head", 512, ways)
 
-    def features(self, x: Tensor) -> Tensor:
-        """Features [n f] before the head."""
-        x = self.stem_norm(self.stem(x))
-        return self.blocks(F.relu(x) if self.stem_relu else x).mean((2, 3))
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.features(x)
-        return x if self.headless else self.head(x)
+    def features(self, layers: Layers, x: Tensor) -> Tensor:
+        """See `Backbone.features`."""
+        x = layers.conv_norm("stem", "stem_norm", x)
+        for block in self.blocks:
+            x = block(layers, x)
+        return x.mean((2, 3))
 
 
-class MLP(nn.Module):
+class MLP:
     """Linear 512, linear 128, linear head, with ReLU: a teacher without batch norm. Logits, not probabilities."""
 
     def __init__(self, channels_in: int, height: int, width: int, ways: int) -> None:
-        super().__init__()
-        self.layer1 = nn.Linear(channels_in * height * width, 512)
-        self.layer2 = nn.Linear(512, 128)
-        self.headless = False
-        self.head = nn.Linear(128, ways)
+        self.parameters = linear_shapes("layer1", channels_in * height * width, 512)
+        self.parameters |= linear_shapes("layer2", 512, 128) | linear_shapes("head", 128, ways)
+        self.norms: dict[str, int] = {}
 
-    def features(self, x: Tensor) -> Tensor:
-        """Features [n f] before the head."""
-        return F.relu(self.layer2(F.relu(self.layer1(x.flatten(1)))))
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.features(x)
-        return x if self.headless else self.head(x)
+    def features(self, layers: Layers, x: Tensor) -> Tensor:
+        """See `Backbone.features`."""
+        return F.relu(layers.linear("layer2", F.relu(layers.linear("layer1", x.flatten(1)))))
 
 
-BACKBONES: dict[str, Callable[[int, int, int, int], nn.Module]] = {
+BACKBONES: dict[str, Callable[[int, int, int, int], Backbone]] = {
     "conv4": lambda c, h, w, ways: Conv4(c, h, w, ways),
     "conv4-64": lambda c, h, w, ways: Conv4(c, h, w, ways, hidden=64),
     "conv4-adaptive": lambda c, h, w, ways: Conv4(c, h, w, ways, adaptive=True),

@@ -8,10 +8,9 @@ import math
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.func import functional_call
+from torch import Tensor
 
-from ray_dfml.core.norm import BatchNorm
+from ray_dfml.core.layers import Layers, conv_shapes, linear_shapes, norm_shapes
 from ray_dfml.core.weights import Layout
 
 
@@ -27,7 +26,7 @@ def upsampled_conv_kernel(weight: Tensor) -> Tensor:
     return summed.transpose(0, 1)
 
 
-class StandardGenerator(nn.Module):
+class StandardGenerator:
     """Linear d -> 2w x h/4 x w/4, then twice (nearest x2, conv 3x3, BN, LeakyReLU 0.2), conv 3x3 to c, sigmoid.
 
     Always normalises with the batch: images of one batch are coupled, and a batch of one is degenerate. With `classes`
@@ -36,32 +35,30 @@ class StandardGenerator(nn.Module):
     """
 
     def __init__(self, shape: tuple[int, int, int], latent: int, width: int, classes: int) -> None:
-        super().__init__()
         channels, height, breadth = shape
         self.grid = (2 * width, height // 4, breadth // 4)
         self.sizes = [latent, classes] if classes else [latent]
         half = math.prod(self.grid) // len(self.sizes)
-        self.project = nn.Linear(latent, half)
+        self.parameters = linear_shapes("project", latent, half)
         if classes:
-            self.label = nn.Linear(classes, half)
-        self.norm0 = BatchNorm(2 * width)
-        self.conv1 = nn.Conv2d(2 * width, 2 * width, 3, padding=1, bias=False)
-        self.norm1 = BatchNorm(2 * width)
-        self.conv2 = nn.Conv2d(2 * width, width, 3, padding=1, bias=False)
-        self.norm2 = BatchNorm(width)
-        self.conv3 = nn.Conv2d(width, channels, 3, padding=1)
+            self.parameters |= linear_shapes("label", classes, half)
+        self.parameters |= norm_shapes("norm0", 2 * width)
+        self.parameters |= conv_shapes("conv1", 2 * width, 2 * width, 3) | norm_shapes("norm1", 2 * width)
+        self.parameters |= conv_shapes("conv2", 2 * width, width, 3) | norm_shapes("norm2", width)
+        self.parameters |= conv_shapes("conv3", width, channels, 3, bias=True)
 
-    def forward(self, z: Tensor) -> Tensor:
+    def images(self, layers: Layers, z: Tensor) -> Tensor:
+        """Images [n c h w] in [0, 1] of codes [n d]."""
         parts = z.split(self.sizes, -1)
-        x = self.project(parts[0])
+        x = layers.linear("project", parts[0])
         if len(parts) > 1:
-            x = torch.cat([x, self.label(parts[1])], -1)
-        x = self.norm0(x.view(-1, *self.grid))
-        x = F.conv_transpose2d(x, upsampled_conv_kernel(self.conv1.weight), stride=2, padding=1)
-        x = F.leaky_relu(self.norm1(x), 0.2)
-        x = F.conv_transpose2d(x, upsampled_conv_kernel(self.conv2.weight), stride=2, padding=1)
-        x = F.leaky_relu(self.norm2(x), 0.2)
-        return torch.sigmoid(self.conv3(x))
+            x = torch.cat([x, layers.linear("label", parts[1])], -1)
+        x = layers.norm("norm0", x.view(-1, *self.grid))
+        for i in (1, 2):
+            kernel = upsampled_conv_kernel(layers.tensors[f"conv{i}.weight"])
+            x = layers.norm(f"norm{i}", F.conv_transpose2d(x, kernel, stride=2, padding=1))
+            x = F.leaky_relu(x, 0.2)
+        return torch.sigmoid(F.conv2d(x, layers.tensors["conv3.weight"], layers.tensors["conv3.bias"], padding=1))
 
 
 class Generator:
@@ -74,12 +71,12 @@ class Generator:
         if shape[1] % 4 or shape[2] % 4:
             raise ValueError(f"the generator needs height and width divisible by 4, got {shape[1]}x{shape[2]}")
         self.shape, self.latent, self.classes = shape, latent, classes
-        self.module = StandardGenerator(shape, latent, width, classes).requires_grad_(False)
-        self.layout = Layout((name, p.shape) for name, p in self.module.named_parameters())
+        self._network = StandardGenerator(shape, latent, width, classes)
+        self.layout = Layout(self._network.parameters)
 
-    def __call__(self, theta: Tensor, z: Tensor) -> Tensor:
-        """Images [n c h w] in [0, 1] of codes [n d]; n >= 2."""
-        return functional_call(self.module, self.layout.unflatten(theta), (z,))
+    def __call__(self, theta: Tensor, z: Tensor, *, first_order: bool = False) -> Tensor:
+        """Images [n c h w] in [0, 1] of codes [n d]; n >= 2. `first_order` is that of `net.Net`."""
+        return self._network.images(Layers(self.layout.unflatten(theta), first_order=first_order), z)
 
     def init(self, generator: torch.Generator) -> Tensor:
         """Framework-default weights [p]: uniform by fan-in for linear and conv layers, batch norm 1 and 0."""

@@ -1,45 +1,78 @@
-"""Batch normalisation written with mean and variance.
+"""Batch normalisation as functions of tensors [n c h w] or [n c]; statistics are means and biased variances [c].
 
-The built-in layer returned wrong second-order gradients under `vmap` in torch 2.13; this one is exact in a loop,
-batched, and twice differentiated. It never writes its buffers: running statistics are values, passed in and returned
-(`net.Net`).
+The built-in layer returned wrong second-order gradients under `vmap` in torch 2.13. What is written out here is exact
+in a loop, batched, and twice differentiated; the built-in layer is used where at most one backward pass follows.
 """
 
+from typing import Any
+
 import torch
-from torch import Tensor, nn
+import torch.nn.functional as F
+from torch import Tensor
 
 EPS = 1e-5
 
 
-class BatchNorm(nn.Module):
-    """Normalises `[n c h w]` or `[n c]` per channel, with the statistics of the batch or with the running ones.
+def moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance [c] of each channel of `x`, differentiable any number of times."""
+    axes = _axes(x)
+    mean = x.mean(axes)
+    return mean, (x - _broadcast(mean, x)).square().mean(axes)
 
-    `use_running` chooses; `captured` receives (mean, biased variance) of each input when it is a list.
-    """
 
-    running_mean: Tensor
-    running_var: Tensor
+def normalised(x: Tensor, mean: Tensor, var: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """(x - mean) / sqrt(var + EPS) * weight + bias per channel, differentiable any number of times."""
+    scale = weight * (var + EPS).rsqrt()
+    return (x - _broadcast(mean, x)) * _broadcast(scale, x) + _broadcast(bias, x)
 
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(channels))
-        self.bias = nn.Parameter(torch.zeros(channels))
-        self.register_buffer("running_mean", torch.zeros(channels))
-        self.register_buffer("running_var", torch.ones(channels))
-        self.use_running = False
-        self.captured: list[tuple[Tensor, Tensor]] | None = None
 
-    def forward(self, x: Tensor, shift: Tensor | None = None) -> Tensor:
-        """`shift` [c] is a bias that the layer before left out: under batch statistics it cancels exactly."""
-        axes = (0, 2, 3) if x.dim() == 4 else (0,)
-        trailing = (slice(None), None, None) if x.dim() == 4 else (slice(None),)
-        shift = torch.zeros_like(self.bias) if shift is None else shift
-        mean, var = self.running_mean - shift, self.running_var
-        if self.captured is not None or not self.use_running:
-            batch_mean = x.mean(axes)
-            batch_var = (x - batch_mean[trailing]).square().mean(axes)
-            if self.captured is not None:
-                self.captured.append((batch_mean + shift, batch_var))
-            if not self.use_running:
-                mean, var = batch_mean, batch_var
-        return (x - mean[trailing]) * (self.weight * (var + EPS).rsqrt())[trailing] + self.bias[trailing]
+def scaled(x: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
+    """scale x + offset per channel, differentiable any number of times."""
+    return torch.addcmul(_broadcast(offset, x), x, _broadcast(scale, x))
+
+
+def native_of_batch(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """`x` normalised with its own moments by the built-in layer: for one backward pass, outside `vmap`."""
+    return F.batch_norm(x, None, None, weight, bias, True, 0.0, EPS)
+
+
+def native_with_moments(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """`native_of_batch`, and the moments [c] of `x`, which carry no gradient."""
+    y, mean, inverse = torch.native_batch_norm(x, weight, bias, None, None, True, 0.0, EPS)
+    return y, mean.detach(), (inverse.detach().pow(-2) - EPS).clamp_min(0)
+
+
+class OnePassMoments(torch.autograd.Function):
+    """`moments` with a backward pass that reads `x` once. It cannot be differentiated twice, nor used under `vmap`."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and biased variance [c]."""
+        rows = _channels_last(x).reshape(-1, x.shape[1])
+        mean = rows.mean(0)
+        ctx.save_for_backward(x, mean)
+        return mean, (rows - mean).square_().mean(0)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        """g_mean / m + 2 g_var (x - mean) / m for m values of a channel."""
+        x, mean = ctx.saved_tensors
+        count = x.numel() // x.shape[1]
+        slope = grads[1] * (2 / count)
+        level = grads[0] / count - slope * mean
+        found = torch.addcmul(level, _channels_last(x), slope)
+        return found.permute(0, 3, 1, 2) if x.dim() == 4 else found
+
+
+def _channels_last(x: Tensor) -> Tensor:
+    """A view [n h w c] or [n c]: a vector [c] broadcasts over it."""
+    return x.permute(0, 2, 3, 1) if x.dim() == 4 else x
+
+
+def _axes(x: Tensor) -> tuple[int, ...]:
+    return (0, 2, 3) if x.dim() == 4 else (0,)
+
+
+def _broadcast(channels: Tensor, x: Tensor) -> Tensor:
+    return channels[:, None, None] if x.dim() == 4 else channels

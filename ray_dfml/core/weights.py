@@ -1,6 +1,6 @@
 """Weights as one flat vector: cheap to ship, one kernel per optimiser step, one gradient to add up."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -9,8 +9,8 @@ from torch import Tensor
 class Layout:
     """Names and shapes of the parts of a flat vector, in a fixed order."""
 
-    def __init__(self, parts: Iterable[tuple[str, torch.Size]]) -> None:
-        self.shapes = dict(parts)
+    def __init__(self, shapes: Mapping[str, Sequence[int]]) -> None:
+        self.shapes = {name: torch.Size(shape) for name, shape in shapes.items()}
         self.sizes = [shape.numel() for shape in self.shapes.values()]
         self.numel = sum(self.sizes)
 

@@ -13,7 +13,6 @@ import pickle
 import re
 import stat
 import uuid
-import warnings
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ import torch
 from torch import Tensor
 
 from ray_dfml.core.backbones import BACKBONES
+from ray_dfml.core.net import layouts
 from ray_dfml.core.weights import Layout
 from ray_dfml.errors import RejectedError, UsageError
 from ray_dfml.types import ImageSpec
@@ -58,13 +58,7 @@ class Parts(NamedTuple):
 
 @functools.lru_cache(maxsize=256)
 def _parts(arch: str, shape: tuple[int, int, int], ways: int) -> Parts:
-    with torch.device("meta"), warnings.catch_warnings():  # a manifest's sizes must not make us allocate
-        warnings.simplefilter("ignore")  # torch warns of a layer without weights; refused below
-        module = BACKBONES[arch](*shape, ways)
-    found = Parts(
-        Layout((name, p.shape) for name, p in module.named_parameters()),
-        Layout((name, b.shape) for name, b in module.named_buffers()),
-    )
+    found = Parts(*layouts(BACKBONES[arch](*shape, ways)))
     if 0 in found.parameters.sizes:
         raise RejectedError(f"{arch} cannot take {_size(shape)} images: they are too small")
     return found

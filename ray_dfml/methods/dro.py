@@ -49,7 +49,7 @@ def layout(cfg: Config, teachers: int, weights: int) -> Layout:
         "0.weight": (h, 2 * d), "0.bias": (h,), "1.weight": (h, h), "1.bias": (h,),
         "2.weight": (cfg.chunk, h), "2.bias": (cfg.chunk,),
     }  # fmt: skip
-    return Layout((name, torch.Size(shape)) for name, shape in shapes.items())
+    return Layout(shapes)
 
 
 def hyper(psi: dict[str, Tensor], e: Tensor, weights: int) -> Tensor:

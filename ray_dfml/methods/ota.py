@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from scipy.optimize import linear_sum_assignment
 from scipy.spatial.distance import cdist
-from torch import Tensor, nn
+from torch import Tensor
 
-from ray_dfml.core.backbones import Conv4, ResNet
+from ray_dfml.core.backbones import Backbone, Conv4, ResNet
 from ray_dfml.core.net import Net
 from ray_dfml.errors import UsageError
 from ray_dfml.methods.base import Send, State, World
@@ -32,23 +32,23 @@ class Layer(NamedTuple):
     writes: str | None
 
 
-def layers(module: nn.Module) -> list[Layer]:
+def layers(backbone: Backbone) -> list[Layer]:
     """The layers of a backbone in the order of computation. Raises UsageError for a family that is not described."""
-    if isinstance(module, Conv4):
+    if isinstance(backbone, Conv4):
         found = [Layer(f"blocks.{i}.conv", f"blocks.{i}.norm", f"{i - 1}" if i else None, f"{i}") for i in range(4)]
         return [*found, Layer("head", None, "3", None)]
-    if isinstance(module, ResNet):
+    if isinstance(backbone, ResNet):
         found, stream = [Layer("stem", "stem_norm", None, "stem")], "stem"
-        for name, block in module.blocks.named_children():
-            here = f"blocks.{name}"
-            after = stream if block.project is None else here
+        for block in backbone.blocks:
+            here = block.name
+            after = here if block.projects else stream
             found.append(Layer(f"{here}.conv1", f"{here}.norm1", stream, f"{here}.hidden"))
             found.append(Layer(f"{here}.conv2", f"{here}.norm2", f"{here}.hidden", after))
-            if block.project is not None:
+            if block.projects:
                 found.append(Layer(f"{here}.project", f"{here}.project_norm", stream, after))
             stream = after
         return [*found, Layer("head", None, stream, None)]
-    raise UsageError(f"ota: no alignment for {type(module).__name__}; use teachers of conv4 or resnet, or average")
+    raise UsageError(f"ota: no alignment for {type(backbone).__name__}; use teachers of conv4 or resnet, or average")
 
 
 def align(net: Net, theta: Tensor, stats: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
@@ -65,7 +65,7 @@ def align(net: Net, theta: Tensor, stats: Tensor, reference: Tensor) -> tuple[Te
     theirs = net.layout.unflatten(reference)
     orders: dict[str, Tensor] = {}
     waiting: dict[str, list[Layer]] = {}
-    graph = layers(net.module)
+    graph = layers(net.backbone)
     for layer in graph:
         if layer.reads is not None:
             if layer.reads not in orders:
@@ -99,7 +99,7 @@ def match(reference: np.ndarray, units: np.ndarray) -> Tensor:
 
 def _check(world: World) -> None:
     check_same_network("ota", world)
-    layers(world.net.module)
+    layers(world.net.backbone)
 
 
 def _fuse(world: World, state: State, send: Send) -> State:

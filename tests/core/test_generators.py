@@ -1,6 +1,7 @@
 """The image generator against plain layers."""
 
 import math
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -138,3 +139,31 @@ def test_generators_are_built_once_per_shape_and_condition():
 def test_sizes_not_divisible_by_four_are_errors():
     with pytest.raises(ValueError, match="divisible by 4"):
         Generator((3, 30, 32), 8, 4)
+
+
+@pytest.mark.parametrize("classes", [0, 3])
+@pytest.mark.parametrize("shape", [(3, 16, 12), (1, 28, 28)])
+def test_first_order_changes_no_more_than_rounding(shape, classes):
+    net_g, codes = Generator(shape, 8, 4, classes), normal(6, 8 + classes)
+    theta = net_g.init(torch.Generator().manual_seed(0)).double() + 0.1 * normal(net_g.layout.numel, seed=1)
+    cotangent = normal(6, *shape, seed=2)
+
+    def found(dtype: torch.dtype, *, first_order: bool) -> list[torch.Tensor]:
+        leaf, z = theta.to(dtype).requires_grad_(), codes.to(dtype).requires_grad_()
+        images = net_g(leaf, z, first_order=first_order)
+        grads = torch.autograd.grad((images * cotangent.to(dtype)).sum(), (leaf, z))
+        return [part.detach().double() for part in (images, *grads)]
+
+    exact = found(torch.float64, first_order=False)
+    for dtype, bound in ((torch.float64, 1e-10), (torch.float32, 1e-4)):
+        for a, b in zip(found(dtype, first_order=True), exact, strict=True):
+            assert (a - b).norm() <= bound * b.norm()
+
+
+def test_calls_from_eight_threads_equal_those_from_one():
+    net_g, z = generator((3, 16, 16), 8, 4), normal(4, 8).float()
+    thetas = [net_g.init(torch.Generator().manual_seed(seed)) for seed in range(8)]
+    alone = [net_g(theta, z) for theta in thetas]
+    with ThreadPoolExecutor(8) as pool:
+        for i, images in enumerate(pool.map(lambda i: net_g(thetas[i % 8], z), range(160))):
+            assert torch.equal(images, alone[i % 8])

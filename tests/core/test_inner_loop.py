@@ -5,11 +5,11 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from ray_dfml.core.inner_loop import Task, adapt, adapted, graph_grad, meta_gradient, plain_grad
+from ray_dfml.core.layers import Layers, conv_shapes, linear_shapes, norm_shapes
 from ray_dfml.core.net import Net
-from ray_dfml.core.norm import BatchNorm
 from tests.support import normal, slope
 
 BOTH = pytest.mark.parametrize("batched", [False, True], ids=["loop", "batched"])
@@ -17,19 +17,18 @@ STEPS = pytest.mark.parametrize("steps", [0, 1, 5])
 HEADS = pytest.mark.parametrize("head", ["maml", "anil", "protonet"])
 
 
-class Smooth(nn.Module):
+class Smooth:
     """Conv, batch norm, tanh, average pool, twice; no kinks, so that finite differences are exact."""
 
     def __init__(self, channels_in: int, ways: int) -> None:
-        super().__init__()
-        self.conv1, self.norm1 = nn.Conv2d(channels_in, 4, 3, padding=1), BatchNorm(4)
-        self.conv2, self.norm2 = nn.Conv2d(4, 4, 3, padding=1), BatchNorm(4)
-        self.headless, self.head = False, nn.Linear(4, ways)
+        self.parameters = conv_shapes("conv1", channels_in, 4, 3, bias=True) | norm_shapes("norm1", 4)
+        self.parameters |= conv_shapes("conv2", 4, 4, 3, bias=True) | norm_shapes("norm2", 4)
+        self.parameters |= linear_shapes("head", 4, ways)
+        self.norms = {"norm1": 4, "norm2": 4}
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = F.avg_pool2d(torch.tanh(self.norm1(self.conv1(x))), 2)
-        x = torch.tanh(self.norm2(self.conv2(x))).mean((2, 3))
-        return x if self.headless else self.head(x)
+    def features(self, layers: Layers, x: Tensor) -> Tensor:
+        x = F.avg_pool2d(torch.tanh(layers.conv_norm("conv1", "norm1", x)), 2)
+        return torch.tanh(layers.conv_norm("conv2", "norm2", x)).mean((2, 3))
 
 
 class TwoParameters:

@@ -1,13 +1,14 @@
 """Backbones as functions of flat weights: parameter counts, agreement with plain layers, and batch-norm statistics."""
 
 import math
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from ray_dfml.core.backbones import BACKBONES, Conv4, ResNet
+from ray_dfml.core.backbones import BACKBONES
 from ray_dfml.core.net import Net, net
 from tests.support import normal
 
@@ -57,11 +58,8 @@ def test_conv4_equals_plain_layers_in_the_published_order():
     torch.testing.assert_close(stats, torch.cat(expected))
 
 
-@pytest.mark.parametrize("stem_relu", [False, True])
-def test_resnet10_equals_plain_layers(stem_relu, monkeypatch):
-    architecture = {"r": lambda c, h, w, ways: ResNet(c, ways, depths=(1, 1, 1, 1), stem_relu=stem_relu)}
-    monkeypatch.setattr("ray_dfml.core.net.BACKBONES", architecture)
-    network, x = Net("r", (3, 16, 16), 4), normal(3, 3, 16, 16)
+def test_resnet10_equals_plain_layers():
+    network, x = Net("resnet10", (3, 16, 16), 4), normal(3, 3, 16, 16)
     theta = drawn(network)
     p = network.layout.unflatten(theta)
 
@@ -69,7 +67,6 @@ def test_resnet10_equals_plain_layers(stem_relu, monkeypatch):
         return F.batch_norm(y, None, None, p[f"{name}.weight"], p[f"{name}.bias"], training=True)
 
     y = norm(F.conv2d(x, p["stem.weight"], padding=1), "stem_norm")
-    y = F.relu(y) if stem_relu else y
     for i in range(4):
         at, stride = f"blocks.{i}.", 2 if i else 1
         short = norm(F.conv2d(y, p[at + "project.weight"], stride=stride), at + "project_norm") if i else y
@@ -145,14 +142,6 @@ def test_initial_weights_follow_the_published_distributions():
     assert torch.equal(silent["head.weight"], parts["head.weight"])
 
 
-def test_features_come_before_the_head():
-    module: nn.Module = Conv4(3, 32, 32, 5)
-    x = torch.rand(4, 3, 32, 32)
-    features = module.features(x)
-    assert features.shape == (4, 128)
-    torch.testing.assert_close(module.head(features), module(x))
-
-
 @pytest.mark.parametrize(("arch", "size"), [("conv4", 16), ("conv4-adaptive", 20), ("resnet10", 8)])
 @pytest.mark.parametrize("fixed", [False, True])
 def test_logits_are_the_linear_head_on_the_features(arch, size, fixed):
@@ -178,3 +167,68 @@ def test_every_backbone_ends_with_a_linear_head(arch):
 def test_unknown_architectures_are_errors():
     with pytest.raises(KeyError, match="unknown architecture 'vgg'"):
         net("vgg", (3, 32, 32), 5)
+
+
+def test_calls_from_eight_threads_equal_those_from_one():
+    """Every kind of call of one network at once: none sees the weights, statistics or settings of another."""
+    network, x = net("conv4", (3, 16, 16), 3), normal(5, 3, 16, 16)
+    thetas = [drawn(network, seed) for seed in range(8)]
+    stats = [network.with_stats(theta, x)[1] for theta in thetas]
+
+    def calls(i: int) -> list[Tensor]:
+        theta, given = thetas[i % 8], stats[i % 8]
+        found = [network(theta, x), network(theta, x, given), network.features(theta, x), network(theta, 2 * x, given)]
+        return [*found, *network.with_stats(theta, x, given), *network.with_stats(theta, x, first_order=True)]
+
+    alone = [calls(i) for i in range(8)]
+    with ThreadPoolExecutor(8) as pool:
+        for i, found in enumerate(pool.map(calls, range(160))):
+            assert all(torch.equal(a, b) for a, b in zip(found, alone[i % 8], strict=True))
+
+
+CASES = [("conv4", 3, 16), ("conv4", 1, 28), ("conv4-64", 3, 16), ("conv4-adaptive", 1, 20), ("resnet10", 3, 8),
+         ("resnet18", 1, 8), ("mlp", 3, 8)]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["batch", "given", "batch, captured", "given, captured"])
+@pytest.mark.parametrize(("arch", "channels", "size"), CASES)
+def test_first_order_changes_no_more_than_rounding(arch, channels, size, kind):
+    """Logits, statistics, and gradients with respect to weights and images, in float64 and in float32."""
+    network, x = net(arch, (channels, size, size), 3), normal(6, channels, size, size)
+    theta, cotangent = drawn(network), normal(6, 3, seed=9)
+    given = network.with_stats(theta, normal(8, channels, size, size, seed=3))[1] if "given" in kind else None
+
+    def found(dtype: torch.dtype, *, first_order: bool) -> list[Tensor]:
+        leaf, images = theta.to(dtype).requires_grad_(), x.to(dtype).requires_grad_()
+        fixed = None if given is None else given.to(dtype)
+        if "captured" in kind:
+            logits, stats = network.with_stats(leaf, images, fixed, first_order=first_order)
+            total = (logits * cotangent.to(dtype)).sum()
+            total = total if given is None else total + stats.square().sum()
+        else:
+            logits = network(leaf, images, fixed, first_order=first_order)
+            total, stats = (logits * cotangent.to(dtype)).sum(), torch.zeros(1)
+        grads = torch.autograd.grad(total, (leaf, images))
+        return [logits.detach().double(), stats.detach().double(), *(grad.double() for grad in grads)]
+
+    exact = found(torch.float64, first_order=False)
+    for dtype, bound in ((torch.float64, 1e-9), (torch.float32, 2e-4)):
+        for a, b in zip(found(dtype, first_order=True), exact, strict=True):
+            assert (a - b).norm() <= bound * b.norm()
+
+
+@pytest.mark.parametrize(("arch", "size"), [("conv4", 16), ("resnet10", 8)])
+@pytest.mark.parametrize("fixed", [False, True])
+def test_calls_under_vmap_and_grad_equal_the_loop(arch, size, fixed):
+    network, x = net(arch, (3, size, size), 3), normal(2, 5, 3, size, size)
+    thetas = torch.stack([drawn(network), drawn(network, 7)])
+    stats = [network.with_stats(t, one)[1] if fixed else None for t, one in zip(thetas, x.flip(0), strict=True)]
+
+    def loss(theta: Tensor, images: Tensor, given: Tensor | None) -> Tensor:
+        return network(theta, images, given).square().sum()
+
+    parts = (thetas, x, torch.stack(stats)) if fixed else (thetas, x)  # pyright: ignore
+    batched = torch.func.vmap(torch.func.grad(lambda t, one, given=None: loss(t, one, given)))(*parts)
+    for row, theta, images, given in zip(batched, thetas, x, stats, strict=True):
+        leaf = theta.clone().requires_grad_()
+        torch.testing.assert_close(row, torch.autograd.grad(loss(leaf, images, given), leaf)[0])

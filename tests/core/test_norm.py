@@ -4,78 +4,91 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.func import functional_call
 
-from ray_dfml.core.norm import BatchNorm
+from ray_dfml.core.layers import Layers
+from ray_dfml.core.norm import OnePassMoments
 from tests.support import normal, slope
 
 SHAPES = [(6, 3, 4, 5), (7, 3)]
+WEIGHTS = {"norm.weight": normal(3, seed=10), "norm.bias": normal(3, seed=11)}
+GIVEN = {"norm.running_mean": normal(3, seed=12), "norm.running_var": normal(3, seed=13).exp()}
+FORMS = pytest.mark.parametrize("first_order", [False, True], ids=["plain", "native"])
 
 
-def layer(*, use_running: bool = False) -> BatchNorm:
-    norm = BatchNorm(3).double().requires_grad_(False)
-    norm.weight.copy_(normal(3, seed=10))
-    norm.bias.copy_(normal(3, seed=11))
-    norm.running_mean.copy_(normal(3, seed=12))
-    norm.running_var.copy_(normal(3, seed=13).exp())
-    norm.use_running = use_running
-    return norm
+def layers(*, given: bool = False, capture: bool = False, first_order: bool = False) -> Layers:
+    return Layers(WEIGHTS, GIVEN if given else None, capture=capture, first_order=first_order)
 
 
 def broadcast(shift: Tensor, x: Tensor) -> Tensor:
     return shift.view(1, 3, *(1,) * (x.dim() - 2))
 
 
+@FORMS
 @pytest.mark.parametrize("shape", SHAPES)
-def test_batch_statistics_equal_the_framework(shape):
-    norm, x = layer(), normal(*shape) * 3 + 1
-    torch.testing.assert_close(norm(x), F.batch_norm(x, None, None, norm.weight, norm.bias, training=True))
+def test_batch_statistics_equal_the_framework(shape, first_order):
+    x = normal(*shape) * 3 + 1
+    expected = F.batch_norm(x, None, None, WEIGHTS["norm.weight"], WEIGHTS["norm.bias"], training=True)
+    torch.testing.assert_close(layers(first_order=first_order).norm("norm", x), expected)
 
 
+@FORMS
 @pytest.mark.parametrize("shape", SHAPES)
-def test_running_statistics_equal_the_framework(shape):
-    norm, x = layer(use_running=True), normal(*shape) * 3 + 1
-    expected = F.batch_norm(x, norm.running_mean, norm.running_var, norm.weight, norm.bias, training=False)
-    torch.testing.assert_close(norm(x), expected)
+def test_given_statistics_equal_the_framework(shape, first_order):
+    x = normal(*shape) * 3 + 1
+    expected = F.batch_norm(x, *GIVEN.values(), *WEIGHTS.values(), training=False)
+    torch.testing.assert_close(layers(given=True, first_order=first_order).norm("norm", x), expected)
 
 
+@FORMS
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("use_running", [False, True])
-def test_a_shift_stands_for_the_bias_of_the_layer_before(shape, use_running):
-    norm, x, shift = layer(use_running=use_running), normal(*shape), normal(3, seed=1)
-    torch.testing.assert_close(norm(x, shift=shift), norm(x + broadcast(shift, x)))
+@pytest.mark.parametrize("given", [False, True])
+def test_a_shift_stands_for_the_bias_of_the_layer_before(shape, given, first_order):
+    x, shift = normal(*shape), normal(3, seed=1)
+    call = layers(given=given, first_order=first_order)
+    torch.testing.assert_close(call.norm("norm", x, shift), call.norm("norm", x + broadcast(shift, x)))
 
 
-def test_under_batch_statistics_the_shift_cancels_exactly():
-    norm, x, shift = layer(), normal(6, 3, 4, 4), normal(3, seed=1).requires_grad_()
+@FORMS
+def test_under_batch_statistics_the_shift_cancels_exactly(first_order):
+    x, shift = normal(6, 3, 4, 4), normal(3, seed=1).requires_grad_()
     scale = normal(1, seed=2).requires_grad_()
-    out = norm(x * scale, shift=shift)
-    assert torch.equal(out.detach(), norm(x * scale).detach())
+    call = layers(first_order=first_order)
+    out = call.norm("norm", x * scale, shift)
+    assert torch.equal(out.detach(), call.norm("norm", x * scale).detach())
     assert torch.autograd.grad(out.tanh().sum(), shift, allow_unused=True) == (None,)
 
 
-@pytest.mark.parametrize("use_running", [False, True])
-def test_captured_statistics_are_those_of_the_shifted_input(use_running):
-    norm, x, shift = layer(use_running=use_running), normal(6, 3, 4, 5), normal(3, seed=1)
-    norm.captured = []
-    norm(x, shift=shift)
-    ((mean, var),) = norm.captured
-    moved = x + broadcast(shift, x)
-    torch.testing.assert_close(mean, moved.mean((0, 2, 3)))
-    torch.testing.assert_close(var, moved.var((0, 2, 3), unbiased=False))
+@FORMS
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("given", [False, True])
+def test_captured_statistics_are_those_of_the_shifted_input(shape, given, first_order):
+    x, shift = normal(*shape), normal(3, seed=1)
+    call = layers(given=given, capture=True, first_order=first_order)
+    plain = layers(given=given, first_order=first_order).norm("norm", x, shift)
+    torch.testing.assert_close(call.norm("norm", x, shift), plain)
+    moved, axes = x + broadcast(shift, x), (0, 2, 3)[: x.dim() - 1]
+    torch.testing.assert_close(call.captured["norm.running_mean"], moved.mean(axes))
+    torch.testing.assert_close(call.captured["norm.running_var"], moved.var(axes, unbiased=False))
 
 
-@pytest.mark.parametrize("use_running", [False, True])
-def test_running_statistics_are_never_written(use_running):
-    norm = layer(use_running=use_running)
-    before = [norm.running_mean.clone(), norm.running_var.clone()]
-    norm.captured = []
-    norm(normal(6, 3, 4, 4))
-    assert torch.equal(norm.running_mean, before[0])
-    assert torch.equal(norm.running_var, before[1])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_captured_statistics_are_differentiated_alike_in_both_forms(shape):
+    x, shift = normal(*shape).requires_grad_(), normal(3, seed=1).requires_grad_()
+    grads = []
+    for first_order in (False, True):
+        call = layers(given=True, capture=True, first_order=first_order)
+        loss = call.norm("norm", x, shift).tanh().sum()
+        loss = loss + (call.captured["norm.running_mean"] ** 3).sum() + call.captured["norm.running_var"].tanh().sum()
+        grads.append(torch.autograd.grad(loss, (x, shift)))
+    for native, plain in zip(grads[1], grads[0], strict=True):
+        torch.testing.assert_close(native, plain)
 
 
-NORM = layer()
+def test_statistics_with_a_backward_pass_of_their_own_refuse_a_second_one():
+    x = normal(6, 3, 4, 4).requires_grad_()
+    (grad,) = torch.autograd.grad(OnePassMoments.apply(x)[1].square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
 
 
 def second_order(x: Tensor, w: Tensor, *, grad) -> Tensor:
@@ -83,7 +96,8 @@ def second_order(x: Tensor, w: Tensor, *, grad) -> Tensor:
 
     def loss(v: Tensor) -> Tensor:
         y = F.conv2d(x, v[:27].view(3, 1, 3, 3))
-        return functional_call(NORM, {"weight": v[27:30], "bias": v[30:]}, (y,)).tanh().pow(3).mean()
+        call = Layers({"norm.weight": v[27:30], "norm.bias": v[30:]})
+        return call.norm("norm", y).tanh().pow(3).mean()
 
     return grad(loss)(w).square().sum()
 

@@ -14,7 +14,7 @@ shapes = st.lists(st.lists(st.integers(1, 4), max_size=3).map(torch.Size), max_s
 @PROPERTY
 @given(shapes)
 def test_flatten_undoes_unflatten(parts):
-    layout = Layout((f"p{i}", shape) for i, shape in enumerate(parts))
+    layout = Layout({f"p{i}": shape for i, shape in enumerate(parts)})
     flat = normal(layout.numel)
     named = layout.unflatten(flat) if parts else {}
     assert [t.shape for t in named.values()] == parts
@@ -22,14 +22,14 @@ def test_flatten_undoes_unflatten(parts):
 
 
 def test_gradients_of_parts_arrive_at_their_place_in_the_vector():
-    layout = Layout([("a", torch.Size([2])), ("b", torch.Size([1, 3]))])
+    layout = Layout({"a": (2,), "b": (1, 3)})
     flat = torch.arange(5.0, requires_grad=True)
     (grad,) = torch.autograd.grad((layout.unflatten(flat)["b"] * torch.tensor([[1.0, 2.0, 3.0]])).sum(), flat)
     assert grad.tolist() == [0, 0, 1, 2, 3]
 
 
 def test_flatten_refuses_missing_and_misshapen_parts():
-    layout = Layout([("a", torch.Size([2])), ("b", torch.Size([1, 3]))])
+    layout = Layout({"a": (2,), "b": (1, 3)})
     with pytest.raises(KeyError, match="b"):
         layout.flatten({"a": torch.zeros(2)})
     with pytest.raises(ValueError, match="b: expected shape"):
@@ -37,6 +37,6 @@ def test_flatten_refuses_missing_and_misshapen_parts():
 
 
 def test_a_vector_of_the_wrong_length_is_refused():
-    layout = Layout([("a", torch.Size([2]))])
+    layout = Layout({"a": (2,)})
     with pytest.raises(RuntimeError, match="split"):
         layout.unflatten(torch.zeros(3))

@@ -125,7 +125,7 @@ def test_the_gradient_is_that_of_the_loss_at_the_shift() -> None:
 
 
 def test_each_tensor_has_its_own_standard() -> None:
-    parts = Layout([("a", torch.Size([2, 3])), ("b", torch.Size([4])), ("c", torch.Size([2]))])
+    parts = Layout({"a": (2, 3), "b": (4,), "c": (2,)})
     theta = torch.cat([5 + 3 * normal(7, 6), 0.01 * normal(7, 4, seed=1), torch.full((7, 2), 2.0)], 1).double()
     centre, spread = dro.standardisation(parts, theta)
     standard = ((theta - centre) / spread).split(parts.sizes, 1)

