@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 from ray_dfml import plots, report
 from ray_dfml.core.scoring import mean_ci95
 from ray_dfml.errors import RejectedError
+from ray_dfml.files import resolved
 from ray_dfml.pipeline import POOLED
 from ray_dfml.plots import number
 from ray_dfml.report import Record, dicts
@@ -85,7 +86,7 @@ def compare(runs: Sequence[Path]) -> Comparison:
 
     Raises UsageError for a folder that is no run, RejectedError for a file that is not what it should be.
     """
-    records = list({run.resolve(): report.read(run) for run in runs}.values())
+    records = list({run.resolve(): report.read(run) for run in map(resolved, runs)}.values())
     entries = _once([entry for record in records for entry in _entries(record)])
     sets: dict[tuple[str, ...], list[_Entry]] = {}
     for entry in sorted(entries, key=_place):

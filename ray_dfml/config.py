@@ -3,7 +3,6 @@
 Order: defaults (profile `fixed`), then the profile, the preset, and each `--set key=value`. Unknown keys are errors.
 """
 
-import difflib
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,11 +10,13 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError, field_validator
 
-from ray_dfml.core.backbones import BACKBONES
+from ray_dfml.core.backbones import known_arch
 from ray_dfml.core.inner_loop import Head
+from ray_dfml.data import datasets
 from ray_dfml.data.pretrain import PretrainConfig
-from ray_dfml.errors import UsageError
+from ray_dfml.errors import UsageError, did_you_mean
 from ray_dfml.evaluate import EvalConfig
+from ray_dfml.files import resolved
 from ray_dfml.methods import METHODS
 from ray_dfml.methods.base import MethodConfig
 from ray_dfml.presets import PRESETS, PROFILES, PUBLISHED_TEST
@@ -38,9 +39,7 @@ class LearnerConfig(BaseModel):
     @field_validator("arch")
     @classmethod
     def _known(cls, name: str) -> str:
-        if name not in BACKBONES:
-            raise ValueError(f"unknown architecture, known are {', '.join(BACKBONES)}")
-        return name
+        return known_arch(name)
 
 
 class RunConfig(BaseModel):
@@ -86,9 +85,14 @@ def parse_set(text: str) -> tuple[list[str], Any]:
 def resolve(
     name: str, *, profile: str = "fixed", preset: str | None = None, sets: Sequence[str] = (), **values: Any
 ) -> RunConfig:
-    """The full configuration of method `name`. Raises UsageError, one line, for anything unknown or out of range."""
+    """The full configuration of method `name`, with the paths of `pool` and `data` made absolute.
+
+    Raises UsageError, one line, for anything unknown or out of range.
+    """
     if name not in METHODS:
-        raise UsageError(f"unknown method {name!r}{_nearest(name, METHODS)}; known: {', '.join(METHODS)}")
+        raise UsageError(f"unknown method {name!r}{did_you_mean(name, METHODS)}; known: {', '.join(METHODS)}")
+    values["pool"] = tuple(str(resolved(path)) for path in values.get("pool", ()))
+    values["data"] = tuple(datasets.absolute(spec) for spec in values.get("data", ()))
     tree: dict[str, Any] = {"name": name, "profile": profile, "preset": preset, **values}
     tree["method"] = METHODS[name].Config().model_dump()
     if profile not in ("fixed", "paper", "code"):
@@ -98,7 +102,7 @@ def resolve(
         _merge(tree, PUBLISHED_TEST)
     if preset is not None:
         if preset not in PRESETS:
-            raise UsageError(f"unknown preset {preset!r}{_nearest(preset, PRESETS)}; known: {', '.join(PRESETS)}")
+            raise UsageError(f"unknown preset {preset!r}{did_you_mean(preset, PRESETS)}; known: {', '.join(PRESETS)}")
         if PRESETS[preset].method != name:
             raise UsageError(f"preset {preset!r} is for {PRESETS[preset].method}, not for {name}")
         _merge(tree, PRESETS[preset].values)
@@ -155,11 +159,6 @@ def _merge(into: dict[str, Any], values: Mapping[str, Any]) -> None:
             into[key] = value
 
 
-def _nearest(name: str, known: Mapping[str, object]) -> str:
-    close = difflib.get_close_matches(name, list(known), n=1)
-    return f" (did you mean {close[0]!r}?)" if close else ""
-
-
 def _one_line(error: ValidationError, model: type[BaseModel], prefix: str) -> str:
     first = error.errors()[0]
     where = ".".join(str(part) for part in ([prefix] if prefix else []) + list(first["loc"]))
@@ -168,6 +167,7 @@ def _one_line(error: ValidationError, model: type[BaseModel], prefix: str) -> st
         for part in first["loc"][:-1]:
             inner = fields[str(part)].annotation
             fields = dict(getattr(inner, "model_fields", {}))
-        hint = _nearest(str(first["loc"][-1]), fields)
+        hint = did_you_mean(str(first["loc"][-1]), fields)
         return f"config: unknown key {where}{hint}; known there: {', '.join(fields)}"
-    return f"config: {where}: {first['msg'].lower()}, got {first.get('input')!r}"
+    said = first["msg"].removeprefix("Value error, ")
+    return f"config: {where}: {said[0].lower()}{said[1:]}, got {first.get('input')!r}"

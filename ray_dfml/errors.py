@@ -3,6 +3,16 @@
 A message is one line: what is wrong, where, what to do.
 """
 
+import difflib
+from collections.abc import Iterable
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """` (did you mean 'conv4'?)` where a known name is close to `name` in any case, else nothing."""
+    lower = {other.lower(): other for other in known}
+    close = difflib.get_close_matches(name.lower(), lower, n=1)
+    return f" (did you mean {lower[close[0]]!r}?)" if close else ""
+
 
 class DfmlError(Exception):
     """Base class. `exit_code` 1: the run failed."""

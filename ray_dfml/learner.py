@@ -20,7 +20,7 @@ from PIL import Image, ImageOps
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 from torch import Tensor
 
-from ray_dfml.core.backbones import BACKBONES
+from ray_dfml.core.backbones import known_arch
 from ray_dfml.core.images import normalise, to_pixels
 from ray_dfml.core.inner_loop import Head
 from ray_dfml.core.net import Net, net
@@ -29,6 +29,7 @@ from ray_dfml.data.folders import IMAGE_SUFFIXES
 from ray_dfml.data.manifest import Input
 from ray_dfml.errors import RejectedError, UsageError
 from ray_dfml.evaluate import BatchNormMode, adapt_to
+from ray_dfml.files import resolved
 from ray_dfml.types import ImageSpec
 
 WEIGHTS = "learner.safetensors"
@@ -37,12 +38,6 @@ CARD_BYTES = 1 << 20
 CHUNK = 256
 """Query images classified at once where batch norm has fixed statistics."""
 _SLACK = 1e-5  # float pixels may leave [0, 1] by rounding
-
-
-def _known(arch: str) -> str:
-    if arch not in BACKBONES:
-        raise ValueError(f"unknown architecture {arch!r}; known: {', '.join(BACKBONES)}")
-    return arch
 
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
@@ -55,7 +50,7 @@ class LearnerCard(BaseModel):
 
     format: Literal[1] = 1
     method: str
-    arch: Annotated[str, AfterValidator(_known)]
+    arch: Annotated[str, AfterValidator(known_arch)]
     way: int = Field(ge=2, le=100_000)
     head: Head = "maml"
     input: Input
@@ -165,7 +160,7 @@ class Learner:
 
         Raises UsageError where there is none, RejectedError, one line, where it was damaged or does not fit its card.
         """
-        path = Path(path)
+        path = resolved(path)
         file = path / WEIGHTS if path.is_dir() else path
         if not file.exists():
             raise UsageError(f"{file}: no such file; name the folder of a finished run, or its {WEIGHTS}")
@@ -290,7 +285,7 @@ def read_folder(path: Path, image: ImageSpec) -> tuple[np.ndarray, list[str], li
     the size of `image`. Hidden files and files that are no images by their suffix are passed over.
     Raises UsageError where there is no folder, RejectedError where it is empty or an image cannot be decoded.
     """
-    path = Path(path)
+    path = resolved(path)
     if image.channels not in (1, 3):
         raise UsageError(
             f"{path}: image files have 1 or 3 channels, the learner takes {image.channels}; use the Python API"

@@ -8,6 +8,11 @@ Arrays = dict[str, Any]
 """Names to NumPy arrays, numbers, strings, or nested dicts and lists of these. Cheap to ship, no pickle of our own."""
 
 
+def size_text(shape: Sequence[int]) -> str:
+    """A size as people write it: `3x32x32`."""
+    return "x".join(str(number) for number in shape)
+
+
 @dataclass(frozen=True, kw_only=True)
 class ImageSpec:
     """Images as a network takes them: `channels x height x width`, pixels in [0, 1], then `(x - mean) / std`."""

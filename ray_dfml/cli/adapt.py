@@ -8,11 +8,9 @@ from ray_dfml.cli import options
 
 
 @click.command(epilog="\b\nExample:\n  ray-dfml adapt runs/free --support my_classes/ --query unsorted/ --json")
-@click.argument("run", type=click.Path(path_type=Path))
-@click.option(
-    "--support", required=True, type=click.Path(path_type=Path), help="Folder of class folders, 1-5 images each."
-)
-@click.option("--query", required=True, type=click.Path(path_type=Path), help="Folder of images to name.")
+@click.argument("run", type=options.PATH)
+@click.option("--support", required=True, type=options.PATH, help="Folder of class folders, 1-5 images each.")
+@click.option("--query", required=True, type=options.PATH, help="Folder of images to name.")
 @options.as_json
 def adapt(run: Path, support: Path, query: Path, json_out: bool) -> None:
     """Adapt the learner of RUN to your own classes and name the query images."""

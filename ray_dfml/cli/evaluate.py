@@ -13,7 +13,7 @@ Example:
 
 
 @click.command(epilog=EPILOG)
-@click.argument("weights", metavar="RUN|WEIGHTS", type=click.Path(path_type=Path))
+@click.argument("weights", metavar="RUN|WEIGHTS", type=options.PATH)
 @click.option("--data", "spec", required=True, metavar="SPEC", help="Real data.")
 @click.option("--split", type=click.Choice(["train", "val", "test"]), default="test", show_default=True)
 @click.option("--way", type=click.IntRange(min=2), help="Classes of an episode; default: the learner's.")

@@ -3,12 +3,27 @@
 import json
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import click
 
 from ray_dfml.errors import ResourceError
+from ray_dfml.files import resolved
 from ray_dfml.runtime import host
+
+
+class _PathType(click.ParamType):
+    """A path as a user writes it; the function gets the absolute one (`files.resolved`)."""
+
+    name = "path"
+
+    def convert(self, value: str | Path, param: click.Parameter | None, ctx: click.Context | None) -> Path:
+        return resolved(value)
+
+
+PATH = _PathType()
+"""The type of every option and argument that names a file or a folder."""
 
 
 def as_json(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -25,7 +25,7 @@ def pool() -> None:
 )
 @click.option("--way", type=click.IntRange(min=2), default=5, show_default=True, help="Classes of a teacher.")
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="Pool folder.")
+@click.option("--out", required=True, type=options.PATH, help="Pool folder.")
 @click.option("--resume", is_flag=True, help="Add the teachers that an interrupted build left out.")
 @options.sets
 @options.workers
@@ -44,14 +44,16 @@ def build(
 ) -> None:
     """Train teachers on random class subsets of real data, then keep only their weights."""
     from ray_dfml.config import pretrain_config
-    from ray_dfml.core.backbones import BACKBONES
+    from ray_dfml.core.backbones import known_arch
     from ray_dfml.data.pool import Pool
     from ray_dfml.runtime import build_pool
 
     names = [name.strip() for name in archs.split(",")]
     for name in names:
-        if name not in BACKBONES:
-            raise UsageError(f"--arch {name}: unknown; known: {', '.join(BACKBONES)}")
+        try:
+            known_arch(name)
+        except ValueError as error:
+            raise UsageError(f"--arch: {error}") from None
     cfg = pretrain_config(sets)
     image, planned = build_pool.plan(spec, models=models, archs=names, way=way, seed=seed)
     target = Pool.open(out) if resume and out.exists() else Pool.create(out)
@@ -72,10 +74,8 @@ def build(
     epilog="\b\nExample:\n  ray-dfml pool add pools/mine --weights birds.safetensors --arch resnet10 --input 3x32x32"
     " --mean 0.5,0.5,0.5 --std 0.25,0.25,0.25 --classes wren,robin,owl,jay,tit"
 )
-@click.argument("path", metavar="POOL", type=click.Path(path_type=Path))
-@click.option(
-    "--weights", required=True, type=click.Path(path_type=Path), help=".safetensors, or .pt of plain tensors."
-)
+@click.argument("path", metavar="POOL", type=options.PATH)
+@click.option("--weights", required=True, type=options.PATH, help=".safetensors, or .pt of plain tensors.")
 @click.option("--arch", required=True, help="Architecture, from the allow-list.")
 @click.option("--input", "size", required=True, help="Channels x height x width, such as 3x32x32.")
 @click.option(
@@ -119,7 +119,7 @@ def _numbers(option: str, text: str | None, default: list[float]) -> list[float]
 
 
 @pool.command(epilog="\b\nExample:\n  ray-dfml pool check pools/mine")
-@click.argument("path", metavar="POOL", type=click.Path(path_type=Path))
+@click.argument("path", metavar="POOL", type=options.PATH)
 @options.as_json
 def check(path: Path, json_out: bool) -> int:
     """Load and run each teacher once. One line per teacher; exit code 3 if any is rejected."""

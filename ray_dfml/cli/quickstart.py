@@ -14,7 +14,7 @@ POOL = {"models": 12, "way": 5, "seed": 0}
 
 
 @click.command(epilog="\b\nExample:\n  ray-dfml quickstart --run-dir runs/first")
-@click.option("--run-dir", type=click.Path(path_type=Path), help="Run folder; default: runs/quickstart-TIME.")
+@click.option("--run-dir", type=options.PATH, help="Run folder; default: runs/quickstart-TIME.")
 @click.option("--backend", type=click.Choice(["ray", "local"]), default="ray", show_default=True)
 @click.option(
     "--workers", type=click.IntRange(min=1), default=lambda: min(2, host.processors()), show_default="up to 2"
@@ -25,11 +25,12 @@ def quickstart(run_dir: Path | None, backend: str, workers: int, sets: tuple[str
     """Teachers of rendered characters, FREE on them without their data, a test on characters nobody saw."""
     from ray_dfml.config import pretrain_config, resolve
     from ray_dfml.data.pool import Pool
+    from ray_dfml.files import resolved
     from ray_dfml.runtime import build_pool
     from ray_dfml.runtime.driver import Machine
     from ray_dfml.runtime.launch import new_run
 
-    run_dir = run_dir or Path("runs") / time.strftime("quickstart-%Y%m%d-%H%M%S")
+    run_dir = run_dir or resolved("runs") / time.strftime("quickstart-%Y%m%d-%H%M%S")
     if run_dir.exists():
         raise UsageError(f"{run_dir}: exists already; choose another --run-dir")
     own = [text for text in sets if text.startswith("pretrain.")]

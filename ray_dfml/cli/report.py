@@ -14,8 +14,8 @@ Example:
 
 
 @click.command("report", epilog=EPILOG)
-@click.argument("runs", metavar="RUN...", nargs=-1, required=True, type=click.Path(path_type=Path))
-@click.option("--out", metavar="FILE", type=click.Path(path_type=Path), help="Write .md, .csv or .html; replaces FILE.")
+@click.argument("runs", metavar="RUN...", nargs=-1, required=True, type=options.PATH)
+@click.option("--out", metavar="FILE", type=options.PATH, help="Write .md, .csv or .html; replaces FILE.")
 @options.as_json
 def report_runs(runs: tuple[Path, ...], out: Path | None, json_out: bool) -> None:
     """One table over runs: accuracy, time, and the paired difference to the best baseline on the same episodes."""

@@ -24,7 +24,7 @@ Example:
 @click.option(
     "--data", "data", multiple=True, metavar="SPEC", help="Real data for validation and test only; repeatable."
 )
-@click.option("--run-dir", required=True, type=click.Path(path_type=Path), help="Run folder; must not exist.")
+@click.option("--run-dir", required=True, type=options.PATH, help="Run folder; must not exist.")
 @click.option("--profile", type=click.Choice(["fixed", "paper", "code"]), default="fixed", show_default=True)
 @click.option("--preset", type=click.Choice(list(PRESETS)), help="Named settings.")
 @options.sets

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ray_dfml.core.layers import Layers, Shapes, channels_last, conv_shapes, linear_shapes, norm_shapes
+from ray_dfml.errors import did_you_mean
 
 
 class Backbone(Protocol):
@@ -143,3 +144,10 @@ BACKBONES: dict[str, Callable[[int, int, int, int], Backbone]] = {
     "mlp": lambda c, h, w, ways: MLP(c, h, w, ways),
 }
 """Name -> constructor (channels, height, width, ways). The allow-list of architectures: nothing else is ever built."""
+
+
+def known_arch(name: str) -> str:
+    """The name itself. Raises ValueError, with the names there are, for one outside the allow-list."""
+    if name not in BACKBONES:
+        raise ValueError(f"unknown architecture {name!r}{did_you_mean(name, BACKBONES)}; known: {', '.join(BACKBONES)}")
+    return name

@@ -11,11 +11,13 @@ from pathlib import Path
 
 import numpy as np
 
+from ray_dfml.files import resolved
+
 
 def folder() -> Path:
     """Where the cache lives; it need not exist yet."""
     given = os.environ.get("RAY_DFML_CACHE")
-    return Path(given).expanduser() if given else Path.home() / ".cache" / "ray-dfml"
+    return resolved(given) if given else Path.home() / ".cache" / "ray-dfml"
 
 
 def array(key: str, shape: tuple[int, ...], build: Callable[[], np.ndarray]) -> np.ndarray:

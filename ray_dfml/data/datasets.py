@@ -1,6 +1,5 @@
 """Image sets by name: `load("glyphs")`, `load("omniglot:PATH")`. One `ImageSet` whatever the source."""
 
-import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -10,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from ray_dfml.data import folders, formats, glyphs, splits
-from ray_dfml.errors import RejectedError, UsageError
+from ray_dfml.errors import RejectedError, UsageError, did_you_mean
+from ray_dfml.files import resolved
 
 _IMAGENET_MEAN = (0.485, 0.456, 0.406)
 _IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -199,7 +199,15 @@ class ImageSet:
         return np.flatnonzero(np.array([name in wanted for name in self.class_names], dtype=bool)[self.labels])
 
 
-@lru_cache(maxsize=8)
+def absolute(spec: str) -> str:
+    """The spec with its PATH expanded and made absolute, so that it means the same from every folder.
+
+    One that `load` would refuse stays as it is.
+    """
+    name, _, path = spec.partition(":")
+    return f"{name}:{resolved(path)}" if name in DATASETS and name != "glyphs" and path else spec
+
+
 def load(spec: str) -> ImageSet:
     """The image set of a spec: "glyphs" or "NAME:PATH" with NAME of `DATASETS`.
 
@@ -207,6 +215,12 @@ def load(spec: str) -> ImageSet:
     this process; a file that changes later is not read again. Raises UsageError for a spec that cannot be meant,
     RejectedError for data that were read and found wanting.
     """
+    return _load(absolute(spec))
+
+
+@lru_cache(maxsize=8)
+def _load(spec: str) -> ImageSet:
+    """The set of an absolute spec, kept: a relative one may mean another folder the next time."""
     name, path = _parse(spec)
     entry = DATASETS[name]
     if path is None:
@@ -283,18 +297,17 @@ def _parse(spec: str) -> tuple[str, Path | None]:
     """NAME and PATH of a spec; PATH is None for the embedded set."""
     name, colon, path = spec.partition(":")
     if name not in DATASETS:
-        near = difflib.get_close_matches(name.lower(), DATASETS, n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]!r}? " if near else ""
+        hint = did_you_mean(name, DATASETS)
         if "/" in name or name.endswith(".parquet"):
-            hint = "write NAME:PATH; "
-        raise UsageError(f"unknown data set {name!r} in {spec!r}: {hint}known: {', '.join(DATASETS)}")
+            hint = "; write NAME:PATH"
+        raise UsageError(f"unknown data set {name!r} in {spec!r}{hint}; known: {', '.join(DATASETS)}")
     if name == "glyphs":
         if colon:
             raise UsageError(f"{spec!r}: glyphs is embedded and takes no path; write 'glyphs'")
         return name, None
     if not path:
         raise UsageError(f"{spec!r} names no place; write {name}:PATH (a .parquet file or a folder)")
-    return name, Path(path).expanduser()
+    return name, resolved(path)
 
 
 def _read(name: str, entry: Entry, path: Path) -> formats.Raw:

@@ -1,6 +1,5 @@
 """`pool.yaml` as a schema: what an entry may say, how it is read, how a fault in it is named."""
 
-import difflib
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -10,7 +9,7 @@ from typing import Annotated, Literal
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
-from ray_dfml.core.backbones import BACKBONES
+from ray_dfml.core.backbones import known_arch
 from ray_dfml.data import weights_file
 from ray_dfml.errors import RejectedError, UsageError
 from ray_dfml.types import ImageSpec, TeacherCard
@@ -36,14 +35,6 @@ def _safe_id(text: str) -> str:
             f"{text!r}: an id has letters, digits, '.', '_' and '-' only, and begins with a letter or a digit"
         )
     return text
-
-
-def _known_arch(name: str) -> str:
-    if name not in BACKBONES:
-        close = difflib.get_close_matches(name, BACKBONES, n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
-        raise ValueError(f"unknown architecture {name!r}; known: {', '.join(BACKBONES)}{hint}")
-    return name
 
 
 def _inside(path: str) -> str:
@@ -92,7 +83,7 @@ class Entry(_Strict):
     """file inside the pool folder; may be null where access is not `weights`"""
     sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")] | None = Field(default=None, validate_default=True)
     """of that file"""
-    arch: Annotated[str, AfterValidator(_known_arch)]
+    arch: Annotated[str, AfterValidator(known_arch)]
     input: Input
     mean: list[float]
     std: list[float]

@@ -5,7 +5,6 @@ file when it is loaded. Architectures come from the allow-list BACKBONES; a path
 """
 
 import contextlib
-import difflib
 import hashlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,7 +19,8 @@ from torch import Tensor
 from ray_dfml.core.net import net
 from ray_dfml.data import weights_file
 from ray_dfml.data.manifest import MANIFEST, Entry, make_entry, read_manifest, write_manifest
-from ray_dfml.errors import RejectedError, ResourceError, UsageError
+from ray_dfml.errors import RejectedError, ResourceError, UsageError, did_you_mean
+from ray_dfml.files import resolved
 from ray_dfml.types import ImageSpec, TeacherCard
 
 __all__ = ["Entry", "Pool", "add_file"]
@@ -51,7 +51,7 @@ class Pool:
 
         Raises UsageError where there is no pool, RejectedError with the place of the first fault otherwise.
         """
-        path = Path(path)
+        path = resolved(path)
         return cls(path, read_manifest(path))
 
     @classmethod
@@ -60,7 +60,7 @@ class Pool:
 
         Raises UsageError if `path` is anything but absent or an empty folder (hidden files aside).
         """
-        path = Path(path)
+        path = resolved(path)
         if path.exists() and not path.is_dir():
             raise UsageError(f"{path}: is a file; choose a new folder")
         with _locked(path):
@@ -75,8 +75,7 @@ class Pool:
     def entry(self, id: str) -> Entry:
         """Everything the manifest says of a teacher. Raises UsageError for an unknown id."""
         if id not in self._entries:
-            close = difflib.get_close_matches(id, self._entries, n=1)
-            raise UsageError(f"no teacher {id!r} in {self.path}" + (f"; did you mean {close[0]!r}?" if close else ""))
+            raise UsageError(f"no teacher {id!r} in {self.path}{did_you_mean(id, self._entries)}")
         return self._entries[id]
 
     def load(self, id: str) -> tuple[np.ndarray, np.ndarray]:

@@ -27,7 +27,7 @@ from ray_dfml.core.backbones import BACKBONES
 from ray_dfml.core.net import layouts
 from ray_dfml.core.weights import Layout
 from ray_dfml.errors import RejectedError, UsageError
-from ray_dfml.types import ImageSpec
+from ray_dfml.types import ImageSpec, size_text
 
 _ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8}
 _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64)
@@ -60,7 +60,7 @@ class Parts(NamedTuple):
 def _parts(arch: str, shape: tuple[int, int, int], ways: int) -> Parts:
     found = Parts(*layouts(BACKBONES[arch](*shape, ways)))
     if 0 in found.parameters.sizes:
-        raise RejectedError(f"{arch} cannot take {_size(shape)} images: they are too small")
+        raise RejectedError(f"{arch} cannot take {size_text(shape)} images: they are too small")
     return found
 
 
@@ -219,7 +219,7 @@ def fit(tensors: Mapping[str, Tensor], arch: str, image: ImageSpec, ways: int) -
     architecture outside BACKBONES.
     """
     wanted = {name: shape for layout in parts(arch, image, ways) for name, shape in layout.shapes.items()}
-    model = f"{arch} for {_size(image.shape)} images and {ways} classes"
+    model = f"{arch} for {size_text(image.shape)} images and {ways} classes"
     unexpected = [f"{name} {list(tensor.shape)}" for name, tensor in tensors.items() if name not in wanted]
     for name, shape in wanted.items():
         if name not in tensors:
@@ -265,10 +265,6 @@ def write_bytes(path: Path, data: bytes) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def _size(shape: tuple[int, ...]) -> str:
-    return "x".join(str(number) for number in shape)
 
 
 def first_line(error: BaseException) -> str:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ray_dfml.errors import RejectedError, UsageError
 from ray_dfml.methods.base import MethodConfig, Metrics, Send, State, Worker, World, initial_learner, teacher_job
-from ray_dfml.types import Arrays, Job, TeacherCard
+from ray_dfml.types import Arrays, Job, TeacherCard, size_text
 
 
 class BaselineConfig(MethodConfig):
@@ -76,11 +76,7 @@ def check_same_network(method: str, world: World) -> None:
 
 
 def _kind(arch: str, shape: Sequence[int], classes: int) -> str:
-    return f"{arch} of {_size(shape)} images and {classes} classes"
-
-
-def _size(shape: Sequence[int]) -> str:
-    return "x".join(str(n) for n in shape)
+    return f"{arch} of {size_text(shape)} images and {classes} classes"
 
 
 def best_teacher(world: World) -> TeacherCard:
@@ -95,9 +91,9 @@ def best_teacher(world: World) -> TeacherCard:
     able = [card for card in named if card.image.shape == world.image.shape and len(card.classes) >= world.way]
     if not able:
         raise UsageError(
-            f"best-model: no teacher that reports an accuracy takes {_size(world.image.shape)} images and has "
-            f"{world.way} classes, as the episodes need; {named[-1].id} takes {_size(named[-1].image.shape)} and has "
-            f"{len(named[-1].classes)}; use another pool, or a smaller learner.way"
+            f"best-model: no teacher that reports an accuracy takes {size_text(world.image.shape)} images and has "
+            f"{world.way} classes, as the episodes need; {named[-1].id} takes {size_text(named[-1].image.shape)} and "
+            f"has {len(named[-1].classes)}; use another pool, or a smaller learner.way"
         )
     return able[-1]
 
@@ -113,7 +109,7 @@ def _best_notes(world: World) -> list[str]:
     if top != chosen:
         found.append(
             f"best-model takes {chosen.id} ({chosen.accuracy} %): {top.id} ({top.accuracy} %) takes "
-            f"{_size(top.image.shape)} images and has {len(top.classes)} classes, which does not fit the episodes"
+            f"{size_text(top.image.shape)} images and has {len(top.classes)} classes, which does not fit the episodes"
         )
     return found
 

@@ -18,7 +18,7 @@ from ray_dfml.methods import METHODS
 from ray_dfml.methods.base import World
 from ray_dfml.pipeline import Labelled
 from ray_dfml.runtime.shard import Loaded
-from ray_dfml.types import ImageSpec, TeacherCard
+from ray_dfml.types import ImageSpec, TeacherCard, size_text
 
 DEFAULT_WAY = 5
 """Classes of an episode where neither a teacher nor a setting says."""
@@ -155,7 +155,7 @@ def check_episodes(labels: np.ndarray, what: str, way: int, cfg: EvalConfig) -> 
 
 def resizing(spec: str, found: Sequence[int], wanted: Sequence[int]) -> str:
     """What a reader is told where the images of a data set are brought to the learner's size."""
-    return f"--data {spec}: images of {_size(found)} are brought to the learner's {_size(wanted)}"
+    return f"--data {spec}: images of {size_text(found)} are brought to the learner's {size_text(wanted)}"
 
 
 def fitted(images: np.ndarray, shape: tuple[int, int, int], what: str) -> np.ndarray:
@@ -187,8 +187,8 @@ def learner_input(inputs: Mapping[str, ImageSpec]) -> ImageSpec:
     for other, image in inputs.items():
         if image.channels not in (1, channels):
             raise UsageError(
-                f"{other} takes {_size(image.shape)} images and {name} {_size(widest.shape)}: channels of one run must "
-                "be equal, or 1 and another number; split the pool or the data"
+                f"{other} takes {size_text(image.shape)} images and {name} {size_text(widest.shape)}: channels of one "
+                "run must be equal, or 1 and another number; split the pool or the data"
             )
     return ImageSpec(
         channels=channels,
@@ -228,7 +228,3 @@ def _way(config: RunConfig, cards: Sequence[TeacherCard]) -> int:
             f"learner.way={way}: the teachers know {len(classes)} classes together; lower it, or add teachers"
         )
     return way or min(len(card.classes) for card in cards)
-
-
-def _size(shape: Sequence[int]) -> str:
-    return "x".join(str(n) for n in shape)

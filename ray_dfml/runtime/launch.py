@@ -7,6 +7,7 @@ from typing import Any
 from ray_dfml import report
 from ray_dfml.config import RunConfig, resolve
 from ray_dfml.errors import UsageError
+from ray_dfml.files import resolved
 from ray_dfml.runtime import driver, rundir
 from ray_dfml.runtime.driver import Machine
 from ray_dfml.runtime.progress import Progress
@@ -36,11 +37,12 @@ def train(
     config = resolve(
         method, profile=profile, preset=preset, sets=sets, seed=seed, pool=tuple(str(p) for p in pools), data=specs
     )
-    return new_run(config, Path(run_dir), Machine(backend=backend, workers=workers, job_seconds=job_seconds))
+    return new_run(config, resolved(run_dir), Machine(backend=backend, workers=workers, job_seconds=job_seconds))
 
 
 def new_run(config: RunConfig, path: Path, machine: Machine, *, quiet: bool = False) -> list[dict[str, Any]]:
     """Make the run folder, train, test, report. Returns the rows of `scores.json`. UsageError: `path` exists."""
+    path = resolved(path)
     if path.exists():
         raise UsageError(f"{path}: exists already; add --resume to continue that run, or choose another --run-dir")
     inputs = driver.read_inputs(config)
@@ -55,6 +57,7 @@ def continue_run(path: Path, method: str, machine: Machine, *, quiet: bool = Fal
 
     Raises UsageError where there is no such run, or the pool or data are not the ones it began with.
     """
+    path = resolved(path)
     folder = RunFolder.open(path)
     config = folder.config()
     if config.name != method:

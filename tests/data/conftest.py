@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from ray_dfml.data import load
+from ray_dfml.data import datasets
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -26,7 +26,7 @@ def cache_folder(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def fresh_load():
     yield
-    load.cache_clear()
+    datasets._load.cache_clear()
 
 
 def _encode(pixels: np.ndarray, encoding: str) -> bytes:

@@ -104,10 +104,10 @@ def test_subset_all_is_the_set_and_other_words_are_usage_errors():
     [
         (
             "omniglott:x",
-            "unknown data set 'omniglott' in 'omniglott:x': did you mean 'omniglot'? known: glyphs, omniglot,",
+            "unknown data set 'omniglott' in 'omniglott:x' (did you mean 'omniglot'?); known: glyphs, omniglot,",
         ),
         ("CIFAR-FS:x", "did you mean 'cifar-fs'?"),
-        ("quux:x", "unknown data set 'quux' in 'quux:x': known: glyphs,"),
+        ("quux:x", "unknown data set 'quux' in 'quux:x'; known: glyphs,"),
         ("some/file.parquet", "write NAME:PATH"),
         ("mnist", "'mnist' names no place; write mnist:PATH"),
         ("mnist:", "names no place"),

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ray_dfml.data import ImageSet, describe, load, splits
+from ray_dfml.data import ImageSet, datasets, describe, load, splits
 from ray_dfml.errors import RejectedError, UsageError
 
 
@@ -112,7 +112,7 @@ def test_an_image_that_cannot_be_decoded_is_named(tmp_path, write_folder):
 def test_a_changed_file_is_read_again(tmp_path, write_folder):
     root = write_folder(tmp_path, {"a": [grey(1)], "b": [grey(2)]})
     assert load(f"folder:{root}").images.max() == 2
-    load.cache_clear()
+    datasets._load.cache_clear()
     write_folder(tmp_path, {"b": [grey(200)]})
     assert load(f"folder:{root}").images.max() == 200
 
@@ -170,7 +170,7 @@ def test_tiny_imagenet_as_published(tmp_path, write_folder):
     assert test.class_names == ("n00000007", "n00000009")
     assert test.images[:, 0, 0, 0].tolist() == [7, 9]
     annotations.write_text("000.png\tn9\n")
-    load.cache_clear()
+    datasets._load.cache_clear()
     assert "line 1: class 'n9' is not in train" in rejected(f"tiny-imagenet:{tmp_path}")
 
 

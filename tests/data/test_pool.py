@@ -140,7 +140,7 @@ def test_open_where_there_is_no_pool(tmp_path):
 
 def test_unknown_id(pool):
     add(pool, "teacher-1")
-    with pytest.raises(UsageError, match=r"no teacher 'teacher-2' .* did you mean 'teacher-1'"):
+    with pytest.raises(UsageError, match=r"no teacher 'teacher-2' .*\(did you mean 'teacher-1'\?\)"):
         pool.load("teacher-2")
 
 
@@ -151,7 +151,7 @@ def test_unknown_id(pool):
         ({"std": [0.0]}, "teachers[1].std: expected positive numbers, got [0.0]"),
         ({"mean": [float("nan")]}, "teachers[1].mean: expected finite numbers, got [nan]"),
         ({"mean": "0.1"}, "teachers[1].mean: input should be a valid list, got '0.1'"),
-        ({"arch": "conv5"}, "teachers[1].arch: unknown architecture 'conv5'; known: conv4, "),
+        ({"arch": "conv5"}, "teachers[1].arch: unknown architecture 'conv5' (did you mean 'conv4'?); known: conv4, "),
         ({"classes": ["x"]}, "teachers[1].classes: list should have at least 2 items"),
         ({"classes": ["x", "y", "x"]}, "teachers[1].classes: class 'x' appears twice"),
         ({"classes": ["x", ""]}, "teachers[1].classes: a class name is empty"),

@@ -1,0 +1,83 @@
+"""Paths as people write them, names as they can be printed, and errors of the disk that say where.
+
+Every path that a user gives, on the command line or from Python, goes through `resolved` once.
+"""
+
+import contextlib
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from ray_dfml.errors import UsageError
+
+_VARIABLE = re.compile(r"\$(?:\{(\w+)\}|(\w+))")
+
+
+def resolved(path: str | os.PathLike[str]) -> Path:
+    """The absolute path that a user means: `~`, `~NAME`, `$VAR` and `${VAR}` are expanded, links are kept.
+
+    A `$` in a name that exists as it is written stands for itself. Raises UsageError for an empty path, an unknown
+    variable or user, and a path that is not UTF-8, since YAML and JSON files could not hold it.
+    """
+    text = os.fspath(path)
+    if not text:
+        raise UsageError("a path is empty; name a file or a folder")
+    if "\0" in text or not _is_utf8(text):
+        raise UsageError(f"{shown(text)}: this path is not UTF-8 text; rename it")
+    home = os.path.expanduser(text)
+    if home.startswith("~"):
+        raise UsageError(f"{text}: no home folder of {home.split(os.sep)[0]} is known; write ./{text} for that name")
+    return Path(os.path.abspath(home if _is_literal(home) else _expanded(home)))
+
+
+def _is_utf8(text: str) -> bool:
+    return not any("\ud800" <= letter <= "\udfff" for letter in text)
+
+
+def _is_literal(text: str) -> bool:
+    """Whether `$` in a path is part of a name: the path, or the folder of a new name without `$`, is there."""
+    head, tail = os.path.split(text)
+    return "$" not in text or os.path.exists(text) or ("$" not in tail and os.path.exists(head))
+
+
+def _expanded(text: str) -> str:
+    def value(found: re.Match[str]) -> str:
+        name = found[1] or found[2]
+        if not os.environ.get(name):
+            raise UsageError(f"{text}: the variable {name} is not set; set it, or write the path out")
+        return os.environ[name]
+
+    return _VARIABLE.sub(value, text)
+
+
+def shown(name: str | os.PathLike[str]) -> str:
+    r"""A name, or a line with names in it, that any terminal and file can hold: `caf\xe9.png` for bytes that are not
+    UTF-8, `a\nb` for control characters."""
+    return "".join(_shown(letter) for letter in os.fspath(name))
+
+
+def _shown(letter: str) -> str:
+    if "\udc80" <= letter <= "\udcff":  # how Python stands for a byte of a name that is not UTF-8
+        return f"\\x{ord(letter) - 0xDC00:02x}"
+    return letter if is_readable(letter) else letter.encode("unicode_escape").decode()
+
+
+def is_readable(text: str) -> bool:
+    """Whether a text is one line that a person can read: printable characters, any kind of space, and the joiners
+    of Arabic and Indian scripts and of emoji."""
+    return all(c.isprintable() or c in _SPACES or c in "\u200c\u200d" for c in text)
+
+
+_SPACES = "\u00a0\u1680\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200a\u202f\u205f\u3000"
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Errors of the disk within carry the path: the system gives none where a write fails."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno is not None:
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        raise
