@@ -3,8 +3,9 @@
 [Finn2017] Model-Agnostic Meta-Learning, arXiv 1703.03400, Eq. 1 and Algorithm 1. [Raghu2020] Rapid Learning or Feature
 Reuse? (ANIL), arXiv 1909.09157. [Snell2017] Prototypical Networks, arXiv 1703.05175.
 
-The same functions serve both strategies: `LOOP` differentiates with autograd, task by task (fastest on a CPU);
-`BATCHED` uses `torch.func` under `vmap` (few launches, for accelerators). They agree to rounding; a test says so.
+The same functions serve three strategies, which agree to rounding; tests say so. On a CPU all weights of a Conv4 adapt
+with gradients written by hand (`core.conv4`); other cases differentiate with autograd, task by task; `batched` uses
+`torch.func` under `vmap`, few launches for accelerators. `by_hand` alone decides on the first.
 """
 
 from collections.abc import Callable
@@ -14,6 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ray_dfml.core import conv4_second
+from ray_dfml.core.backbones import Conv4
+from ray_dfml.core.conv4 import Conv4Passes
 from ray_dfml.core.net import Net
 
 Loss = Callable[[Tensor], Tensor]
@@ -36,6 +40,18 @@ def plain_grad(loss: Loss) -> Callable[[Tensor], Tensor]:
         return torch.autograd.grad(loss(leaf), leaf)[0]
 
     return grad
+
+
+def by_hand(net: Net, theta: Tensor, head: Head, stats: Tensor | None = None) -> Conv4Passes | None:
+    """The hand-written passes where they cover the case: a Conv4 on a CPU, all of whose weights adapt, normalised with
+    the statistics of the batch. None elsewhere."""
+    covered = head == "maml" and stats is None and theta.device.type == "cpu" and isinstance(net.backbone, Conv4)
+    return Conv4Passes(net) if covered else None
+
+
+def probabilities(labels: Tensor, outputs: int, like: Tensor) -> Tensor:
+    """Targets [n q] of a cross-entropy in the type of `like`: labels [n] as one-hot rows; probabilities as they are."""
+    return (F.one_hot(labels, outputs) if labels.dim() == 1 else labels).to(like.dtype)
 
 
 def adapt(loss: Loss, theta: Tensor, *, lr: float, steps: int, grad_of: GradOf) -> Tensor:
@@ -61,12 +77,18 @@ def adapted(
 ) -> Tensor:
     """Weights [p] adapted to a support: normalised images [s c h w], labels [s]. Outputs from `way` on get no loss.
 
+    For `maml` and `anil` labels may be probabilities [s way].
+
     `maml`: `steps` SGD steps of size `lr` on all weights ([Finn2017] Eq. 1). `anil`: the same on the head alone, over
     features computed once ([Raghu2020]). `protonet`: the head becomes 2 c_k and -|c_k|^2 of the class means c_k, no
     step: such logits are minus the squared distances to the means, up to a term that all classes of an image share, so
     probabilities and losses are those of distances ([Snell2017] section 2.4).
     Batch norm uses the support's own statistics, or the given ones [k].
     """
+    passes = by_hand(net, theta, head, stats) if grad_of is plain_grad else None
+    if passes is not None:
+        targets = probabilities(labels, net.ways if way is None else way, theta)
+        return passes.adapt(theta[None], support[None], targets[None], lr=lr, steps=steps)[0]
     if head == "maml":
         return adapt(
             lambda w: F.cross_entropy(net(w, support, stats)[:, :way], labels),
@@ -90,7 +112,8 @@ def adapted(
 
 
 class Task(NamedTuple):
-    """One few-shot task: normalised images [s c h w], [u c h w], local labels [s], [u]; many have a leading axis t."""
+    """One few-shot task: normalised images [s c h w], [u c h w], local labels [s], [u] or probabilities [s q], [u q];
+    many tasks have a leading axis t."""
 
     support: Tensor
     support_y: Tensor
@@ -108,6 +131,12 @@ class MetaGradient(NamedTuple):
     stats: Tensor
 
 
+def accuracy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Share (scalar, in [0, 1]) of logits [n q] whose largest is at the label [n], or at the largest target [n q]."""
+    wanted = labels if labels.dim() == 1 else labels.argmax(-1)
+    return (logits.argmax(-1) == wanted).to(logits.dtype).mean()
+
+
 def query_loss(
     net: Net, theta: Tensor, task: Task, lr: float, steps: int, grad_of: GradOf, head: Head = "maml"
 ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
@@ -116,8 +145,7 @@ def query_loss(
     phi = adapted(net, theta, task.support, task.support_y, head=head, lr=lr, steps=steps, grad_of=grad_of)
     logits, stats = net.with_stats(phi, task.query)
     loss = F.cross_entropy(logits, task.query_y)
-    accuracy = (logits.argmax(-1) == task.query_y).to(loss.dtype).mean()
-    return loss, (loss.detach(), accuracy, stats.detach())
+    return loss, (loss.detach(), accuracy(logits, task.query_y), stats.detach())
 
 
 def meta_gradient(
@@ -137,11 +165,25 @@ def meta_gradient(
 
             return torch.func.grad(loss, has_aux=True)(theta)
 
-        grad, (loss, accuracy, stats) = torch.func.vmap(one)(*tasks)
-        return MetaGradient(grad, loss, accuracy, stats)
+        grad, aux = torch.func.vmap(one)(*tasks)
+        return MetaGradient(grad, *aux)
+    passes = by_hand(net, theta, head)
     rows = []
     for parts in zip(*tasks, strict=True):
-        leaf = theta.detach().requires_grad_()
-        loss, aux = query_loss(net, leaf, Task(*parts), lr, steps, graph_grad, head)
-        rows.append((torch.autograd.grad(loss, leaf)[0], *aux))
+        task = Task(*parts)
+        if passes is None:
+            leaf = theta.detach().requires_grad_()
+            loss, aux = query_loss(net, leaf, task, lr, steps, graph_grad, head)
+            rows.append((torch.autograd.grad(loss, leaf)[0], *aux))
+        else:
+            rows.append(_meta_gradient_by_hand(passes, theta, task, lr, steps))
     return MetaGradient(*(torch.stack(column) for column in zip(*rows, strict=True)))
+
+
+def _meta_gradient_by_hand(passes: Conv4Passes, theta: Tensor, task: Task, lr: float, steps: int) -> MetaGradient:
+    targets, query_targets = (probabilities(y, passes.net.ways, theta) for y in (task.support_y, task.query_y))
+    found = conv4_second.meta_gradient(
+        passes, theta, task.support, targets, task.query, query_targets, lr=lr, steps=steps
+    )
+    loss = F.cross_entropy(found.logits, task.query_y)
+    return MetaGradient(found.grad, loss, accuracy(found.logits, task.query_y), found.stats)
