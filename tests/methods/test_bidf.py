@@ -11,7 +11,7 @@ from torch import Tensor
 from ray_dfml.core import losses, optim, seeds
 from ray_dfml.core.generators import generator
 from ray_dfml.core.images import normalise, to_bytes, to_pixels, view
-from ray_dfml.core.inner_loop import Loss, adapt, plain_grad
+from ray_dfml.core.inner_loop import Loss, adapt, adapted, plain_grad
 from ray_dfml.methods import replay
 from ray_dfml.methods.base import State, World, image_values
 from ray_dfml.methods.bidf import method as bidf
@@ -178,7 +178,11 @@ def test_the_query_set_is_recovered_against_the_distilled_weights():
     found, theta = recover(cfg)[0], bidf.init(cfg, WORLD)["theta"]
     support = synthesize(cfg, seed=0)
     assert same(found["support"], support)
-    phi = adapt(distillation(cfg, support), theta, lr=0.5, steps=3, grad_of=plain_grad)
+    soft = torch.tensor(support["logits"]).softmax(1)
+    phi = adapted(
+        WORLD.net, theta, seen(cfg, support, theta.dtype), soft, head="maml", lr=0.5, steps=3, grad_of=plain_grad
+    )
+    torch.testing.assert_close(phi, adapt(distillation(cfg, support), theta, lr=0.5, steps=3, grad_of=plain_grad))
     queries = {}
     for name, weights in (("phi", phi), ("theta", theta)):
         queries[name] = synthesize(

@@ -17,7 +17,7 @@ from torch import Tensor
 from ray_dfml.core import losses, optim, seeds
 from ray_dfml.core.generators import generator
 from ray_dfml.core.images import normalise, to_pixels, view
-from ray_dfml.core.inner_loop import GradOf, adapt, graph_grad, plain_grad
+from ray_dfml.core.inner_loop import GradOf, Task, accuracy, adapt, adapted, graph_grad, meta_gradient, plain_grad
 from ray_dfml.core.net import Net, net
 from ray_dfml.errors import RejectedError
 from ray_dfml.methods import bank as bank_of
@@ -187,6 +187,10 @@ def _inner(
 ) -> Tensor:
     """Task model [p]: `inner_steps` SGD steps from theta on the distillation of a support set ([Hu2023b], inner)."""
     x, soft = _set(cfg, support, mean, std)
+    if cfg.distill == "kl":  # its gradient is that of the cross-entropy to the teacher's probabilities
+        return adapted(
+            learner, theta, x, soft.softmax(-1), head="maml", lr=cfg.inner_lr, steps=cfg.inner_steps, grad_of=grad_of
+        )
     return adapt(
         lambda w: losses.distillation(soft, learner(w, x), form=cfg.distill),
         theta, lr=cfg.inner_lr, steps=cfg.inner_steps, grad_of=grad_of,
@@ -203,17 +207,33 @@ def grad(worker: Worker, jobs: Sequence[Job], shared: Arrays) -> list[Arrays]:
     learner = net(shared["arch"], tuple(shared["shape"]), shared["way"])
     theta = torch.tensor(shared["theta"], device=worker.device)
     mean, std = (torch.tensor(shared[k], device=worker.device) for k in ("mean", "std"))
-    results = []
-    for job in jobs:
-        leaf = theta.detach().requires_grad_()
-        phi = _inner(cfg, learner, leaf, job.values["support"], mean, std, graph_grad)
-        x, soft = _set(cfg, job.values["query"], mean, std)
-        logits = learner(phi, x)
-        loss = losses.distillation(soft, logits, form=cfg.distill)
-        (found,) = torch.autograd.grad(loss, leaf)
-        agree = float((logits.argmax(-1) == soft.argmax(-1)).float().mean())
-        results.append({"grad": found.cpu().numpy(), "loss": float(loss.detach()), "accuracy": agree})
-    return results
+    outer = _outer_kl if cfg.distill == "kl" else _outer
+    return [outer(cfg, learner, theta, job.values, mean, std) for job in jobs]
+
+
+def _outer(cfg: Config, learner: Net, theta: Tensor, task: Arrays, mean: Tensor, std: Tensor) -> Arrays:
+    leaf = theta.detach().requires_grad_()
+    phi = _inner(cfg, learner, leaf, task["support"], mean, std, graph_grad)
+    x, soft = _set(cfg, task["query"], mean, std)
+    logits = learner(phi, x)
+    loss = losses.distillation(soft, logits, form=cfg.distill)
+    (found,) = torch.autograd.grad(loss, leaf)
+    agree = accuracy(logits, soft)
+    return {"grad": found.cpu().numpy(), "loss": float(loss.detach()), "accuracy": float(agree)}
+
+
+def _outer_kl(cfg: Config, learner: Net, theta: Tensor, task: Arrays, mean: Tensor, std: Tensor) -> Arrays:
+    """`_outer` for KL, by cross-entropies to the teacher's probabilities: KL is less by their entropy."""
+    (x, soft), (query, asked) = (_set(cfg, task[kind], mean, std) for kind in ("support", "query"))
+    targets = asked.softmax(-1)
+    tasks = Task(*(part[None] for part in (x, soft.softmax(-1), query, targets)))
+    found = meta_gradient(learner, theta, tasks, lr=cfg.inner_lr, steps=cfg.inner_steps, batched=False)
+    entropy = -(targets * asked.log_softmax(-1)).sum(-1).mean()
+    return {
+        "grad": found.grad[0].cpu().numpy(),
+        "loss": float(found.loss[0] - entropy),
+        "accuracy": float(found.accuracy[0]),
+    }
 
 
 def learn(cfg: Config, world: World, state: State, r: int, results: list[Arrays], send: Send) -> tuple[State, Metrics]:
