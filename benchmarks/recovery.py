@@ -28,11 +28,11 @@ from ray_dfml.methods import bank as bank_of
 from ray_dfml.methods import replay
 from ray_dfml.methods.base import MetaConfig, World, initial_learner, teacher_job
 from ray_dfml.methods.bidf import method as bidf
+from ray_dfml.methods.characters import REPLAY
 from ray_dfml.methods.free import method as free
 from ray_dfml.methods.purer import eci
 from ray_dfml.methods.purer import method as purer
 from ray_dfml.pipeline import Labelled, Trainer
-from ray_dfml.presets import REPLAY
 from ray_dfml.runtime.local import LocalBackend
 from ray_dfml.runtime.shard import Shard
 
@@ -54,14 +54,11 @@ def free_rounds(world: World, shard: Shard) -> Iterator[Step]:
     while True:
         cards = [world.cards[(4 * r + j) % len(world.cards)] for j in range(4)]
         jobs = [
-            teacher_job(card, index=j, seed=s, values={"slots": [(card.id, s)]})
-            for j, card in enumerate(cards)
-            for s in [seeds.derive(world.seed, r, j)]
+            teacher_job(card, index=j, seed=seeds.derive(world.seed, r, j), values={}) for j, card in enumerate(cards)
         ]
         shared = free.shared(cfg, world, state, r)
-        results = [result for job in jobs for result in shard.run("free.recover", [job], shared)]
-        state, _ = free.learn(cfg, world, state, r, results, _nothing)
-        tasks = [task for result in results for task in result["tasks"]]
+        tasks = [task for job in jobs for task in shard.run("free.recover", [job], shared)]
+        state, _ = free.learn(cfg, world, state, r, tasks, _nothing)
         for task in tasks:
             bank = bank_of.store(bank, task, "class", cfg.bank_capacity)
         yield {t["teacher"]: t["accuracy"] for t in tasks}, lambda found=bank: found

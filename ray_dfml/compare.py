@@ -19,12 +19,13 @@ from ray_dfml import plots, report
 from ray_dfml.core.scoring import mean_ci95
 from ray_dfml.errors import RejectedError
 from ray_dfml.files import resolved
+from ray_dfml.methods import METHODS, UNTRAINED
 from ray_dfml.pipeline import POOLED
 from ray_dfml.plots import number
 from ray_dfml.report import Record, dicts
 
-BASELINES = ("random", "best-model", "average", "ota", "dro")
-"""What a difference is taken to, in any reading: neither a method that inverts teachers nor one that sees real data."""
+BASELINES = tuple(name for name, method in METHODS.items() if method.baseline)
+"""What a difference is taken to, in any reading."""
 
 FIELDS = ("data", "split", "way", "shot", "query", "eval.seed", "episodes", "bn")
 """What two scores of the same episodes agree in."""
@@ -50,6 +51,9 @@ class Comparison:
         kinds = {name: [row for row in self.rows if row["kind"] == kind] for name, kind in _KINDS.items()}
         return kinds | {"notes": [{"set": where, "note": text} for where, text in self.notes]}
 
+
+_OF_TRAINING = ("preset", "profile", "rounds", "recover_seconds", "seconds")
+"""Keys that say nothing of a score beside the run's own."""
 
 _KINDS = {"runs": "run", "groups": "mean"}
 
@@ -132,8 +136,7 @@ def _entries(record: Record) -> list[_Entry]:
     entries = []
     for score in record.scores:
         method, data, md5 = str(score.get("method")), str(score.get("data")), _md5(record, score.get("data"))
-        own = method == record.name or method.startswith(f"{record.name}-")
-        row = about if own else about | dict.fromkeys(("preset", "profile", "rounds", "recover_seconds", "seconds"))
+        row = about if _own(record, method) else about | dict.fromkeys(_OF_TRAINING)
         row = row | {key: _text(score.get(key)) for key in ("data", "split", "selection", "bn")}
         row = row | {key: _whole(score.get(key)) for key in ("way", "shot", "episodes")}
         row |= {"method": text(method), "md5": md5, "query": query}
@@ -207,12 +210,17 @@ def _steps(record: Record, method: str, selection: str, data: str) -> list[float
 
 def _settings(record: Record, method: str) -> str:
     """All that decides a score, apart from the seed and the episodes. `random` has no settings but the learner's."""
-    names = {"learner", "eval"} if method == "random" else set(record.config) - {"seed", "data", "pool"}
+    names = {"learner", "eval"} if method == UNTRAINED else set(record.config) - {"seed", "data", "pool"}
     kept = {name: record.config.get(name) for name in names}
-    if method != "random":
+    if method != UNTRAINED:
         pools = [one.get("sha256") for one in dicts(record.manifest.get("pool"))]
         kept["pool"] = pools or record.config.get("pool")
     return json.dumps(kept, sort_keys=True, default=str)
+
+
+def _own(record: Record, method: str) -> bool:
+    """Whether a score is of the run's method, in any reading, and not of what is scored beside it."""
+    return method == record.name or method.startswith(f"{record.name}-")
 
 
 def _adaptation(record: Record, method: str) -> dict[str, Any]:
@@ -221,7 +229,7 @@ def _adaptation(record: Record, method: str) -> dict[str, Any]:
     if method.endswith(("-direct", "-assign")):
         return {}
     named = {f"learner.{key}": learner.get(key) for key in ("arch", "head")}
-    if method.startswith("best-model") and isinstance(record.learner.get("arch"), str):
+    if _own(record, method) and isinstance(record.learner.get("arch"), str):
         named["learner.arch"] = record.learner["arch"]
     steps = ("steps", "lrs" if evaluation.get("lrs") else "lr", "icfil")
     return named | {f"eval.{key}": evaluation.get(key) for key in steps}
@@ -265,7 +273,7 @@ def _once(entries: Sequence[_Entry]) -> list[_Entry]:
         row = entry.row
         content = None if entry.accuracies is None else entry.accuracies.tobytes()
         same = (entry.where, row["selection"], *row["seeds"], row["mean"], row["ci95"], content)
-        key: object = same if row["method"] == "random" else id(entry)
+        key: object = same if row["method"] == UNTRAINED else id(entry)
         if key in kept:
             entry = replace(kept[key], row=kept[key].row | {"runs": kept[key].row["runs"] + row["runs"]})
         kept[key] = entry
@@ -310,7 +318,7 @@ def _left_out(members: Sequence[_Entry], entries: Iterable[_Entry]) -> list[str]
         return (str(entry.row["data"]).split(":")[0], *(entry.row[key] for key in ("split", "way", "shot")))
 
     first = members[0]
-    known = [entry for entry in entries if entry.baseline and entry.row["method"] != "random"]
+    known = [entry for entry in entries if entry.baseline and entry.row["method"] != UNTRAINED]
     found = [entry for entry in known if entry.where != first.where and kind(entry) == kind(first)]
     return [f"not compared: {_apart(entry, first.where)}" for entry in found]
 

@@ -19,7 +19,6 @@ from ray_dfml.evaluate import EvalConfig
 from ray_dfml.files import resolved
 from ray_dfml.methods import METHODS
 from ray_dfml.methods.base import MethodConfig
-from ray_dfml.presets import PRESETS, PROFILES, PUBLISHED_TEST
 
 
 class LearnerConfig(BaseModel):
@@ -65,8 +64,19 @@ class RunConfig(BaseModel):
         return r % every == every - 1 or r == self.method.rounds - 1
 
 
+PROFILES = ("fixed", "paper", "code")
+"""`fixed` is the defaults; the others are what a method says they change, and PUBLISHED_TEST."""
+
+PUBLISHED_TEST: Mapping[str, Any] = {"eval": {"lrs": ()}}
+"""What the profiles `paper` and `code` change of the test, for every method: one step size, none chosen."""
+
 SECTIONS = ("method", "eval", "learner")
 """Parts of a RunConfig that `--set` may change; what a run is stamped with has options of its own."""
+
+
+def presets() -> dict[str, str]:
+    """Every preset -> the method that it is for."""
+    return {preset: name for name, method in METHODS.items() for preset in method.presets}
 
 
 def parse_set(text: str) -> tuple[list[str], Any]:
@@ -95,17 +105,18 @@ def resolve(
     values["data"] = tuple(datasets.absolute(spec) for spec in values.get("data", ()))
     tree: dict[str, Any] = {"name": name, "profile": profile, "preset": preset, **values}
     tree["method"] = METHODS[name].Config().model_dump()
-    if profile not in ("fixed", "paper", "code"):
-        raise UsageError(f"unknown profile {profile!r}; known: fixed, paper, code")
-    _merge(tree, PROFILES.get(name, {}).get(profile, {}))
+    if profile not in PROFILES:
+        raise UsageError(f"unknown profile {profile!r}; known: {', '.join(PROFILES)}")
+    _merge(tree, METHODS[name].profiles.get(profile, {}))
     if profile != "fixed":
         _merge(tree, PUBLISHED_TEST)
     if preset is not None:
-        if preset not in PRESETS:
-            raise UsageError(f"unknown preset {preset!r}{did_you_mean(preset, PRESETS)}; known: {', '.join(PRESETS)}")
-        if PRESETS[preset].method != name:
-            raise UsageError(f"preset {preset!r} is for {PRESETS[preset].method}, not for {name}")
-        _merge(tree, PRESETS[preset].values)
+        known = presets()
+        if preset not in known:
+            raise UsageError(f"unknown preset {preset!r}{did_you_mean(preset, known)}; known: {', '.join(known)}")
+        if known[preset] != name:
+            raise UsageError(f"preset {preset!r} is for {known[preset]}, not for {name}")
+        _merge(tree, METHODS[name].presets[preset].values)
     for text in sets:
         path, value = parse_set(text)
         if path[0] in RunConfig.model_fields and path[0] not in SECTIONS:

@@ -107,12 +107,11 @@ class Trainer:
 
     def _quarantine(self, jobs: Sequence[Job], results: Sequence[Arrays]) -> None:
         for job, result in zip(jobs, results, strict=True):
-            bad = dict(result.get("rejected_teachers", {}))
             if "rejected" in result:
                 if job.teacher is None:
                     raise DfmlError(f"a job without a teacher failed: {result['rejected']}")
-                bad[job.teacher] = str(result["rejected"])
-            self.state = {**self.state, "rejected": self.state["rejected"] | bad}
+                known = self.state["rejected"] | {job.teacher: str(result["rejected"])}
+                self.state = {**self.state, "rejected": known}
         if self._world.cards and not self.world.cards:
             raise RejectedError(f"every teacher was rejected ({self._reasons()}); run `ray-dfml pool check`")
 

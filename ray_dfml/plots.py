@@ -5,7 +5,7 @@ import io
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -13,6 +13,8 @@ from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
+
+from ray_dfml.methods.base import Panel
 
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#a3498b", "#8a6d00", "#56b4e9", "#666666")
 _STYLE: dict[Any, Any] = {
@@ -35,36 +37,11 @@ _BARS_TO = 60  # rounds: longer time series are drawn as areas
 _BINS = 200
 
 
-class Panel(NamedTuple):
-    """A plot: title, y label, what it says, and metric keys with their legends."""
-
-    title: str
-    unit: str
-    about: str
-    series: Mapping[str, str]
-
-
-_PANELS = (
-    Panel("Validation accuracy", "%", "On validation episodes of the largest shot; the best is kept.",
-          {"validation": "validation"}),
-    Panel("Teachers on their recovered images", "accuracy, %",
-          "Share of recovered images to which the teacher gives the intended class.", {"recover/accuracy": "teacher"}),
-    Panel("Inversion loss", "nats", "Mean over the round's tasks, before and after adapting to the teacher.",
-          {"recover/loss_first": "first step", "recover/loss_last": "last step", "recover/ce": "last cross-entropy"}),
-    Panel("Distillation loss", "nats per image", "Mean over the round's tasks, before the learner's step.",
-          {"bell/loss": "distillation"}),
-    Panel("Replay loss", "nats per image", "On the queries of recovered tasks, after adaptation.",
-          {"replay/loss_first": "first update", "replay/loss_last": "last update"}),
-    Panel("Replay accuracy", "%", "Best mean query accuracy of a round, on recovered images.",
-          {"replay/accuracy_best": "best of the round"}),
-    Panel("Replay updates", "updates per round", "Meta-updates until the accuracy no longer rises.",
-          {"replay/updates": "updates"}),
-    Panel("Gradient alignment: cosine", "mean pairwise cosine",
-          "Between the tasks' gradients: along the inner path, and at the starting weights. Above 0 the tasks agree.",
-          {"align/path_cosine": "along the path", "align/base_cosine": "at the start"}),
-    Panel("Gradient alignment: product", "mean pairwise product", "The same, not divided by the gradients' lengths.",
-          {"align/path_product": "along the path", "align/base_product": "at the start"}),
+VALIDATION = Panel(
+    "Validation accuracy", "%", "On validation episodes of the largest shot; the best is kept.",
+    {"validation": "validation"},
 )  # fmt: skip
+"""The panel of the loop; a method brings its own."""
 
 
 def number(value: object) -> float | None:
@@ -157,10 +134,10 @@ def _svg(slug: str, label: str, draw: Callable[[Axes], None]) -> Markup:
     return Markup(text.replace("<svg ", f'<svg role="img" aria-label="{html.escape(label)}" ', 1))
 
 
-def draw(metrics: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The plots that the metrics allow: `title about svg` each."""
+def draw(metrics: Sequence[Mapping[str, Any]], panels: Sequence[Panel]) -> list[dict[str, Any]]:
+    """The plots that the metrics allow, of validation, the `panels` and the time: `title about svg` each."""
     about = "Seconds of each round; with many rounds, means of neighbours."
-    drawn = [(panel.title, panel.about, _line_panel(panel, metrics)) for panel in _PANELS]
+    drawn = [(panel.title, panel.about, _line_panel(panel, metrics)) for panel in (VALIDATION, *panels)]
     drawn.append(("Time per stage", about, _stage_panel(metrics)))
     return [
         {"title": title, "about": about, "svg": _svg(f"plot{i}", title, plot)}

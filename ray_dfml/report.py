@@ -21,6 +21,7 @@ from ray_dfml import plots
 from ray_dfml.data import weights_file
 from ray_dfml.data.pool import Pool
 from ray_dfml.errors import DfmlError, RejectedError, UsageError
+from ray_dfml.methods import METHODS
 from ray_dfml.plots import number
 
 
@@ -299,7 +300,8 @@ def write(run: Path) -> None:
     values, page = _values(record), pages()
     card = page.overlay(autoescape=False, finalize=markdown)
     card.filters["code"] = _code
-    text = page.get_template("report.html").render(values, plots=plots.draw(record.metrics))
+    panels = METHODS[record.name].panels if record.name in METHODS else ()
+    text = page.get_template("report.html").render(values, plots=plots.draw(record.metrics, panels))
     weights_file.write_bytes(run / "report.html", text.encode())
     text = card.get_template("MODEL_CARD.md").render(values)
     weights_file.write_bytes(run / "MODEL_CARD.md", text.encode())

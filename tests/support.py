@@ -75,7 +75,7 @@ def play(
     metrics: dict[str, Any] = {}
     for r in range(first, first + rounds):
         jobs = method.plan(cfg, world, state, r)
-        results = worker.send(f"{name}.recover", jobs, method.shared(cfg, world, state, r))
+        results = worker.send(f"{name}.recover", jobs, method.shared(cfg, world, state, r)) if jobs else []
         state, metrics = method.learn(cfg, world, state, r, results, worker.send)
     return before, state, metrics
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from ray_dfml.methods import METHODS
-from ray_dfml.ops import OPS
+from ray_dfml.ops import of_method
 from tests.runtime import toy
 
 ROOT = Path(__file__).parent.parent
@@ -133,21 +133,23 @@ def test_ray_is_imported_in_one_file() -> None:
     assert [name_of(path) for path in SOURCES if "ray" in imports(path)] == ["ray_dfml/runtime/ray_environment.py"]
 
 
-def test_every_method_can_be_sent_to_a_shard() -> None:
-    assert {f"{name}.recover" for name in METHODS} <= set(OPS)
-    assert {"pretrain", "evaluate", "weights", "maml.grad", "purer.grad", "bidf.grad"} <= set(OPS)
-    assert all(callable(op) for op in OPS.values())
+def test_no_two_methods_have_an_op_of_one_name() -> None:
+    names = [op for name, method in METHODS.items() for op in of_method(name, method)]
+    assert len(set(names)) == len(names)
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_every_method_has_the_whole_shape(method: str) -> None:
-    module = METHODS[method]
-    parts = ("Config", "notes", "init", "plan", "shared", "recover", "learn")
-    assert all(callable(getattr(module, name)) for name in parts)
-    assert set(module.READINGS) <= {"finetune", "direct", "assign"}
-    assert module.READINGS
-    fields = module.Config.model_fields.items()
+def test_every_setting_of_a_method_is_described(method: str) -> None:
+    fields = METHODS[method].Config.model_fields.items()
     assert [name for name, field in fields if not field.description and name not in ("meta", "replay")] == []
+
+
+def test_only_the_methods_know_their_names() -> None:
+    """What is one method's is in its folder or module; what is beside them asks `METHODS`."""
+    beside = ("config", "plots", "ops", "compare", "runtime/estimate", "runtime/progress", "runtime/inputs")
+    names = {f'"{name}"' for name in METHODS} | {"isinstance(cfg"}
+    found = [(file, name) for file in beside for name in names if name in (PACKAGE / f"{file}.py").read_text()]
+    assert found == []
 
 
 def test_imports_point_one_way() -> None:

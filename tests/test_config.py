@@ -7,10 +7,9 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ray_dfml.config import RunConfig, build, parse_set, pretrain_config, resolve
+from ray_dfml.config import PUBLISHED_TEST, RunConfig, build, parse_set, presets, pretrain_config, resolve
 from ray_dfml.errors import UsageError
 from ray_dfml.methods import METHODS
-from ray_dfml.presets import PRESETS, PROFILES, PUBLISHED_TEST
 from tests.support import PROPERTY
 
 
@@ -112,7 +111,7 @@ def test_a_profile_changes_only_what_it_claims(method: str, profile: str) -> Non
 
 
 def test_every_profile_is_pinned_above() -> None:
-    assert set(CHANGES) == {(method, profile) for method, found in PROFILES.items() for profile in found}
+    assert set(CHANGES) == {(method, profile) for method, one in METHODS.items() for profile in one.profiles}
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -133,7 +132,7 @@ def test_fixed_is_the_defaults(method: str) -> None:
     assert resolve(method).profile == "fixed"
 
 
-@pytest.mark.parametrize("method", sorted(set(METHODS) - set(PROFILES)))
+@pytest.mark.parametrize("method", [name for name, one in METHODS.items() if not one.profiles])
 def test_a_method_without_profiles_changes_its_test_only(method: str) -> None:
     assert difference(resolve(method), resolve(method, profile="paper")) == {"profile": "paper", "eval.lrs": ()}
 
@@ -148,7 +147,6 @@ def test_a_method_without_profiles_changes_its_test_only(method: str) -> None:
         ("erm", {"method.learner_update": "erm"}),
         ("sequence", {"method.generator_sharing": "sequential"}),
         ("free_2", {"method.steps": 2}),
-        ("free_5", {}),
         ("hard-label", {"method.distill": "hard"}),
         ("free-cifarfs-5w1s", {"method.replay.shot": 1, "eval.shots": (1,)}),
         ("free-cifarfs-5w5s", {"eval.shots": (5,)}),
@@ -163,10 +161,14 @@ def test_an_ablation_changes_only_what_it_claims(preset: str, changes: dict[str,
     )
 
 
-@pytest.mark.parametrize("preset", PRESETS)
-def test_every_preset_is_valid_and_explained(preset: str) -> None:
-    assert resolve(PRESETS[preset].method, preset=preset).preset == preset
-    assert PRESETS[preset].about
+@pytest.mark.parametrize(("preset", "method"), presets().items())
+def test_every_preset_is_valid_and_explained(preset: str, method: str) -> None:
+    assert resolve(method, preset=preset).preset == preset
+    assert METHODS[method].presets[preset].about
+
+
+def test_no_two_methods_have_presets_of_one_name() -> None:
+    assert len(presets()) == sum(len(method.presets) for method in METHODS.values())
 
 
 # ---------------------------------------------------------------------------------------------------------------- order
@@ -174,7 +176,7 @@ def test_every_preset_is_valid_and_explained(preset: str) -> None:
 
 def test_the_order_is_profile_preset_set() -> None:
     """`warmup` is 19 by default, 0 in `paper`, another one in `characters`; `flip` is only in `paper`."""
-    own = PRESETS["characters"].values["method"]
+    own = METHODS["free"].presets["characters"].values["method"]
     assert own["warmup"] not in (19, 0)
     assert "flip" not in own
     both = resolve("free", profile="paper", preset="characters").method.model_dump()
@@ -187,7 +189,7 @@ def test_a_set_keeps_its_neighbours() -> None:
     """One nested value does not reset those beside it, nor the tables of profiles and presets."""
     found = resolve("free", profile="code", sets=["method.replay.shot=1"]).method.model_dump()["replay"]
     assert (found["shot"], found["reduction"], found["max_updates"]) == (1, "sum", 1_000_000)
-    assert "shot" not in PROFILES["free"]["code"]["method"]["replay"]
+    assert "shot" not in METHODS["free"].profiles["code"]["method"]["replay"]
     assert resolve("free", profile="code").method.model_dump()["replay"]["shot"] == 5
 
 

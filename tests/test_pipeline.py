@@ -64,17 +64,21 @@ def test_a_teacher_whose_job_failed_is_left_out_from_then_on() -> None:
     assert jobs[0].teacher not in {job.teacher for job in later}
 
 
-def test_a_teacher_found_bad_within_a_job_is_left_out() -> None:
-    result = {"tasks": [], "theta_g": None, "rejected_teachers": {"conv4-1": "the loss is not finite"}}
-    one = trainer(spoil={"free.recover": {1: result}})
-    one.round(0)
-    assert one.state["rejected"] == {"conv4-1": "the loss is not finite"}
+def test_a_teacher_found_bad_in_a_chain_of_jobs_is_left_out() -> None:
+    """A sequential generator's jobs are sent by `learn`, one by one."""
+    sequential = "method.generator_sharing=sequential"
+    whole = trainer("free", sequential)
+    assert whole.round(0)["recover/tasks"] == 2
+    one = trainer("free", sequential, spoil={"free.recover": {0: {"rejected": "the loss is not finite"}}})
+    metrics = one.round(0)
+    assert set(one.state["rejected"].values()) == {"the loss is not finite"}
+    assert metrics["recover/tasks"] == 0
 
 
 def test_the_last_teacher_lost_ends_the_run() -> None:
-    bad = {"tasks": [], "theta_g": None, "rejected_teachers": {c.id: "no use" for c in WORLD.cards}}
+    bad: dict[int, Arrays] = {i: {"rejected": "no use"} for i in range(len(WORLD.cards))}
     with pytest.raises(RejectedError, match=r"every teacher was rejected \(conv4-0: no use; .*pool check"):
-        trainer(spoil={"free.recover": {0: bad}}).round(0)
+        trainer("purer", spoil={"purer.recover": bad}).round(0)
 
 
 def test_a_run_that_too_few_teachers_end_says_why_the_others_are_out() -> None:

@@ -17,9 +17,9 @@ from ray_dfml.config import resolve
 from ray_dfml.core.backbones import BACKBONES
 from ray_dfml.methods import METHODS
 from ray_dfml.methods.base import MethodConfig
+from ray_dfml.methods.free.config import CHARACTERS
 from ray_dfml.methods.icfil import IcfilConfig
 from ray_dfml.ops import OPS
-from ray_dfml.presets import CHARACTERS, PROFILES
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text("utf-8")
@@ -194,7 +194,7 @@ def settings_of(method: str, profile: str) -> dict[str, str]:
     """What the table of a method must say of a profile."""
     config = resolve(method, profile=profile)
     found = flat(config.method.model_dump())
-    if method in PROFILES:
+    if METHODS[method].profiles:
         found |= flat({name: getattr(config.eval, name) for name in OF_THE_TEST}, "eval.")
     return found
 
@@ -203,7 +203,7 @@ def test_every_method_with_settings_has_a_table() -> None:
     own = {
         name for name, method in METHODS.items() if set(method.Config.model_fields) != set(MethodConfig.model_fields)
     }
-    assert set(PROFILES) <= own
+    assert {name for name, method in METHODS.items() if method.profiles} <= own
     assert sorted(re.findall(r"^## Settings: `(.*)`$", METHOD_PAGES, flags=re.M)) == sorted({*own, "eval.icfil"})
 
 
@@ -211,7 +211,7 @@ def test_every_method_with_settings_has_a_table() -> None:
 def test_the_table_of_settings_equals_the_profiles(method: str) -> None:
     header, *rows = rows_of(f"Settings: `{method}`")
     profiles = {name.strip("`"): i for i, name in enumerate(header) if name.strip("`") in ("paper", "code", "fixed")}
-    assert list(profiles) == (["paper", "code", "fixed"] if method in PROFILES else ["fixed"])
+    assert list(profiles) == (["paper", "code", "fixed"] if METHODS[method].profiles else ["fixed"])
     for profile, i in profiles.items():
         assert {row[0].strip("`"): row[i] for row in rows} == settings_of(method, profile)
     assert len({row[0] for row in rows}) == len(rows)
@@ -238,8 +238,7 @@ def test_the_table_of_the_characters_preset_equals_it() -> None:
 def test_the_table_of_ops_names_all_that_are_sent() -> None:
     text = TEXT["docs/architecture.md"].split("\n| op | shared values")[0]
     named = [row[0].strip("`") for row in rows_of("Ops", text)]
-    idle = {f"{name}.recover" for name in METHODS if name not in PROFILES}
-    assert sorted([*named, *idle]) == sorted(OPS)
+    assert sorted(named) == sorted(OPS)
 
 
 def test_the_table_of_methods_names_them_all() -> None:

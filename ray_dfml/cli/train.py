@@ -6,10 +6,9 @@ from typing import Any
 import click
 
 from ray_dfml.cli import options
-from ray_dfml.config import RunConfig, resolve
+from ray_dfml.config import PROFILES, RunConfig, presets, resolve
 from ray_dfml.errors import UsageError
 from ray_dfml.methods import METHODS
-from ray_dfml.presets import PRESETS
 
 EPILOG = """\b
 Example:
@@ -25,8 +24,8 @@ Example:
     "--data", "data", multiple=True, metavar="SPEC", help="Real data for validation and test only; repeatable."
 )
 @click.option("--run-dir", required=True, type=options.PATH, help="Run folder; must not exist.")
-@click.option("--profile", type=click.Choice(["fixed", "paper", "code"]), default="fixed", show_default=True)
-@click.option("--preset", type=click.Choice(list(PRESETS)), help="Named settings.")
+@click.option("--profile", type=click.Choice(PROFILES), default="fixed", show_default=True)
+@click.option("--preset", type=click.Choice(list(presets())), help="Named settings.")
 @options.sets
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Run seed.")
 @click.option("--backend", type=click.Choice(["ray", "local"]), default="ray", show_default=True)
@@ -84,7 +83,7 @@ _SETTINGS = ("pools", "data", "profile", "preset", "sets", "seed")
 
 
 def _config(method: str, given: dict[str, Any]) -> RunConfig:
-    if not given["pools"] and method not in ("random", "maml-oracle"):
+    if not given["pools"] and METHODS[method].needs_pool:
         raise UsageError(f"train {method}: name a pool with --pool")
     return resolve(
         method, profile=given["profile"], preset=given["preset"], sets=given["sets"],

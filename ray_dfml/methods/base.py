@@ -1,4 +1,4 @@
-"""What a method is: one module of functions over values. Nothing is inherited; `METHODS` lists the modules.
+"""What a method is: a value of functions over values. Nothing is inherited; `METHODS` lists them.
 
 A round is `plan` -> (shards) `recover` -> `learn`, and `learn` may send more work to the shards through the same verb:
 
@@ -11,7 +11,7 @@ State is a nested dict of tensors, NumPy arrays, numbers and strings: it is what
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, Protocol
+from typing import Any, Generic, Literal, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -80,6 +80,9 @@ class World:
     seed: int
     head: Head = "maml"
     """How the learner adapts."""
+    device: str = "cpu"
+    """Where the learner's own work is done, that is what `learn` does not send to the shards. The state stays on the
+    CPU."""
     real: Mapping[str, np.ndarray] = field(default_factory=dict)
     """Class name -> uint8 images [n c h w]; empty for every data-free method."""
 
@@ -95,6 +98,9 @@ class MethodConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     rounds: int = Field(default=1, ge=1, description="Outer iterations.")
+
+
+C = TypeVar("C", bound=MethodConfig)
 
 
 class MetaConfig(BaseModel):
@@ -125,44 +131,104 @@ class ReplayConfig(MetaConfig):
     max_updates: int = Field(default=50, ge=1, description="Stop after this many updates in any case.")
 
 
-class Method(Protocol):
-    """The shape of a method module. A type checker reads it; nothing inherits it."""
+Values = Mapping[str, Any]
+"""Settings of a run as a nested mapping, `{"method": {...}, "eval": {...}}`."""
 
-    @property
-    def Config(self) -> type[MethodConfig]:
-        """Its settings."""
-        ...
+Op = Callable[[Worker, Sequence[Job], Arrays], list[Arrays]]
+"""Work of a shard: (worker, jobs, shared) -> one result per job, in order. A job whose teacher is bad gives
+`{"rejected": reason}`."""
 
-    @property
-    def READINGS(self) -> tuple[str, ...]:
-        """Ways to read predictions from the final weights: `finetune`, `direct`, `assign` (see `ray_dfml.evaluate`)."""
-        ...
 
-    def notes(self, cfg: Any, world: World) -> list[str]:
-        """What a reader must know of this method on this pool, such as a term that does not apply; one line each."""
-        ...
+@dataclass(frozen=True)
+class Preset:
+    """Values of a run's config that belong together, and what they are for."""
 
-    def init(self, cfg: Any, world: World) -> State:
-        """State before the first round."""
-        ...
+    about: str
+    values: Values
 
-    def plan(self, cfg: Any, world: World, state: State, r: int) -> list[Job]:
-        """What round `r` needs of which teachers."""
-        ...
 
-    def shared(self, cfg: Any, world: World, state: State, r: int) -> Arrays:
-        """Values that all recover jobs of round `r` read."""
-        ...
+class Panel(NamedTuple):
+    """A plot of a report: title, y label, what it says, and metric keys with their legends."""
 
-    def recover(self, worker: Worker, jobs: Sequence[Job], shared: Arrays) -> list[Arrays]:
-        """On a shard: recovered tasks (and whatever else the round needs) of teachers."""
-        ...
+    title: str
+    unit: str
+    about: str
+    series: Mapping[str, str]
 
-    def learn(
-        self, cfg: Any, world: World, state: State, r: int, results: list[Arrays], send: Send
-    ) -> tuple[State, Metrics]:
-        """At the learner: the new state and the numbers of the round."""
-        ...
+
+@dataclass(frozen=True, kw_only=True)
+class Cost:
+    """What a training is made of, for `--dry-run`."""
+
+    images: int = 0
+    """Images recovered in all."""
+    recovery: float = 0.0
+    """Seconds of recovery in all, on one shard."""
+    least: int
+    """The fewest meta-updates."""
+    most: int
+    """The most meta-updates."""
+    meta: MetaConfig
+    """Settings of their tasks."""
+
+
+def _no_jobs(cfg: MethodConfig, world: World, state: State, r: int) -> list[Job]:
+    return []
+
+
+def _no_values(cfg: MethodConfig, world: World, state: State, r: int) -> Arrays:
+    return {}
+
+
+def _no_notes(cfg: MethodConfig, world: World) -> list[str]:
+    return []
+
+
+def _no_cost(cfg: MethodConfig, world: World, worker: Worker) -> None:
+    return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method(Generic[C]):
+    """A method: its settings, its functions, and all that the rest of the package needs to know of it.
+
+    The module of a method ends with `METHOD = Method(...)`. What a method does not need has a default here.
+    """
+
+    Config: type[C]
+    """Its settings. Their defaults are the profile `fixed`."""
+    init: Callable[[C, World], State]
+    """State before the first round. Raises UsageError for a world that the method cannot take."""
+    learn: Callable[[C, World, State, int, list[Arrays], Send], tuple[State, Metrics]]
+    """At the learner: the new state and the numbers of round `r`, from what the shards recovered."""
+    plan: Callable[[C, World, State, int], list[Job]] = _no_jobs
+    """What round `r` needs of which teachers, one job per teacher."""
+    shared: Callable[[C, World, State, int], Arrays] = _no_values
+    """Values that all recover jobs of round `r` read."""
+    recover: Op | None = None
+    """The op that the planned jobs are for: recovered tasks, and whatever else the round needs, of teachers."""
+    notes: Callable[[C, World], list[str]] = _no_notes
+    """What a reader must know of the method on this pool, such as a term that does not apply; one line each."""
+    READINGS: tuple[str, ...] = ("finetune",)
+    """Ways to read predictions from the final weights: `finetune`, `direct`, `assign` (see `ray_dfml.evaluate`)."""
+    ops: Mapping[str, Op] = field(default_factory=dict)
+    """Name -> further ops that `learn` sends."""
+    profiles: Mapping[str, Values] = field(default_factory=dict)
+    """`paper` and `code` -> what they change of the defaults, if the method was published."""
+    presets: Mapping[str, Preset] = field(default_factory=dict)
+    """Name -> preset. No two methods may have presets of one name."""
+    cost: Callable[[C, World, Worker], Cost | None] = _no_cost
+    """What a training takes, timed on a worker that hosts the teachers; None where it is soon done."""
+    panels: tuple[Panel, ...] = ()
+    """Plots of its metrics in a report."""
+    shown: Mapping[str, str] = field(default_factory=dict)
+    """Metrics in percent that the line of progress shows -> the words for them."""
+    needs_pool: bool = True
+    """Whether there is nothing to do without teachers."""
+    needs_real: bool = False
+    """Whether it trains on real images, and so is no data-free method."""
+    baseline: bool = False
+    """Whether reports take differences to it: it neither inverts teachers nor sees real images."""
 
 
 def stacked(function: Callable[..., Any], *parts: Tensor, batched: bool) -> Any:

@@ -4,14 +4,23 @@
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ray_dfml.errors import RejectedError, UsageError
-from ray_dfml.methods.base import MethodConfig, Metrics, Send, State, Worker, World, initial_learner, teacher_job
+from ray_dfml.methods.base import (
+    Method,
+    MethodConfig,
+    Metrics,
+    Send,
+    State,
+    Worker,
+    World,
+    initial_learner,
+    teacher_job,
+)
 from ray_dfml.types import Arrays, Job, TeacherCard, size_text
 
 
@@ -138,51 +147,34 @@ def _best_model(world: World, state: State, send: Send) -> State:
     }
 
 
-def _nothing(world: World) -> list[str]:
-    return []
-
-
-@dataclass(frozen=True)
-class Baseline:
+def baseline(
+    make: Callable[[World, State, Send], State],
+    *,
+    check: Callable[[World], object] = lambda world: None,
+    notes: Callable[[World], list[str]] = lambda world: [],
+    readings: tuple[str, ...] = ("finetune",),
+    needs_pool: bool = True,
+) -> Method[BaselineConfig]:
     """A method whose one round is `make`, applied to a fresh learner with a zero head bias.
 
-    `check` raises UsageError for a world that `make` cannot take; `remarks` are its notes.
+    `check` raises UsageError for a world that `make` cannot take.
     """
 
-    make: Callable[[World, State, Send], State]
-    READINGS: tuple[str, ...]
-    check: Callable[[World], object] = _nothing
-    remarks: Callable[[World], list[str]] = _nothing
-    Config: type[MethodConfig] = BaselineConfig
-
-    def notes(self, cfg: MethodConfig, world: World) -> list[str]:
-        """What a reader must know of this baseline on this pool."""
-        return self.remarks(world)
-
-    def init(self, cfg: MethodConfig, world: World) -> State:
-        """A fresh learner. Raises UsageError for a pool that the baseline cannot take."""
-        self.check(world)
+    def init(cfg: BaselineConfig, world: World) -> State:
+        check(world)
         return initial_learner(world, zero_head_bias=True)
 
-    def plan(self, cfg: MethodConfig, world: World, state: State, r: int) -> list[Job]:
-        """Nothing is recovered."""
-        return []
-
-    def shared(self, cfg: MethodConfig, world: World, state: State, r: int) -> Arrays:
-        """Nothing is shared."""
-        return {}
-
-    def recover(self, worker: Worker, jobs: Sequence[Job], shared: Arrays) -> list[Arrays]:
-        """Nothing is recovered."""
-        return []
-
     def learn(
-        self, cfg: MethodConfig, world: World, state: State, r: int, results: list[Arrays], send: Send
+        cfg: BaselineConfig, world: World, state: State, r: int, results: list[Arrays], send: Send
     ) -> tuple[State, Metrics]:
-        """The baseline's weights."""
-        return self.make(world, state, send), {}
+        return make(world, state, send), {}
+
+    return Method(
+        Config=BaselineConfig, init=init, learn=learn, notes=lambda cfg, world: notes(world), READINGS=readings,
+        needs_pool=needs_pool, baseline=True,
+    )  # fmt: skip
 
 
-RANDOM = Baseline(_random, ("finetune",))
-AVERAGE = Baseline(_average, ("finetune",), lambda world: check_same_network("average", world))
-BEST_MODEL = Baseline(_best_model, ("direct", "finetune", "assign"), best_teacher, _best_notes)
+RANDOM = baseline(_random, needs_pool=False)
+AVERAGE = baseline(_average, check=lambda world: check_same_network("average", world))
+BEST_MODEL = baseline(_best_model, check=best_teacher, notes=_best_notes, readings=("direct", "finetune", "assign"))

@@ -15,11 +15,9 @@ from torch import Tensor
 
 from ray_dfml.core import optim, seeds
 from ray_dfml.core.weights import Layout
-from ray_dfml.methods.base import MethodConfig, Metrics, Send, State, Worker, World, initial_learner
+from ray_dfml.methods.base import Method, MethodConfig, Metrics, Panel, Send, State, World, initial_learner
 from ray_dfml.methods.baselines import check_same_network, fetch, mean
-from ray_dfml.types import Arrays, Job
-
-READINGS = ("finetune",)
+from ray_dfml.types import Arrays
 
 
 class Config(MethodConfig):
@@ -126,21 +124,6 @@ def init(cfg: Config, world: World) -> State:
     return state | {"psi": psi, "adam": optim.Adam.zeros(psi)._asdict(), "rows": rows}
 
 
-def plan(cfg: Config, world: World, state: State, r: int) -> list[Job]:
-    """Nothing is recovered."""
-    return []
-
-
-def shared(cfg: Config, world: World, state: State, r: int) -> Arrays:
-    """Nothing is shared."""
-    return {}
-
-
-def recover(worker: Worker, jobs: Sequence[Job], shared: Arrays) -> list[Arrays]:
-    """Nothing is recovered."""
-    return []
-
-
 def learn(cfg: Config, world: World, state: State, r: int, results: list[Arrays], send: Send) -> tuple[State, Metrics]:
     """`steps_per_round` Adam steps on psi, then the learner: h at one embedding, statistics the mean of the teachers'.
 
@@ -184,3 +167,18 @@ def shares(cfg: Config, seed: int, teachers: int) -> Tensor:
         return torch.full((teachers,), 1 / teachers)
     draws = -torch.rand(teachers, generator=seeds.generator(seed, "convex")).clamp_min(1e-38).log()
     return draws / draws.sum()
+
+
+METHOD = Method(
+    Config=Config,
+    init=init,
+    learn=learn,
+    notes=notes,
+    baseline=True,
+    panels=(
+        Panel("Hyper-network: loss", "squared error", "Of standardised weights at the worst shifts, mean over the "
+              "round.", {"dro/loss": "loss"}),
+        Panel("Hyper-network: fit", "squared error", "Of every teacher's standardised weights, without a shift.",
+              {"dro/fit": "fit"}),
+    ),
+)  # fmt: skip

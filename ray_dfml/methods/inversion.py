@@ -216,14 +216,3 @@ def _spread(images: Tensor, labels: Tensor, way: int) -> float:
     flat = images.flatten(1)
     distances = torch.stack([torch.pdist(flat[labels == c]).mean() for c in range(way)])
     return float(distances.mean() / flat.shape[1] ** 0.5)
-
-
-def groups(slots: Sequence[Any], teacher_of: Callable[[Any], Teacher], *, batched: bool) -> list[list[Any]]:
-    """Slots that one call inverts: each alone, or all of one architecture, input size and number of classes."""
-    if not batched:
-        return [[slot] for slot in slots]
-    found: dict[tuple[object, ...], list[Any]] = {}
-    for slot in slots:
-        card = teacher_of(slot).card
-        found.setdefault((card.arch, card.image.shape, len(card.classes)), []).append(slot)
-    return list(found.values())

@@ -3,17 +3,24 @@
 [Finn2017] Model-Agnostic Meta-Learning, arXiv 1703.03400, Algorithm 2.
 """
 
-from collections.abc import Sequence
-
 from pydantic import Field
 
 from ray_dfml.core import memory
 from ray_dfml.methods import bank as bank_of
-from ray_dfml.methods import replay
-from ray_dfml.methods.base import MetaConfig, MethodConfig, Metrics, Send, State, Worker, World, initial_learner
-from ray_dfml.types import Arrays, Job
-
-READINGS = ("finetune",)
+from ray_dfml.methods import panels, replay
+from ray_dfml.methods.base import (
+    Cost,
+    MetaConfig,
+    Method,
+    MethodConfig,
+    Metrics,
+    Send,
+    State,
+    Worker,
+    World,
+    initial_learner,
+)
+from ray_dfml.types import Arrays
 
 
 class Config(MethodConfig):
@@ -40,24 +47,28 @@ def init(cfg: Config, world: World) -> State:
     return replay.with_optimiser(initial_learner(world))
 
 
-def plan(cfg: Config, world: World, state: State, r: int) -> list[Job]:
-    """No teacher is used."""
-    return []
-
-
-def shared(cfg: Config, world: World, state: State, r: int) -> Arrays:
-    """Nothing to share."""
-    return {}
-
-
-def recover(worker: Worker, jobs: Sequence[Job], shared: Arrays) -> list[Arrays]:
-    """Nothing to recover."""
-    return []
-
-
 def learn(cfg: Config, world: World, state: State, r: int, results: list[Arrays], send: Send) -> tuple[State, Metrics]:
     """`updates_per_round` meta-updates on tasks of real images."""
     metrics: Metrics = {}
     for u in range(cfg.updates_per_round):
         state, metrics = replay.update(cfg.replay, world, state, world.real, (r, "real", u), send)
     return state, {f"replay/{name}": value for name, value in metrics.items()}
+
+
+def cost(cfg: Config, world: World, worker: Worker) -> Cost:
+    """The updates alone: nothing is recovered."""
+    updates = cfg.rounds * cfg.updates_per_round
+    return Cost(least=updates, most=updates, meta=cfg.replay)
+
+
+METHOD = Method(
+    Config=Config,
+    init=init,
+    learn=learn,
+    notes=notes,
+    cost=cost,
+    panels=panels.LAST_UPDATE,
+    shown={"replay/accuracy": "training"},
+    needs_pool=False,
+    needs_real=True,
+)

@@ -16,7 +16,7 @@ from ray_dfml.core.backbones import Backbone, Conv4, ResNet
 from ray_dfml.core.net import Net
 from ray_dfml.errors import UsageError
 from ray_dfml.methods.base import Send, State, World
-from ray_dfml.methods.baselines import Baseline, check_same_network, fetch, mean
+from ray_dfml.methods.baselines import baseline, check_same_network, fetch, mean
 
 
 class Layer(NamedTuple):
@@ -108,4 +108,4 @@ def _fuse(world: World, state: State, send: Send) -> State:
     return {**state, "theta": mean([theta for theta, _ in aligned]), "stats": mean([stats for _, stats in aligned])}
 
 
-OTA = Baseline(_fuse, ("finetune",), _check)
+METHOD = baseline(_fuse, check=_check)

@@ -96,9 +96,10 @@ def read_inputs(config: RunConfig) -> Inputs:
             sets.append(Labelled(spec, split, fitted(part.images, image.shape, f"--data {spec}"), part.labels))
     if config.eval.icfil.steps:
         notes.append("scores are with our ICFIL, a reconstruction; `adapt` and `evaluate` leave it out")
-    if config.name == "maml-oracle":
+    method = METHODS[config.name]
+    if method.needs_real:
         if not loaded:
-            raise UsageError("maml-oracle trains on real images: name them with --data")
+            raise UsageError(f"{config.name} trains on real images: name them with --data")
         for n, (spec, one) in enumerate(loaded.items()):
             part = one.subset("train")
             images = fitted(part.images, image.shape, f"--data {spec}")
@@ -107,7 +108,6 @@ def read_inputs(config: RunConfig) -> Inputs:
         cards=teachers.cards, arch=config.learner.arch, image=image, way=way, seed=config.seed,
         head=config.learner.head, real=real,
     )  # fmt: skip
-    method = METHODS[config.name]
     method.init(config.method, world)  # refuses here, in the driver, what it cannot start from
     data = [
         {

@@ -8,6 +8,7 @@ from ray_dfml import report
 from ray_dfml.config import RunConfig, resolve
 from ray_dfml.errors import UsageError
 from ray_dfml.files import resolved
+from ray_dfml.methods import METHODS
 from ray_dfml.runtime import driver, rundir
 from ray_dfml.runtime.driver import Machine
 from ray_dfml.runtime.progress import Progress
@@ -78,6 +79,6 @@ def continue_run(path: Path, method: str, machine: Machine, *, quiet: bool = Fal
 def _finish(
     config: RunConfig, inputs: driver.Inputs, folder: RunFolder, machine: Machine, quiet: bool
 ) -> list[dict[str, Any]]:
-    rows = driver.run(config, inputs, folder, machine, Progress(quiet=quiet))
+    rows = driver.run(config, inputs, folder, machine, Progress(METHODS[config.name].shown, quiet=quiet))
     report.write(folder.path)
     return rows

@@ -10,13 +10,15 @@ from rich.progress import BarColumn, TextColumn
 from rich.progress import Progress as RichProgress
 
 INTERVAL_SECONDS = 10.0
-SHOWN = ("recover/accuracy", "replay/accuracy_best", "validation")
+VALIDATION = {"validation": "validation"}
+"""What is shown of every method, with the word for it."""
 
 
 class Progress:
-    """Reports rounds. `quiet` says nothing."""
+    """Reports rounds. `shown` are metrics in percent that the line has, with their words; `quiet` says nothing."""
 
-    def __init__(self, *, quiet: bool = False) -> None:
+    def __init__(self, shown: Mapping[str, str] | None = None, *, quiet: bool = False) -> None:
+        self._shown = {**(shown or {}), **VALIDATION}
         self._console = Console(stderr=True)
         self._quiet = quiet
         self._live: RichProgress | None = None
@@ -36,7 +38,7 @@ class Progress:
 
     def round(self, done: int, eta: float, row: Mapping[str, Any]) -> None:
         """Round number `done` has ended; `row` is its line of metrics."""
-        shown = "  ".join(f"{k.split('/')[0]} {row[k]:.1f} %" for k in SHOWN if isinstance(row.get(k), float))
+        shown = "  ".join(f"{w} {row[k]:.1f} %" for k, w in self._shown.items() if isinstance(row.get(k), float))
         text = f"eta {_clock(eta)}  {shown}"
         if self._live is not None:
             self._live.update(self._task, completed=done, description=text)

@@ -70,7 +70,7 @@ def test_a_dry_run_creates_nothing(tmp_path: Path, toy_pool: Path, toy_data: str
     done = command("train", "free", *words, "--dry-run", "--json")
     assert done.code == 0, done.err
     plan = json.loads(done.out)
-    assert (plan["method"], plan["rounds"], plan["teachers"], plan["queries"]) == ("free", 6, 4, 0)
+    assert (plan["method"], plan["rounds"], plan["teachers"]) == ("free", 6, 4)
     assert plan["recovered images"] == 6 * 2 * 16
     assert plan["meta-updates"] == "10"
     assert list(tmp_path.iterdir()) == []

@@ -241,13 +241,3 @@ def test_the_published_number_of_steps_and_the_name_of_the_reconstruction() -> N
         "ascent_steps": 3, "gamma": 1.0, "lr": 1e-3, "sample": "mean",
     }  # fmt: skip
     assert "our DRO" in METHODS["dro"].notes(cfg, WORLD)[0]
-
-
-def test_nothing_is_recovered() -> None:
-    cfg = config()
-    state = dro.init(cfg, WORLD)
-    assert (dro.plan(cfg, WORLD, state, 0), dro.shared(cfg, WORLD, state, 0), dro.recover(WORKER, [], {})) == (
-        [],
-        {},
-        [],
-    )

@@ -1,5 +1,7 @@
 """A round of FREE: its plan, and what it does to generator, bank and learner."""
 
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,7 +14,7 @@ from ray_dfml.methods import replay
 from ray_dfml.methods.base import Metrics, State, World, image_values, initial_learner
 from ray_dfml.methods.free import bell
 from ray_dfml.methods.free import method as free
-from ray_dfml.types import Arrays
+from ray_dfml.types import Arrays, Job
 from tests.support import (
     FakeWorker,
     image_numbers,
@@ -43,8 +45,7 @@ def fake_task(teacher: str, *, grad: float = 0.0, images: np.ndarray | None = No
 
 
 def learn(cfg: free.Config, state: State, tasks: list[Arrays], r: int) -> State:
-    results = [{"tasks": [task], "theta_g": None} for task in tasks]
-    return free.learn(cfg, WORLD, state, r, results, FakeWorker(WORLD).send)[0]
+    return free.learn(cfg, WORLD, state, r, tasks, FakeWorker(WORLD).send)[0]
 
 
 def test_a_plan_is_a_function_of_seed_and_round():
@@ -56,12 +57,12 @@ def test_a_plan_is_a_function_of_seed_and_round():
     assert one != free.plan(cfg, small_world(seed=1), state, 3)
 
 
-def test_a_plan_has_one_job_per_slot_with_its_own_seed():
+def test_a_plan_has_one_job_per_teacher_drawn_with_its_own_seed():
     cfg = small_config(teachers_per_round=4)
     jobs = free.plan(cfg, WORLD, free.init(cfg, WORLD), 3)
     assert [job.index for job in jobs] == [0, 1, 2, 3]
     assert [job.seed for job in jobs] == [seeds.derive(0, 3, "recover", j) for j in range(4)]
-    assert all(job.values["slots"] == [(job.teacher, job.seed)] for job in jobs)
+    assert {job.teacher for job in jobs} <= {card.id for card in WORLD.cards}
 
 
 def test_teachers_are_drawn_uniformly_and_with_replacement():
@@ -73,10 +74,13 @@ def test_teachers_are_drawn_uniformly_and_with_replacement():
     assert any(len(set(plan)) < 4 for plan in plans)
 
 
-def test_a_sequential_plan_is_one_job_with_the_same_slots():
+def test_a_sequential_generator_goes_through_the_same_teachers_one_by_one():
     meta, sequential = (small_config(teachers_per_round=3, generator_sharing=s) for s in ("meta", "sequential"))
-    (job,) = free.plan(sequential, WORLD, {}, 5)
-    assert job.values["slots"] == [job.values["slots"][0] for job in free.plan(meta, WORLD, {}, 5)]
+    assert free.plan(sequential, WORLD, {}, 5) == []
+    worker = FakeWorker(WORLD)
+    play("free", sequential, WORLD, first=5, worker=worker)
+    sent = [jobs for op, jobs in worker.sent if op == "free.recover"]
+    assert [[replace(job, index=0)] for job in free.plan(meta, WORLD, {}, 5)] == sent
 
 
 def test_the_learner_judges_images_only_after_the_warm_up():
@@ -187,9 +191,8 @@ def test_the_persistent_meta_optimiser_equals_the_framework_and_the_fresh_one_st
 def test_a_sequential_generator_replaces_the_meta_generator():
     cfg = small_config(generator_sharing="sequential", warmup=5)
     state, worker = free.init(cfg, WORLD), FakeWorker(WORLD)
-    results = worker.send("free.recover", free.plan(cfg, WORLD, state, 0), free.shared(cfg, WORLD, state, 0))
-    new, _ = free.learn(cfg, WORLD, state, 0, results, worker.send)
-    assert np.array_equal(new["theta_g"].numpy(), results[0]["theta_g"])
+    new, _ = free.learn(cfg, WORLD, state, 0, [], worker.send)
+    assert [op for op, _ in worker.sent] == ["free.recover"] * cfg.teachers_per_round
     assert not torch.equal(new["theta_g"], state["theta_g"])
     assert same(new["adam_g"], state["adam_g"])
 
@@ -283,8 +286,7 @@ def test_configurations_are_frozen_and_refuse_unknown_keys():
 def test_replay_waits_until_the_bank_has_enough_classes():
     cfg = small_config(learner_update="none", replay={"shot": 2, "query": 2, "tasks": 1, "max_updates": 1})
     before, worker = free.init(cfg, WORLD), FakeWorker(WORLD)
-    results = [{"tasks": [fake_task("conv4-0")], "theta_g": None}]
-    after, metrics = free.learn(cfg, WORLD, before, 1, results, worker.send)
+    after, metrics = free.learn(cfg, WORLD, before, 1, [fake_task("conv4-0")], worker.send)
     assert torch.equal(after["theta"], before["theta"])
     assert (metrics["bank/classes"], metrics["bank/missing_classes"], metrics["replay/updates"]) == (0, 4, 0)
     assert worker.sent == []
@@ -299,16 +301,16 @@ def test_a_teacher_of_bad_weights_is_rejected_alone(sharing, batched):
     worker.spoil("conv4-1")
     del worker.teachers["conv4-2"]
     state = free.init(cfg, WORLD)
-    jobs = free.plan(cfg, WORLD, state, 1)
-    slots = [id for job in jobs for id, _ in job.values["slots"]]
-    assert set(slots) == {"conv4-0", "conv4-1", "conv4-2"}
+    jobs = free.plan(small_config(teachers_per_round=6), WORLD, state, 1)
+    drawn = [job.teacher for job in jobs]
+    assert set(drawn) == {"conv4-0", "conv4-1", "conv4-2"}
     results = free.recover(worker, jobs, free.shared(cfg, WORLD, state, 1))
-    rejected = {id: why for result in results for id, why in result["rejected_teachers"].items()}
-    assert rejected == {"conv4-1": "the inversion loss is not finite", "conv4-2": "conv4-2: unreadable"}
-    tasks = [task for result in results for task in result["tasks"]]
-    assert [task["teacher"] for task in tasks] == [id for id in slots if id == "conv4-0"]
-    after, metrics = free.learn(cfg, WORLD, state, 1, results, worker.send)
-    assert metrics["recover/tasks"] == len(tasks)
+    why = {"conv4-1": "the inversion loss is not finite", "conv4-2": "conv4-2: unreadable"}
+    for teacher, result in zip(drawn, results, strict=True):
+        assert result == {"rejected": why[teacher]} if teacher in why else result["teacher"] == teacher
+    tasks = [result for result in results if "rejected" not in result] if sharing == "meta" else []
+    after, metrics = free.learn(cfg, WORLD, state, 1, tasks, worker.send)
+    assert metrics["recover/tasks"] == drawn.count("conv4-0")
     assert torch.isfinite(after["theta_g"]).all()
     assert torch.isfinite(after["theta"]).all()
 
@@ -316,8 +318,7 @@ def test_a_teacher_of_bad_weights_is_rejected_alone(sharing, batched):
 def test_a_round_of_rejected_teachers_changes_nothing():
     cfg = small_config()
     state = free.init(cfg, WORLD)
-    nothing = [{"tasks": [], "theta_g": None, "rejected_teachers": {"conv4-0": "bad"}}]
-    after, metrics = free.learn(cfg, WORLD, state, 1, nothing, FakeWorker(WORLD).send)
+    after, metrics = free.learn(cfg, WORLD, state, 1, [], FakeWorker(WORLD).send)
     assert same(after, state)
     assert metrics == {"recover/tasks": 0}
 
@@ -326,11 +327,17 @@ def test_a_round_of_rejected_teachers_changes_nothing():
 def test_a_round_on_a_mixed_pool(sharing):
     """Whatever the teacher's size, the bank holds images of the learner's; of the grey one, grey."""
     world, cfg = mixed_world(), small_config(generator_sharing=sharing, teachers_per_round=4, bank_key="teacher")
-    worker, state = FakeWorker(world), free.init(cfg, world)
-    results = worker.send("free.recover", free.plan(cfg, world, state, 1), free.shared(cfg, world, state, 1))
-    found = free.learn(cfg, world, state, 1, results, worker.send)
+    worker, state, tasks = FakeWorker(world), free.init(cfg, world), []
+
+    def send(op: str, jobs: Sequence[Job], shared: Arrays) -> list[Arrays]:
+        found = worker.send(op, jobs, shared)
+        tasks.extend(found if op == "free.recover" else [])
+        return found
+
+    results = send("free.recover", free.plan(cfg, world, state, 1), free.shared(cfg, world, state, 1))
+    found = free.learn(cfg, world, state, 1, results, send)
     after, metrics = found[0], {name: float(value or 0) for name, value in found[1].items()}
-    tasks, known = [task for result in results for task in result["tasks"]], {c.id: c.classes for c in world.cards}
+    known = {c.id: c.classes for c in world.cards}
     assert {task["teacher"] for task in tasks} == {"grey", "colour"}
     for task in tasks:
         assert len(set(task["classes"])) == 2

@@ -20,7 +20,6 @@ from ray_dfml.methods.free import method as free
 from ray_dfml.methods.inversion import Inversion, InversionConfig
 from ray_dfml.types import ImageSpec, TeacherCard
 from tests.support import (
-    FakeTeacher,
     card,
     double_by_default,
     image_spec,
@@ -245,14 +244,6 @@ def test_a_teacher_sees_pixels_of_its_size_normalised():
     torch.testing.assert_close(found, (small - 0.3) / 0.5)
     channels = [(pixels[:, c] - COLOUR.image.mean[c]) / COLOUR.image.std[c] for c in range(3)]
     torch.testing.assert_close(inversion.as_teacher_sees(pixels, COLOUR.image), torch.stack(channels, 1))
-
-
-def test_groups_hold_what_one_stack_can_and_keep_the_order():
-    cards = [card(0), card(1, way=3), card(2), card(3, size=20), card(4, arch="conv4-64"), card(5, channels=1), card(6)]
-    slots = [(i, FakeTeacher(c, None, torch.zeros(1), torch.zeros(1))) for i, c in enumerate(cards)]  # type: ignore[arg-type]
-    found = inversion.groups(slots, lambda slot: slot[1], batched=True)
-    assert [[i for i, _ in group] for group in found] == [[0, 2, 6], [1], [3], [4], [5]]
-    assert inversion.groups(slots, lambda slot: slot[1], batched=False) == [[slot] for slot in slots]
 
 
 @pytest.mark.parametrize(("method", "name"), [(free, "free"), (bidf, "bidf-mkd")])

@@ -1,9 +1,10 @@
-"""Settings of BiDf-MKD."""
+"""Settings of BiDf-MKD, and the sets of values that have a name."""
 
 from pydantic import Field
 
 from ray_dfml.methods.bank import BankKey
-from ray_dfml.methods.base import ReplayConfig
+from ray_dfml.methods.base import Preset, ReplayConfig, Values
+from ray_dfml.methods.characters import REPLAY, STEP
 from ray_dfml.methods.inversion import InversionConfig
 
 
@@ -15,7 +16,7 @@ class Config(InversionConfig):
         default=4, ge=1, description="Teachers inverted in a round, drawn with replacement; the paper takes one."
     )
     images_per_class: int = Field(default=30, ge=2, description="Images recovered per class, support and query alike.")
-    iterations: int = Field(default=200, ge=1, description="Adam steps of an inversion.")
+    iterations: int = Field(default=200, ge=1, description="Passes of an inversion: one more than Adam steps.")
     lr_generator: float = Field(default=1e-3, gt=0, description="Adam step size of theta_G and Z.")
     conditional: bool = Field(
         default=True, description="A generator that is told the label (the paper); the released one is not."
@@ -40,3 +41,50 @@ class Config(InversionConfig):
         description="A bank class is a class name (side information of the cards), or a (teacher, class) pair.",
     )
     replay: ReplayConfig = ReplayConfig(tasks=4, patience=200, max_updates=1000)
+
+
+PROFILES: dict[str, Values] = {
+    "paper": {
+        "method": {
+            "teachers_per_round": 1,
+            "kl_clamp": 1e9,
+            "crop_pad": 0,
+            "flip": "off",
+            "replay": {"mix_data": True},
+        }
+    },
+    "code": {
+        "method": {
+            "teachers_per_round": 1,
+            "conditional": False,
+            "adversarial_form": "probdot",
+            "crop_fill": "zero",
+            "flip": "on",
+            "boundary_after": 4000,
+            "distill": "probdot",
+            "generate_every": 0,
+            "replay": {"reduction": "sum", "max_updates": 60_000, "mix_data": True},
+        }
+    },
+}
+
+PRESETS: dict[str, Preset] = {
+    "characters-bidf": Preset(
+        "28x28 characters on a small machine: narrow generator that is not told the label, short inversions",
+        {
+            "method": {
+                "teachers_per_round": 4,
+                "conditional": False,
+                "iterations": 8,
+                "images_per_class": 16,
+                "width": 16,
+                "lr_generator": 3e-2,
+                "crop_pad": 2,
+                "bn_weight": 1.0,
+                "replay": {**REPLAY, "lr": 3e-3},
+            },
+            "eval": STEP,
+        },
+    ),
+    "no-boundary": Preset("the query set is recovered as the support set is", {"method": {"boundary": False}}),
+}

@@ -19,11 +19,14 @@ from ray_dfml.core.generators import generator
 from ray_dfml.core.images import normalise, to_pixels, view
 from ray_dfml.core.inner_loop import GradOf, Task, accuracy, adapt, adapted, graph_grad, meta_gradient, plain_grad
 from ray_dfml.core.net import Net, net
-from ray_dfml.errors import RejectedError
 from ray_dfml.methods import bank as bank_of
-from ray_dfml.methods import replay
+from ray_dfml.methods import cost as cost_of
+from ray_dfml.methods import panels, recovery, replay
 from ray_dfml.methods.base import (
+    Cost,
+    Method,
     Metrics,
+    Panel,
     Send,
     State,
     Teacher,
@@ -34,18 +37,15 @@ from ray_dfml.methods.base import (
     stacked,
     teacher_job,
 )
-from ray_dfml.methods.bidf.config import Config
+from ray_dfml.methods.bidf.config import PRESETS, PROFILES, Config
 from ray_dfml.methods.inversion import (
     BETAS,
     Inversion,
     Judge,
     checked_generator,
     dropped_statistics,
-    groups,
 )
-from ray_dfml.types import Arrays, Job
-
-READINGS = ("finetune",)
+from ray_dfml.types import Arrays, Job, TeacherCard
 
 
 def _classes(cfg: Config, way: int) -> int:
@@ -94,31 +94,30 @@ def synthesize(
 ) -> list[Arrays]:  # fmt: skip
     """One set of images of each of b teachers ([Hu2023b] label-conditional inversion).
 
-    A generator is drawn anew for each; Adam moves it and the codes for `cfg.iterations` steps, and the images of the
-    lowest loss are kept. `names` and `stream` seed the draws. Returns tasks as `Inversion.task` with `loss_first` and
-    `loss_last`.
+    A generator is drawn anew for each. Between two of the `cfg.iterations` passes Adam moves it and the codes.
+    The images of the lowest loss are kept. A pass whose loss is not finite moves nothing, and the next one has other
+    views. `names` and `stream` seed the draws. Returns tasks as `Inversion.task` with `loss_first` and `loss_last`.
     """
     net_g = generator(shape, cfg.latent, cfg.width, _classes(cfg, way))
     inversion = Inversion(cfg, net_g, teachers, way, names, device=device, batched=batched, stream=stream)
     theta_g = torch.stack([net_g.reset(rng) for rng in inversion.rngs]).to(device)
     z = inversion.codes()
     adam_g, adam_z = optim.Adam.zeros(theta_g), optim.Adam.zeros(z)
-    first = best = torch.full((len(teachers),), math.inf, device=device)
+    first, best = torch.zeros(len(teachers)), torch.full((len(teachers),), math.inf, device=device)
     kept: tuple[Tensor, Tensor] | None = None
     for i in range(cfg.iterations):
         leaf_g, leaf_z = theta_g.detach().requires_grad_(), z.detach().requires_grad_()
         loss, images, logits = inversion.losses(leaf_g, leaf_z, judge)
         grad_g, grad_z = torch.autograd.grad(loss.sum(), (leaf_g, leaf_z))
         loss, images, logits = loss.detach(), images.detach(), logits.detach()
-        if kept is None:
-            first, best, kept = loss, loss, (images, logits)
-        else:
-            better = loss < best
-            best = torch.where(better, loss, best)
-            shaped = (better[:, None, None, None, None], better[:, None, None])
-            new = [torch.where(m, now, old) for m, now, old in zip(shaped, (images, logits), kept, strict=True)]
-            kept = (new[0], new[1])
+        first = loss if i == 0 else first
+        better = loss < best  # never where the loss is not a number
+        best = torch.where(better, loss, best)
+        old = kept or (images, logits)
+        kept = (_rows(better, images, old[0]), _rows(better, logits, old[1]))
         if i < cfg.iterations - 1:
+            sound = loss.isfinite()
+            grad_g, grad_z = (_rows(sound, grad, torch.zeros_like(grad)) for grad in (grad_g, grad_z))
             theta_g, adam_g = optim.adam_step(theta_g, grad_g, adam_g, lr=cfg.lr_generator, betas=BETAS)
             z, adam_z = optim.adam_step(z, grad_z, adam_z, lr=cfg.lr_generator, betas=BETAS)
     assert kept is not None
@@ -128,45 +127,30 @@ def synthesize(
     ]
 
 
+def _rows(which: Tensor, new: Tensor, old: Tensor) -> Tensor:
+    """The rows of `new` [b ...] where `which` [b] is true, else those of `old`."""
+    return torch.where(which.view(-1, *(1,) * (new.dim() - 1)), new, old)
+
+
 def recover(worker: Worker, jobs: Sequence[Job], shared: Arrays) -> list[Arrays]:
     """The `bidf-mkd.recover` op: support, inner distillation, query set of each job's teacher.
 
-    Returns `support` and `query` as recovered tasks. Teachers of one architecture go at once except on a CPU; one whose
-    loss is not finite is rejected.
+    Returns `support` and `query` as recovered tasks.
     """
-    cfg = Config.model_validate(shared["cfg"])
-    learner = net(shared["arch"], tuple(shared["shape"]), shared["way"])
-    theta = torch.tensor(shared["theta"], device=worker.device)
-    results: dict[int, Arrays] = {}
-    slots = []
-    for i, job in enumerate(jobs):
-        try:
-            slots.append((i, job, worker.teacher(str(job.teacher))))
-        except RejectedError as error:
-            results[i] = {"rejected": str(error)}
-    for group in groups(slots, lambda slot: slot[2], batched=worker.batched):
-        many = len(group) > 1
-        found = _recover(cfg, learner, theta, group, shared, device=worker.device, batched=many)
-        results |= {i: result for (i, _, _), result in zip(group, found, strict=True)}
-    return [results[i] for i in range(len(jobs))]
-
-
-def _recover(
-    cfg: Config, learner: Net, theta: Tensor, group: list[tuple[int, Job, Teacher]], shared: Arrays,
-    *, device: torch.device, batched: bool,
-) -> list[Arrays]:  # fmt: skip
-    teachers = [teacher for _, _, teacher in group]
+    cfg, device = Config.model_validate(shared["cfg"]), worker.device
     shape, way = tuple(shared["shape"]), shared["way"]
-    mean, std = (torch.tensor(shared[k], device=device) for k in ("mean", "std"))
-    names = [job.seed for _, job, _ in group]
-    support = synthesize(cfg, teachers, None, names, shape, way, device=device, batched=batched, stream="support")
-    judge = _task_models(cfg, learner, theta, support, mean, std, batched) if shared["boundary"] else None
-    query = synthesize(cfg, teachers, judge, names, shape, way, device=device, batched=batched, stream="query")
-    finite = [math.isfinite(s["loss_last"] + q["loss_last"]) for s, q in zip(support, query, strict=True)]
-    return [
-        {"support": s, "query": q} if fine else {"rejected": "the inversion loss is not finite"}
-        for s, q, fine in zip(support, query, finite, strict=True)
-    ]
+    learner = net(shared["arch"], shape, way)
+    theta, mean, std = (torch.tensor(shared[k], device=device) for k in ("theta", "mean", "std"))
+
+    def invert(jobs: Sequence[Job], teachers: Sequence[Teacher], batched: bool) -> list[Arrays | None]:
+        names = [job.seed for job in jobs]
+        support = synthesize(cfg, teachers, None, names, shape, way, device=device, batched=batched, stream="support")
+        judge = _task_models(cfg, learner, theta, support, mean, std, batched) if shared["boundary"] else None
+        query = synthesize(cfg, teachers, judge, names, shape, way, device=device, batched=batched, stream="query")
+        finite = [math.isfinite(s["loss_last"] + q["loss_last"]) for s, q in zip(support, query, strict=True)]
+        return [{"support": s, "query": q} if fine else None for s, q, fine in zip(support, query, finite, strict=True)]
+
+    return recovery.recover(worker, jobs, invert)
 
 
 def _task_models(
@@ -247,7 +231,6 @@ def learn(cfg: Config, world: World, state: State, r: int, results: list[Arrays]
             f"recover/{kind}_{name}": sum(result[kind][name] for result in results) / len(results)
             for name in ("loss_first", "loss_last", "ce", "accuracy", "spread")
         }
-    metrics["recover/accuracy"] = metrics["recover/support_accuracy"]
     bank = state["bank"]
     for result in results:
         for kind in ("support", "query"):
@@ -277,3 +260,64 @@ def learn(cfg: Config, world: World, state: State, r: int, results: list[Arrays]
         bout = bout.model_copy(update={"patience": left, "max_updates": left})
     state, found = replay.until_plateau(bout, world, state, bank, r, send)
     return state, metrics | found | {"replay/updates": 1 + (found["replay/updates"] or 0)}
+
+
+PROBES = (1, 4)
+"""Iterations of the jobs that `cost` times; a whole one takes minutes."""
+
+
+def cost(cfg: Config, world: World, worker: Worker) -> Cost:
+    """Jobs of few iterations on a mean teacher are timed: both inversions, and the inner distillation between them."""
+
+    def one_job(card: TeacherCard) -> float:
+        first, second = (_job_seconds(cfg.model_copy(update={"iterations": n}), world, worker, card) for n in PROBES)
+        each = max(second - first, 0.0) / (PROBES[1] - PROBES[0])
+        return first + (cfg.iterations - PROBES[0]) * each
+
+    jobs = cfg.rounds * cfg.teachers_per_round
+    replayed = (cfg.generate_every - 1,) * 2 if cfg.generate_every else cost_of.until_plateau(cfg.replay)
+    least, most = (cfg.rounds * (1 + n) for n in replayed)
+    return Cost(
+        images=2 * jobs * cfg.images_per_class * world.way,
+        recovery=jobs * cost_of.of_mean_teacher(world, one_job),
+        least=least,
+        most=most,
+        meta=cfg.replay,
+    )
+
+
+def _job_seconds(cfg: Config, world: World, worker: Worker, card: TeacherCard) -> float:
+    job = teacher_job(card, index=0, seed=0, values={})
+    late = init(cfg, world) | {"updates": cfg.boundary_after}
+    values = shared(cfg, world, late, 0)
+    return cost_of.seconds(lambda: recover(worker, [job], values))
+
+
+METHOD = Method(
+    Config=Config,
+    init=init,
+    learn=learn,
+    plan=plan,
+    shared=shared,
+    recover=recover,
+    notes=notes,
+    ops={"bidf.grad": grad},
+    profiles=PROFILES,
+    presets=PRESETS,
+    cost=cost,
+    panels=(
+        Panel("Teachers on their recovered images", "accuracy, %",
+              "Share of recovered images to which the teacher gives the intended class.",
+              {"recover/support_accuracy": "support", "recover/query_accuracy": "query"}),
+        Panel("Inversion loss: support", "nats", "Mean over the round's sets, of the first pass and the lowest.",
+              {"recover/support_loss_first": "first pass", "recover/support_loss_last": "lowest"}),
+        Panel("Inversion loss: query", "nats", "The same, with the boundary term where it is on.",
+              {"recover/query_loss_first": "first pass", "recover/query_loss_last": "lowest"}),
+        Panel("Outer distillation loss", "nats per image", "On the query sets, after the inner distillation.",
+              {"distill/loss": "distillation"}),
+        Panel("Agreement with the teachers", "%", "Of the distilled learner, on the query sets.",
+              {"distill/agreement": "agreement"}),
+        *panels.REPLAY,
+    ),
+    shown={"recover/support_accuracy": "recover", "replay/accuracy_best": "replay"},
+)  # fmt: skip

@@ -1,11 +1,15 @@
-"""Settings of FREE."""
+"""Settings of FREE, and the sets of values that have a name.
 
-from typing import Literal
+[Wei2024] FREE, arXiv 2405.00984, section 5.1, Table 5 (ablations) and Table 7 (hard label).
+"""
+
+from typing import Any, Literal
 
 from pydantic import Field
 
 from ray_dfml.methods.bank import BankKey
-from ray_dfml.methods.base import ReplayConfig
+from ray_dfml.methods.base import Preset, ReplayConfig, Values
+from ray_dfml.methods.characters import REPLAY, STEP
 from ray_dfml.methods.inversion import InversionConfig
 
 
@@ -65,3 +69,84 @@ class Config(InversionConfig):
         description="A bank class is a class name (side information of the cards), or a (teacher, unit) pair.",
     )
     replay: ReplayConfig = ReplayConfig()
+
+
+PROFILES: dict[str, Values] = {
+    "paper": {
+        "method": {
+            "warmup": 0,
+            "meta_optimizer": "sgd",
+            "kl_clamp": 1e9,
+            "crop_pad": 0,
+            "flip": "off",
+            "bell_inner": "sgd",
+            "bell_outer": "interpolate",
+            "replay": {"mix_data": True},
+        }
+    },
+    "code": {
+        "method": {
+            "rounds": 999,
+            "meta_optimizer": "adam-fresh",
+            "meta_reduction": "sum",
+            "final_pass": False,
+            "adversarial_form": "probdot",
+            "crop_fill": "zero",
+            "flip": "on",
+            "bell_outer": "shared-adam",
+            "bell_scale": 67.0,
+            "distill": "probdot",
+            "bank_adds": "last",
+            "replay": {"reduction": "sum", "max_updates": 1_000_000, "mix_data": True},
+        }
+    },
+}
+
+CHARACTERS: dict[str, Any] = {
+    "warmup": 2,
+    "width": 16,
+    "steps": 8,
+    "crop_pad": 2,
+    "lr_generator": 1e-2,
+    "lr_latent": 0.1,
+    "lr_meta": 2e-3,
+    "bn_weight": 1.0,
+    "replay": {**REPLAY, "lr": 3e-3, "max_updates": 10},
+}
+
+PRESETS: dict[str, Preset] = {
+    "free-cifarfs-5w1s": Preset(
+        "[Wei2024] Table 2, CIFAR-FS 5-way 1-shot", {"method": {"replay": {"shot": 1}}, "eval": {"shots": (1,)}}
+    ),
+    "free-cifarfs-5w5s": Preset(
+        "[Wei2024] Table 2, CIFAR-FS 5-way 5-shot", {"method": {"replay": {"shot": 5}}, "eval": {"shots": (5,)}}
+    ),
+    "characters": Preset(
+        "28x28 characters on a small machine: narrow generator, larger inversion steps, smaller crops",
+        {"method": CHARACTERS, "eval": STEP},
+    ),
+    "quickstart": Preset(
+        "`ray-dfml quickstart`: `characters` with the published protocol's small steps, in training and at test",
+        {
+            "method": {
+                **CHARACTERS,
+                "rounds": 8,
+                "steps": 5,
+                "lr_generator": 3e-3,
+                "lr_latent": 3e-2,
+                "replay": {"shot": 1, "tasks": 6, "max_updates": 12},
+            },
+            "eval": {"shots": (1,), "every": 100, "val_episodes": 50, "steps": 5, "lrs": ()},
+        },
+    ),
+    "baseline": Preset(
+        "Table 5: one generator trained teacher after teacher, no distillation",
+        {"method": {"generator_sharing": "sequential", "learner_update": "none"}},
+    ),
+    "erm": Preset("Table 5: FIVE, distillation losses summed at theta", {"method": {"learner_update": "erm"}}),
+    "sequence": Preset("Table 5: sequential generator, BELL", {"method": {"generator_sharing": "sequential"}}),
+    "free_2": Preset("k = 2 adaptation steps", {"method": {"steps": 2}}),
+    "hard-label": Preset(
+        "Table 7: BELL on the labels instead of the teacher's outputs", {"method": {"distill": "hard"}}
+    ),
+}

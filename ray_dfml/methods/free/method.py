@@ -7,6 +7,7 @@ Deviations of the released code and of this implementation are rows of docs/meth
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -15,11 +16,14 @@ from ray_dfml.core import optim, seeds
 from ray_dfml.core.generators import generator
 from ray_dfml.core.images import normalise, to_pixels, view
 from ray_dfml.core.net import net
-from ray_dfml.errors import RejectedError
 from ray_dfml.methods import bank as bank_of
-from ray_dfml.methods import replay
+from ray_dfml.methods import cost as cost_of
+from ray_dfml.methods import panels, recovery, replay
 from ray_dfml.methods.base import (
+    Cost,
+    Method,
     Metrics,
+    Panel,
     Send,
     State,
     Teacher,
@@ -31,12 +35,10 @@ from ray_dfml.methods.base import (
     teacher_job,
 )
 from ray_dfml.methods.free import bell
-from ray_dfml.methods.free.config import Config
+from ray_dfml.methods.free.config import PRESETS, PROFILES, Config
 from ray_dfml.methods.free.five import five
-from ray_dfml.methods.inversion import Judge, checked_generator, dropped_statistics, groups
-from ray_dfml.types import Arrays, Job
-
-READINGS = ("finetune",)
+from ray_dfml.methods.inversion import Judge, checked_generator, dropped_statistics
+from ray_dfml.types import Arrays, Job, TeacherCard
 
 
 def notes(cfg: Config, world: World) -> list[str]:
@@ -65,16 +67,16 @@ def init(cfg: Config, world: World) -> State:
 
 
 def plan(cfg: Config, world: World, state: State, r: int) -> list[Job]:
-    """b teachers drawn with replacement. A sequential generator makes the b teachers one job, since each starts where
-    the one before ended."""
+    """b teachers drawn with replacement; none for a sequential generator, whose jobs `learn` sends one by one."""
+    return _drawn(cfg, world, r) if cfg.generator_sharing == "meta" else []
+
+
+def _drawn(cfg: Config, world: World, r: int) -> list[Job]:
     rng = seeds.generator(world.seed, r, "plan")
     picks = torch.randint(len(world.cards), (cfg.teachers_per_round,), generator=rng).tolist()
-    slots = [(world.cards[i], seeds.derive(world.seed, r, "recover", j)) for j, i in enumerate(picks)]
-    if cfg.generator_sharing == "sequential":
-        return [Job(index=0, seed=slots[0][1], values={"slots": [(card.id, seed) for card, seed in slots]})]
     return [
-        teacher_job(card, index=j, seed=seed, values={"slots": [(card.id, seed)]})
-        for j, (card, seed) in enumerate(slots)
+        teacher_job(world.cards[i], index=j, seed=seeds.derive(world.seed, r, "recover", j), values={})
+        for j, i in enumerate(picks)
     ]
 
 
@@ -90,40 +92,24 @@ def shared(cfg: Config, world: World, state: State, r: int) -> Arrays:
 
 
 def recover(worker: Worker, jobs: Sequence[Job], shared: Arrays) -> list[Arrays]:
-    """The `free.recover` op: FIVE on the slots (teacher, seed) of each job.
+    """The `free.recover` op: FIVE on each job's teacher, from the shared generator.
 
-    Slots of a sequential generator go one after another, each from the generator the one before left. The others all
-    start from the shared generator: one by one on a CPU, those of one architecture and input at once elsewhere.
+    A result is the recovered task, of a sequential generator with the adapted `theta_g`.
     """
     cfg = Config.model_validate(shared["cfg"])
     net_g = generator(tuple(shared["shape"]), cfg.latent, cfg.width)
     ask = _learner(shared, worker.device)
-    results: list[Arrays] = [{"tasks": [], "theta_g": None, "rejected_teachers": {}} for _ in jobs]
-    slots: list[tuple[Arrays, Teacher, int]] = []
-    for result, job in zip(results, jobs, strict=True):
-        for id, seed in job.values["slots"]:
-            try:
-                slots.append((result, worker.teacher(id), seed))
-            except RejectedError as error:
-                result["rejected_teachers"][id] = str(error)
-
     start = torch.tensor(shared["theta_g"], device=worker.device)
-    sequential = cfg.generator_sharing == "sequential"
-    for group in groups(slots, lambda slot: slot[1], batched=worker.batched and not sequential):
-        teachers, seeds_, many = [t for _, t, _ in group], [s for _, _, s in group], len(group) > 1
-        judge = None if ask is None else partial(stacked, ask, batched=many)
-        tasks, adapted = five(
-            cfg, net_g, teachers, start.expand(len(group), -1), judge, seeds_, way=shared["way"], batched=many
-        )
-        for (result, teacher, _), task in zip(group, tasks, strict=True):
-            if not math.isfinite(task["loss_last"]):
-                result["rejected_teachers"][teacher.card.id] = "the inversion loss is not finite"
-                continue
-            result["tasks"].append(task)
-            if sequential:
-                start = adapted[0]
-                result["theta_g"] = start.cpu().numpy()
-    return results
+
+    def invert(jobs: Sequence[Job], teachers: Sequence[Teacher], batched: bool) -> list[Arrays | None]:
+        judge = None if ask is None else partial(stacked, ask, batched=batched)
+        begun, names = start.expand(len(jobs), -1), [job.seed for job in jobs]
+        tasks, adapted = five(cfg, net_g, teachers, begun, judge, names, way=shared["way"], batched=batched)
+        if cfg.generator_sharing == "sequential":
+            tasks = [task | {"theta_g": one.cpu().numpy()} for task, one in zip(tasks, adapted, strict=True)]
+        return [task if math.isfinite(task["loss_last"]) else None for task in tasks]
+
+    return recovery.recover(worker, jobs, invert)
 
 
 def _learner(shared: Arrays, device: torch.device) -> Judge | None:
@@ -137,7 +123,8 @@ def _learner(shared: Arrays, device: torch.device) -> Judge | None:
 
 def learn(cfg: Config, world: World, state: State, r: int, results: list[Arrays], send: Send) -> tuple[State, Metrics]:
     """One round at the learner ([Wei2024] Algorithm 3, lines 6-10): theta_G, bank, BELL, replay until a plateau."""
-    tasks = [task for result in results for task in result["tasks"]]
+    sequential = cfg.generator_sharing == "sequential"
+    state, tasks = _chain(cfg, world, state, r, send) if sequential else (state, results)
     if not tasks:
         return state, {"recover/tasks": 0}
     metrics: Metrics = {"recover/tasks": len(tasks)}
@@ -145,7 +132,8 @@ def learn(cfg: Config, world: World, state: State, r: int, results: list[Arrays]
         f"recover/{name}": sum(task[name] for task in tasks) / len(tasks)
         for name in ("loss_first", "loss_last", "ce", "accuracy", "spread")
     }
-    state = _update_generator(cfg, state, tasks, results)
+    if not sequential:
+        state = _update_generator(cfg, state, tasks)
     if r < cfg.warmup:
         return state, metrics
 
@@ -165,9 +153,18 @@ def learn(cfg: Config, world: World, state: State, r: int, results: list[Arrays]
     return state, metrics | found
 
 
-def _update_generator(cfg: Config, state: State, tasks: list[Arrays], results: list[Arrays]) -> State:
-    if cfg.generator_sharing == "sequential":
-        return {**state, "theta_g": torch.tensor(results[-1]["theta_g"])}
+def _chain(cfg: Config, world: World, state: State, r: int, send: Send) -> tuple[State, list[Arrays]]:
+    """The tasks of one generator trained teacher after teacher: each starts where the one before ended."""
+    tasks: list[Arrays] = []
+    for job in _drawn(cfg, world, r):
+        found = send("free.recover", [replace(job, index=0)], shared(cfg, world, state, r))
+        for task in found:  # none where the teacher is bad
+            state = {**state, "theta_g": torch.tensor(task["theta_g"])}
+        tasks += found
+    return state, tasks
+
+
+def _update_generator(cfg: Config, state: State, tasks: Sequence[Arrays]) -> State:
     grad = torch.zeros_like(state["theta_g"])
     for task in tasks:
         grad += torch.tensor(task["grad"])
@@ -187,3 +184,51 @@ def _distill_set(cfg: Config, world: World, task: Arrays) -> bell.DistillSet:
     seen = view(to_pixels(task["images"]), task["view"], pad=cfg.crop_pad, fill=cfg.crop_fill)
     mean, std = torch.tensor(world.image.mean), torch.tensor(world.image.std)
     return bell.DistillSet(normalise(seen, mean, std), torch.tensor(task["logits"]), torch.tensor(task["labels"]))
+
+
+def cost(cfg: Config, world: World, worker: Worker) -> Cost:
+    """One pass of the inversion of a mean teacher is timed; a job has k + 1 of them."""
+
+    def one_pass(card: TeacherCard) -> float:
+        net_g = generator(world.image.shape, cfg.latent, cfg.width)
+        theta_g = net_g.init(torch.Generator().manual_seed(0)).to(worker.device)[None]
+        one, teacher = cfg.model_copy(update={"steps": 0}), worker.teacher(card.id)
+        return cost_of.seconds(lambda: five(one, net_g, [teacher], theta_g, None, [0], way=world.way, batched=False))
+
+    jobs, learning = cfg.rounds * cfg.teachers_per_round, max(cfg.rounds - cfg.warmup, 0)
+    least, most = cost_of.until_plateau(cfg.replay)
+    return Cost(
+        images=jobs * cfg.images_per_class * world.way,
+        recovery=jobs * (cfg.steps + 1) * cost_of.of_mean_teacher(world, one_pass),
+        least=learning * least,
+        most=learning * most,
+        meta=cfg.replay,
+    )
+
+
+METHOD = Method(
+    Config=Config,
+    init=init,
+    learn=learn,
+    plan=plan,
+    shared=shared,
+    recover=recover,
+    notes=notes,
+    profiles=PROFILES,
+    presets=PRESETS,
+    cost=cost,
+    panels=(
+        panels.RECOVERED,
+        panels.INVERSION,
+        Panel("Distillation loss", "nats per image", "Mean over the round's tasks, before the learner's step.",
+              {"bell/loss": "distillation"}),
+        *panels.REPLAY,
+        Panel("Gradient alignment: cosine", "mean pairwise cosine",
+              "Between the tasks' gradients: along the inner path, and at the starting weights. Above 0 the tasks "
+              "agree.", {"align/path_cosine": "along the path", "align/base_cosine": "at the start"}),
+        Panel("Gradient alignment: product", "mean pairwise product",
+              "The same, not divided by the gradients' lengths.",
+              {"align/path_product": "along the path", "align/base_product": "at the start"}),
+    ),
+    shown={"recover/accuracy": "recover", "replay/accuracy_best": "replay"},
+)  # fmt: skip

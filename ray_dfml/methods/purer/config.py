@@ -1,11 +1,12 @@
-"""Settings of PURER."""
+"""Settings of PURER, and the sets of values that have a name."""
 
 from typing import Literal
 
 from pydantic import Field
 
 from ray_dfml.methods.bank import BankKey
-from ray_dfml.methods.base import MetaConfig, MethodConfig
+from ray_dfml.methods.base import MetaConfig, MethodConfig, Preset, Values
+from ray_dfml.methods.characters import REPLAY, STEP
 
 
 class Config(MethodConfig):
@@ -39,3 +40,49 @@ class Config(MethodConfig):
         description="A class of pseudo tasks is a class name (side information of the cards), or a (teacher, class).",
     )
     meta: MetaConfig = MetaConfig(tasks=4)
+
+
+PROFILES: dict[str, Values] = {
+    "paper": {
+        "method": {
+            "rounds": 15_000,
+            "image_steps": 1,
+            "updates": 1,
+            "image_warmup": 0,
+            "meta": {"mix_data": True},
+        }
+    },
+    "code": {
+        "method": {
+            "rounds": 60_000,
+            "image_steps": 1,
+            "updates": 1,
+            "image_warmup": 0,
+            "start": "average",
+            "meta": {"inner_steps": 1, "reduction": "sum", "mix_data": True},
+        },
+        "eval": {"steps": 1},
+    },
+}
+
+PRESETS: dict[str, Preset] = {
+    "characters-purer": Preset(
+        "28x28 characters on a small machine: few images, smaller steps for pixels in [0, 1], an early curriculum",
+        {
+            "method": {
+                "image_steps": 2,
+                "updates": 10,
+                "image_warmup": 12,
+                "images_per_class": 16,
+                "lr_images": 0.1,
+                "tv_weight": 1e-3,
+                "bn_weight": 1.0,
+                "curriculum_after": 20,
+                "meta": REPLAY,
+            },
+            "eval": STEP,
+        },
+    ),
+    "no-curriculum": Preset("the images follow the teachers alone", {"method": {"curriculum": 0.0}}),
+    "purer-icfil": Preset("calibration of the adapted learner at meta-test", {"eval": {"icfil": {"steps": 10}}}),
+}

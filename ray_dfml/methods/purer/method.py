@@ -10,31 +10,35 @@ Deviations of the released code and of this implementation are rows of docs/meth
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 
 from ray_dfml.core import seeds
-from ray_dfml.errors import RejectedError, UsageError
+from ray_dfml.errors import UsageError
 from ray_dfml.methods import bank as bank_of
-from ray_dfml.methods import replay
+from ray_dfml.methods import cost as cost_of
+from ray_dfml.methods import panels, recovery, replay
 from ray_dfml.methods.base import (
+    Cost,
+    Method,
     Metrics,
+    Panel,
     Send,
     State,
+    Teacher,
     Worker,
     World,
     initial_learner,
     teacher_job,
 )
 from ray_dfml.methods.baselines import fetch, mean
-from ray_dfml.methods.inversion import dropped_statistics, groups
+from ray_dfml.methods.inversion import dropped_statistics
 from ray_dfml.methods.purer import eci
-from ray_dfml.methods.purer.config import Config
+from ray_dfml.methods.purer.config import PRESETS, PROFILES, Config
 from ray_dfml.types import Arrays, Job, TeacherCard
-
-READINGS = ("finetune",)
 
 
 def notes(cfg: Config, world: World) -> list[str]:
@@ -102,26 +106,17 @@ def shared(cfg: Config, world: World, state: State, r: int) -> Arrays:
 
 
 def recover(worker: Worker, jobs: Sequence[Job], shared: Arrays) -> list[Arrays]:
-    """The `purer.recover` op: `eci.invert` on the images of each job's teacher. Teachers of one architecture go at once
-    except on a CPU; one whose loss is not finite is rejected."""
+    """The `purer.recover` op: `eci.invert` on the images of each job's teacher."""
     cfg = Config.model_validate(shared["cfg"])
-    results: dict[int, Arrays] = {}
-    slots = []
-    for i, job in enumerate(jobs):
-        try:
-            slots.append((i, job, worker.teacher(str(job.teacher))))
-        except RejectedError as error:
-            results[i] = {"rejected": str(error)}
-    for group in groups(slots, lambda slot: slot[2], batched=worker.batched):
-        found = eci.invert(
-            cfg, [t for _, _, t in group], [job for _, job, _ in group], device=worker.device, batched=len(group) > 1
-        )
-        for (i, job, _), result in zip(group, found, strict=True):
-            finite = math.isfinite(result["loss_last"]) and bool(np.isfinite(result["x"]).all())
-            results[i] = (
-                result | {"teacher": job.teacher} if finite else {"rejected": "the inversion loss is not finite"}
-            )
-    return [results[i] for i in range(len(jobs))]
+
+    def invert(jobs: Sequence[Job], teachers: Sequence[Teacher], batched: bool) -> list[Arrays | None]:
+        found = eci.invert(cfg, teachers, jobs, device=worker.device, batched=batched)
+        finite = [math.isfinite(one["loss_last"]) and bool(np.isfinite(one["x"]).all()) for one in found]
+        return [
+            one | {"teacher": job.teacher} if fine else None for job, one, fine in zip(jobs, found, finite, strict=True)
+        ]
+
+    return recovery.recover(worker, jobs, invert)
 
 
 def learn(cfg: Config, world: World, state: State, r: int, results: list[Arrays], send: Send) -> tuple[State, Metrics]:
@@ -132,12 +127,16 @@ def learn(cfg: Config, world: World, state: State, r: int, results: list[Arrays]
             f"recover/{name}": sum(result[name] for result in results) / len(results)
             for name in ("loss_first", "loss_last", "ce", "accuracy")
         }
-    images = dict(state["images"])
-    for result in results:
-        own = {k: torch.tensor(result[k]) for k in ("x", "m", "v")} | {"step": result["step"]}
-        images[result["teacher"]] = own
-    done = {result["teacher"] for result in results}
-    state = {**state, "images": images, "push": {id: p for id, p in state["push"].items() if id not in done}}
+    new = {
+        result["teacher"]: {k: torch.tensor(result[k]) for k in ("x", "m", "v")} | {"step": result["step"]}
+        for result in results
+    }
+    usable = [card.id for card in world.cards]
+    state = {
+        **state,
+        "images": {id: new.get(id, state["images"][id]) for id in usable},
+        "push": {id: state["push"][id] for id in usable if id in state["push"] and id not in new},
+    }
     if r == 0 and cfg.start == "average":
         state = {**state, "theta": mean([one.theta for one in fetch(world.cards, send)])}
     if r < cfg.image_warmup:
@@ -221,3 +220,47 @@ class _Store:
     def pixels(self, task: dict[str, np.ndarray]) -> Arrays:
         """Its images, normalised for the learner, float32."""
         return {name: np.stack([self.images[i][row] for i, row in rows]) for name, rows in task.items()}
+
+
+def cost(cfg: Config, world: World, worker: Worker) -> Cost:
+    """The image steps that a mean teacher takes in a round are timed."""
+
+    def one_round(card: TeacherCard) -> float:
+        alone = replace(world, cards=(card,))
+        jobs = plan(cfg, alone, {"images": {card.id: fresh(cfg, world, card)}, "push": {}}, 0)
+        return cost_of.seconds(lambda: recover(worker, jobs, shared(cfg, alone, {}, 0)))
+
+    count = min(cfg.teachers_per_round or len(world.cards), len(world.cards))
+    updates = max(cfg.rounds - cfg.image_warmup, 0) * cfg.updates
+    return Cost(
+        images=cfg.images_per_class * sum(len(card.classes) for card in world.cards),
+        recovery=cfg.rounds * count * cost_of.of_mean_teacher(world, one_round),
+        least=updates,
+        most=updates,
+        meta=cfg.meta,
+    )
+
+
+METHOD = Method(
+    Config=Config,
+    init=init,
+    learn=learn,
+    plan=plan,
+    shared=shared,
+    recover=recover,
+    notes=notes,
+    ops={"purer.grad": eci.grad},
+    profiles=PROFILES,
+    presets=PRESETS,
+    cost=cost,
+    panels=(
+        panels.RECOVERED,
+        panels.INVERSION,
+        *panels.LAST_UPDATE,
+        Panel("Curriculum: outer loss", "nats per image", "Of the pseudo task that the images are to make harder.",
+              {"curriculum/outer_loss": "outer loss"}),
+        Panel("Curriculum: steps", "steps so far", "Adversarial steps: one whenever the learner stops improving.",
+              {"curriculum/fired": "steps"}),
+    ),
+    shown={"recover/accuracy": "recover", "replay/accuracy": "replay"},
+)  # fmt: skip

@@ -1,0 +1,29 @@
+"""Measuring what a training takes, for the `cost` of a method: one pass of its work, on this machine."""
+
+import time
+from collections.abc import Callable
+
+from ray_dfml.core.net import net
+from ray_dfml.methods.base import ReplayConfig, World
+from ray_dfml.types import TeacherCard
+
+
+def seconds(work: Callable[[], object]) -> float:
+    """Seconds of `work`, after one call that warms up."""
+    work()
+    began = time.perf_counter()
+    work()
+    return time.perf_counter() - began
+
+
+def of_mean_teacher(world: World, seconds_of: Callable[[TeacherCard], float]) -> float:
+    """Seconds of work on a teacher of mean cost: of the one whose cost is nearest, scaled."""
+    costs = {card: net(card.arch, card.image.shape, len(card.classes)).macs for card in world.cards}
+    mean = sum(costs.values()) / len(costs)
+    nearest = min(costs, key=lambda card: abs(costs[card] - mean))
+    return seconds_of(nearest) * mean / costs[nearest]
+
+
+def until_plateau(cfg: ReplayConfig) -> tuple[int, int]:
+    """The fewest and most updates of `replay.until_plateau`."""
+    return min(cfg.patience + 1, cfg.max_updates), cfg.max_updates
