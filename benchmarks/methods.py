@@ -26,9 +26,11 @@ from ray_dfml.data import datasets
 from ray_dfml.data.pool import Pool
 from ray_dfml.data.pretrain import PretrainConfig
 from ray_dfml.methods.base import World
-from ray_dfml.pipeline import Labelled, Trainer
+from ray_dfml.pipeline import Trainer
 from ray_dfml.runtime import build_pool
 from ray_dfml.runtime.local import LocalBackend
+from ray_dfml.scorer import Entry, Scorer
+from ray_dfml.types import Labelled
 
 INVERSION = {"free": "characters", "purer": "characters-purer", "bidf-mkd": "characters-bidf"}
 BASELINES = ("random", "best-model", "average", "ota", "dro")
@@ -72,6 +74,9 @@ def run(method: str, seed: int, spec: str, out: Path, seconds: float) -> dict[st
     )  # fmt: skip
     teachers = {card.id: (card, *pool.load(card.id)) for card in pool.cards}
     trainer = Trainer(config.model_dump(mode="json"), world, sets, LocalBackend(teachers.__getitem__), None)
+    scorer = Scorer(
+        config.eval, way=5, head="maml", val=[("omniglot", "val")], test=[("omniglot", "test")], ask=trainer.score
+    )  # fmt: skip
     spent, began, rows, r = 0.0, time.perf_counter(), [], 0
     while r < config.method.rounds and spent < seconds:
         used = time.process_time()
@@ -80,16 +85,18 @@ def run(method: str, seed: int, spec: str, out: Path, seconds: float) -> dict[st
         row = {"seconds": round(spent, 2)} | {k: v for k, v in metrics.items() if not k.startswith("seconds/")}
         row["recovery_share"] = metrics.get(f"seconds/{method}.recover", 0.0) / metrics["seconds/round"]
         if method in (*INVERSION, "maml-oracle") and spent > seconds * (len(_validated(rows)) + 1) / CHECKPOINTS:
-            row["validation"] = trainer.validate(r)
+            row["validation"] = scorer.validate(trainer.candidates()["last"], trainer.method.READINGS[-1])
         rows.append(row)
         r += 1
-    scores = {f"{s.method} {s.shot}": s.accuracies.tolist() for s in trainer.test("last")}
+    last = trainer.candidates()["last"]
+    entries = [Entry(method=method, selection="last", weights=last, readings=trainer.method.READINGS)]
+    scores = {f"{s.method} {s.shot}": s.accuracies.tolist() for s in scorer.test(entries)}
     return {
         "commit": commit,
         "config": config.model_dump(mode="json"),
         "method": method, "seed": seed, "preset": config.preset, "rounds": r, "train_seconds": round(spent, 1),
-        "wall_seconds": round(time.perf_counter() - began, 1), "test_step": trainer.step_sizes(), "scores": scores,
-        "log": rows,
+        "wall_seconds": round(time.perf_counter() - began, 1), "test_step": [s.lr for s in scorer.steps(entries)],
+        "scores": scores, "log": rows,
     }  # fmt: skip
 
 
@@ -144,7 +151,7 @@ def table(out: Path) -> None:
         print(
             f"| {row['method']} {row['seed']} | {row['rounds']} | {row['train_seconds']:.0f} | {recovery:.0f} | "
             f"{updates or '-'} | {f'{np.mean(seen[-5:]):.1f}' if seen else '-'} | {curve or '-'} | "
-            f"{', '.join(f'{v:g}' for v in row['test_step'].values()) or '-'} |"
+            f"{', '.join(f'{v:g}' for v in row['test_step']) or '-'} |"
         )
 
 

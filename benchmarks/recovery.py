@@ -24,17 +24,19 @@ from ray_dfml.core import seeds
 from ray_dfml.core.scoring import mean_ci95
 from ray_dfml.data import datasets
 from ray_dfml.data.pool import Pool
+from ray_dfml.evaluate import EvalConfig
 from ray_dfml.methods import bank as bank_of
 from ray_dfml.methods import replay
-from ray_dfml.methods.base import MetaConfig, World, initial_learner, teacher_job
+from ray_dfml.methods.base import MetaConfig, World, initial_learner, learner_weights, teacher_job
 from ray_dfml.methods.bidf import method as bidf
 from ray_dfml.methods.characters import REPLAY
 from ray_dfml.methods.free import method as free
 from ray_dfml.methods.purer import eci
 from ray_dfml.methods.purer import method as purer
-from ray_dfml.pipeline import Labelled, Trainer
 from ray_dfml.runtime.local import LocalBackend
 from ray_dfml.runtime.shard import Shard
+from ray_dfml.scorer import Episodes, Part, accuracies
+from ray_dfml.types import Labelled
 
 ITERATIONS = (6, 8, 12, 16, 24, 32, 48)
 
@@ -121,16 +123,17 @@ def until(
     return reached
 
 
-def worth(world: World, data: list[Labelled], shard: Shard, bank: Bank, updates: int) -> tuple[float, float]:
+def worth(world: World, data: Labelled, shard: Shard, bank: Bank, updates: int) -> tuple[float, float]:
     """Accuracy and its interval of a fresh learner after equal meta-updates on these images."""
     cfg = MetaConfig(**REPLAY)
     state = replay.with_optimiser(initial_learner(world))
     run = lambda op, jobs, shared: [x for job in jobs for x in shard.run(op, [job], shared)]  # noqa: E731
     for u in range(updates):
         state, _ = replay.update(cfg, world, state, bank, ("worth", u), run)
-    config = resolve("random", seed=world.seed)
-    trainer = Trainer(config.model_dump(mode="json"), world, data, LocalBackend({}.__getitem__), None)
-    return mean_ci95(trainer._score(data[0], 5, 200, state, "finetune", 0.2))
+    cfg, weights = EvalConfig(), learner_weights(world, state, steps=10, lr=0.2)
+    of = Episodes(weights=weights.digest, reading="finetune", data="validation", split="val", shot=5, lr=0.2)
+    part = Part(episodes=of, start=0, stop=200)
+    return mean_ci95(accuracies(LocalBackend({}.__getitem__), cfg, weights, part, data, way=world.way))
 
 
 def main() -> None:
@@ -148,7 +151,7 @@ def main() -> None:
     shard = Shard(lambda id: (pool.entry(id).card, *pool.load(id)))
     world = World(cards=pool.cards, arch="conv4", image=pool.cards[0].image, way=5, seed=given.seed)
     part = datasets.load(given.spec).subset("val")
-    data = [Labelled("validation", "val", np.ascontiguousarray(part.images), part.labels)]
+    data = Labelled("validation", "val", np.ascontiguousarray(part.images), part.labels)
     for warm in (free_rounds(world, shard), purer_rounds(world, shard), bidf_pass(world, shard, 2)):
         next(warm)
     found = {

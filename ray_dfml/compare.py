@@ -20,9 +20,9 @@ from ray_dfml.core.scoring import mean_ci95
 from ray_dfml.errors import RejectedError
 from ray_dfml.files import resolved
 from ray_dfml.methods import METHODS, UNTRAINED
-from ray_dfml.pipeline import POOLED
 from ray_dfml.plots import number
 from ray_dfml.report import Record, dicts
+from ray_dfml.scorer import POOLED
 
 BASELINES = tuple(name for name, method in METHODS.items() if method.baseline)
 """What a difference is taken to, in any reading."""
@@ -193,17 +193,15 @@ def _md5(record: Record, data: object) -> str | None:
 def _steps(record: Record, method: str, selection: str, data: str) -> list[float]:
     """Step sizes of the adaptation at test: the one the run chose for the data, of `pooled` those of all, else
     `eval.lr`; none for a reading without steps.
-
-    Where the last weights are the validated ones, the run notes their step once, under `val`.
     """
     if method.endswith(("-direct", "-assign")) or _part(record.config, "learner").get("head") == "protonet":
         return []
-    chosen, name = _part(record.status, "test_step"), method.removesuffix("-finetune")
-    for one in [f"{each}/{kind}" for each in (method, name) for kind in (selection, "val")]:
-        parts = [k for k in chosen if (k.startswith(f"{one}/") if data == POOLED else k == f"{one}/{data}")]
-        known = {step for key in parts or [one] if (step := number(chosen.get(key))) is not None}
-        if known:
-            return sorted(known)
+    wanted = {"method": method.removesuffix("-finetune"), "selection": selection}
+    chosen = [one for one in dicts(record.status.get("test_step")) if wanted.items() <= one.items()]
+    own = [one.get("lr") for one in chosen if data in (POOLED, one.get("data"))]
+    known = {step for lr in own if (step := number(lr)) is not None}
+    if known:
+        return sorted(known)
     given = number(_part(record.config, "eval").get("lr"))
     return [] if given is None else [given]
 

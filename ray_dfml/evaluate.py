@@ -18,9 +18,9 @@ from torch import Tensor
 from ray_dfml.core import episodes, memory, scoring, seeds
 from ray_dfml.core.images import normalise, to_pixels
 from ray_dfml.core.inner_loop import Head, adapted, plain_grad
-from ray_dfml.core.net import Net, net
+from ray_dfml.core.net import Net
 from ray_dfml.methods.icfil import IcfilConfig, calibrate
-from ray_dfml.types import Arrays, ImageSpec, Job
+from ray_dfml.types import Arrays, Job, LearnerWeights, Worker
 
 BatchNormMode = Literal["transductive", "support", "running"]
 EPISODES_PER_JOB = 10
@@ -106,60 +106,40 @@ def finetune(
         return network(phi, query, fixed)[:, : int(labels.max()) + 1]
 
 
-def jobs(cfg: EvalConfig, *, way: int, shot: int, count: int) -> list[Job]:
-    """Jobs that cover episodes 0..count-1, ten each, so that the work splits alike for any number of shards."""
+def jobs(cfg: EvalConfig, *, way: int, shot: int, start: int = 0, stop: int) -> list[Job]:
+    """Jobs that cover episodes start..stop-1, ten each, so that the work splits alike for any number of shards.
+
+    `start` is a multiple of `EPISODES_PER_JOB`, so that a job's episodes do not depend on where it begins.
+    """
     values = {"way": way, "shot": shot, "query": cfg.query, "seed": cfg.seed}
     return [
-        Job(index=i, seed=0, values=values | {"start": start, "stop": min(start + EPISODES_PER_JOB, count)})
-        for i, start in enumerate(range(0, count, EPISODES_PER_JOB))
+        Job(index=i, seed=0, values=values | {"start": first, "stop": min(first + EPISODES_PER_JOB, stop)})
+        for i, first in enumerate(range(start, stop, EPISODES_PER_JOB))
     ]
 
 
-def shared(
-    cfg: EvalConfig,
-    *,
-    arch: str,
-    image: ImageSpec,
-    outputs: int,
-    theta: np.ndarray,
-    stats: np.ndarray,
-    reading: str,
-    lr: float | None,
-    head: Head,
-    images: np.ndarray,
-    labels: np.ndarray,
-) -> Arrays:
-    """Values all evaluate jobs read: weights [p], statistics [k], uint8 images [n c h w], labels [n], the reading, and
-    for `finetune` the step size, None for that of `cfg`, and what adapts."""
+def shared(cfg: EvalConfig, weights: LearnerWeights, *, reading: str, images: np.ndarray, labels: np.ndarray) -> Arrays:
+    """Values that all evaluate jobs read: the weights with their adaptation, the reading, uint8 images [n c h w] and
+    labels [n]."""
     return {
-        "arch": arch,
-        "shape": image.shape,
-        "mean": np.array(image.mean, np.float32),
-        "std": np.array(image.std, np.float32),
-        "outputs": outputs,
-        "theta": theta,
-        "stats": stats,
+        "weights": weights.values(),
         "reading": reading,
         "images": images,
         "labels": labels,
-        "steps": cfg.steps,
-        "lr": cfg.lr if lr is None else lr,
-        "head": head,
         "bn": cfg.bn,
         "icfil": cfg.icfil.model_dump(),
     }
 
 
-def evaluate(worker: object, jobs: Sequence[Job], shared: Arrays) -> list[Arrays]:
+def evaluate(worker: Worker, jobs: Sequence[Job], shared: Arrays) -> list[Arrays]:
     """The `evaluate` op: accuracies in percent of the episodes of each job.
 
     Readings: `finetune` adapts to the support; `direct` takes output unit c for way c and ignores the support;
     `assign` matches output units to ways on the support's log-probabilities (both with the weights' own statistics).
     """
-    device: torch.device = getattr(worker, "device")  # noqa: B009
-    network = net(shared["arch"], tuple(shared["shape"]), shared["outputs"])
-    theta, stats = (torch.tensor(shared[k], device=device) for k in ("theta", "stats"))
-    mean, std = (torch.tensor(shared[k], device=device) for k in ("mean", "std"))
+    device, weights = worker.device, LearnerWeights.of(shared["weights"])
+    network, theta, stats = weights.net, weights.theta.to(device), weights.stats.to(device)
+    mean, std = (torch.tensor(values, device=device) for values in (weights.image.mean, weights.image.std))
     icfil = IcfilConfig.model_validate(shared["icfil"])
 
     def load(positions: np.ndarray) -> Tensor:
@@ -185,10 +165,10 @@ def evaluate(worker: object, jobs: Sequence[Job], shared: Arrays) -> list[Arrays
                     support,
                     labels,
                     query,
-                    steps=shared["steps"],
-                    lr=shared["lr"],
+                    steps=weights.steps,
+                    lr=weights.lr,
                     bn=shared["bn"],
-                    head=shared["head"],
+                    head=weights.head,
                     icfil=icfil,
                     seed=seeds.derive(v["seed"], way, v["shot"], v["query"], index, "icfil"),
                 )

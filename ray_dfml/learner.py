@@ -23,14 +23,13 @@ from torch import Tensor
 from ray_dfml.core.backbones import known_arch
 from ray_dfml.core.images import normalise, to_pixels
 from ray_dfml.core.inner_loop import Head
-from ray_dfml.core.net import Net, net
 from ray_dfml.data import formats, weights_file
 from ray_dfml.data.folders import IMAGE_SUFFIXES
 from ray_dfml.data.manifest import Input
 from ray_dfml.errors import RejectedError, UsageError
 from ray_dfml.evaluate import BatchNormMode, adapt_to
 from ray_dfml.files import resolved
-from ray_dfml.types import ImageSpec
+from ray_dfml.types import ImageSpec, LearnerWeights
 
 WEIGHTS = "learner.safetensors"
 CARD_BYTES = 1 << 20
@@ -76,47 +75,34 @@ class LearnerCard(BaseModel):
 
 
 def export(
-    folder: Path,
-    *,
-    theta: Tensor | np.ndarray,
-    stats: Tensor | np.ndarray,
-    arch: str,
-    image: ImageSpec,
-    way: int,
-    method: str,
-    bn: BatchNormMode,
-    steps: int,
-    lr: float,
-    selection: str,
-    profile: str,
-    seed: int,
-    head: str = "maml",
+    folder: Path, weights: LearnerWeights, *, method: str, bn: BatchNormMode, selection: str, profile: str, seed: int
 ) -> None:
-    """Write weights [p] and statistics [k] as named tensors, and `learner.json`. Each file is replaced whole.
+    """Write the weights and statistics as named tensors, and `learner.json`. Each file is replaced whole.
 
     Raises RejectedError for values that `Learner.load` would refuse.
     """
+    image = weights.image
     card = LearnerCard.model_validate(
         {
             "method": method,
-            "arch": arch,
-            "way": way,
-            "head": head,
+            "arch": weights.arch,
+            "way": weights.outputs,
+            "head": weights.head,
             "input": {"channels": image.channels, "height": image.height, "width": image.width},
             "mean": [float(v) for v in image.mean],
             "std": [float(v) for v in image.std],
             "bn": bn,
-            "steps": steps,
-            "lr": float(lr),
+            "steps": weights.steps,
+            "lr": float(weights.lr),
             "selection": selection,
             "profile": profile,
             "seed": seed,
         }
     )
-    layouts = weights_file.parts(arch, image, way)
+    layouts = weights_file.parts(weights.arch, image, weights.outputs)
     tensors: dict[str, Tensor] = {}
-    for layout, flat in zip(layouts, (theta, stats), strict=True):
-        tensors |= layout.unflatten(torch.as_tensor(flat).detach().to("cpu", torch.float32))
+    for layout, flat in zip(layouts, (weights.theta, weights.stats), strict=True):
+        tensors |= layout.unflatten(flat.detach().to("cpu", torch.float32))
     weights_file.check_values(tensors)
     weights_file.write(folder / WEIGHTS, tensors)
     text = json.dumps(card.model_dump(mode="json"), indent=2) + "\n"
@@ -134,23 +120,17 @@ class Learner:
     Images have the learner's size, `learner.image`; they are not resized here (`read_folder` does it for files).
     """
 
-    theta: Tensor
-    """Weights [p]."""
-    stats: Tensor
-    """Running batch-norm statistics [k]."""
-    image: ImageSpec
-    """Size and normalisation of the images it takes."""
-    way: int
-    """The most classes it can tell apart at once."""
-    head: Head
-    """How it adapts."""
+    weights: LearnerWeights
+    """Its network and weights, and how it adapts."""
     bn: BatchNormMode
     """Batch-norm statistics when it adapts and predicts."""
 
     def __init__(self, card: LearnerCard, theta: Tensor, stats: Tensor) -> None:
-        self.theta, self.stats = theta, stats
-        self.arch, self.image, self.way = card.arch, card.image, card.way
-        self.head, self.bn, self.steps, self.lr = card.head, card.bn, card.steps, card.lr
+        self.weights = LearnerWeights(
+            arch=card.arch, image=card.image, outputs=card.way, theta=theta, stats=stats, head=card.head,
+            steps=card.steps, lr=card.lr,
+        )  # fmt: skip
+        self.bn = card.bn
         self.method, self.profile, self.selection, self.seed = card.method, card.profile, card.selection, card.seed
         self._mean, self._std = torch.tensor(card.mean), torch.tensor(card.std)
 
@@ -177,15 +157,19 @@ class Learner:
         return cls(card, layouts.parameters.flatten(tensors), layouts.statistics.flatten(tensors))
 
     @property
-    def net(self) -> Net:
-        """Its network, without weights."""
-        return net(self.arch, self.image.shape, self.way)
+    def image(self) -> ImageSpec:
+        """Size and normalisation of the images it takes."""
+        return self.weights.image
+
+    @property
+    def way(self) -> int:
+        """The most classes it can tell apart at once."""
+        return self.weights.outputs
 
     def adapt(self, x: np.ndarray | Tensor, y: Sequence[Hashable] | np.ndarray | Tensor) -> "AdaptedLearner":
         """The learner adapted to the support; itself it does not change.
 
-        Which weights the `steps` SGD steps of size `lr` change, or that there are none, says `head`
-        (`core.inner_loop.adapted`).
+        `weights.head` says which weights the SGD steps change, if any (`core.inner_loop.adapted`).
 
         `x`: uint8 [n c h w] or [n h w c], or float in [0, 1] [n c h w]; NumPy or torch. `y`: n labels of any hashable
         kind. Class i is the i-th distinct label in `y`; head outputs beyond the last class are left out of loss and
@@ -249,17 +233,18 @@ class AdaptedLearner:
         """Adapts to normalised images [s c h w] with labels [s] in 0..k-1 (`evaluate.adapt_to`)."""
         self.classes = classes
         self._learner = learner
+        weights = learner.weights
         self._phi = adapt_to(
-            learner.net, learner.theta, learner.stats, support, labels,
-            steps=learner.steps, lr=learner.lr, bn=learner.bn, head=learner.head,
+            weights.net, weights.theta, weights.stats, support, labels,
+            steps=weights.steps, lr=weights.lr, bn=learner.bn, head=weights.head,
         )  # fmt: skip
-        self._stats = learner.stats
+        self._stats = weights.stats
         if learner.bn != "running":
             with torch.no_grad():
-                self._stats = learner.net.with_stats(self._phi, support)[1]
+                self._stats = weights.net.with_stats(self._phi, support)[1]
 
     def _logits(self, q: np.ndarray | Tensor) -> Tensor:
-        query, network = self._learner._normalised(q), self._learner.net
+        query, network = self._learner._normalised(q), self._learner.weights.net
         with torch.no_grad():
             if self._learner.bn == "transductive" and len(query) > 1:
                 logits = network(self._phi, query)

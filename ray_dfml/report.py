@@ -226,12 +226,14 @@ def _facts(value: object, prefix: str = "") -> list[tuple[str, str]]:
     return [(prefix, "none" if value in (None, "", {}) else str(value))] if prefix else []
 
 
-def _steps(record: Record) -> dict[str, float]:
-    """Step sizes at test, as the run chose them: "METHOD/SELECTION", or for several data sets "METHOD/SELECTION/DATA",
-    -> step."""
-    found = record.status.get("test_step")
-    given = found.items() if isinstance(found, dict) else ()
-    return {str(name): lr for name, lr in ((name, number(value)) for name, value in given) if lr is not None}
+def _steps(record: Record) -> list[str]:
+    """Step sizes at test, as the run chose them for its weights and each data set."""
+    steps = dicts(record.status.get("test_step"))
+    several = len({str(step.get("data")) for step in steps}) > 1
+    return [
+        f"{step.get('method')}/{step.get('selection')}" + (f" on {step.get('data')}" if several else "") + f" {lr:g}"
+        for step in steps if (lr := number(step.get("lr"))) is not None
+    ]  # fmt: skip
 
 
 def _values(record: Record) -> dict[str, Any]:
@@ -253,7 +255,7 @@ def _values(record: Record) -> dict[str, Any]:
         "started": str(record.manifest.get("started") or "not recorded").replace("T", " ").replace("+00:00", " UTC"),
         "rejected": record.rejected,
         "notes": [str(note) for note in record.status.get("notes") or []],
-        "steps": ", ".join(f"{name} {lr:g}" for name, lr in _steps(record).items()),
+        "steps": ", ".join(_steps(record)),
         "rounds": record.rounds,
         "duration": _duration(record.seconds),
         "selection": (learner or {}).get("selection") or ("val" if "val" in selections else "last"),

@@ -3,7 +3,7 @@
 from typing import Any
 
 from ray_dfml.core.scoring import mean_ci95
-from ray_dfml.pipeline import Score
+from ray_dfml.types import Score
 
 KEYS = ("method", "data", "split", "way", "shot", "episodes", "bn", "profile", "selection", "mean", "ci95")
 

@@ -1,8 +1,22 @@
-"""What crosses a process border. Values only: NumPy arrays, numbers, strings, and dicts or lists of these."""
+"""What parts of the project hand to each other, above the mathematics and below the methods.
 
-from collections.abc import Sequence
+What crosses a process border is a value: NumPy arrays, numbers, strings, and dicts or lists of these, or a dataclass of
+them.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from functools import cached_property
+from typing import Any, Protocol, Self
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ray_dfml.core.inner_loop import Head
+from ray_dfml.core.net import Net, net
 
 Arrays = dict[str, Any]
 """Names to NumPy arrays, numbers, strings, or nested dicts and lists of these. Cheap to ship, no pickle of our own."""
@@ -27,6 +41,16 @@ class ImageSpec:
     def shape(self) -> tuple[int, int, int]:
         """(channels, height, width)."""
         return (self.channels, self.height, self.width)
+
+    def values(self) -> Arrays:
+        """The same as values that can be shipped and checkpointed."""
+        size = {"channels": self.channels, "height": self.height, "width": self.width}
+        return size | {"mean": list(self.mean), "std": list(self.std)}
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> Self:
+        """The images that `values` describes."""
+        return cls(**{**values, "mean": tuple(values["mean"]), "std": tuple(values["std"])})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,3 +92,123 @@ class Backend(Protocol):
         A teacher that cannot be used (bad values, or a process that died twice on it) gives `{"rejected": reason}`.
         """
         ...
+
+
+class Teacher(Protocol):
+    """A pool member as an op sees it, frozen, on the worker's device."""
+
+    @property
+    def card(self) -> TeacherCard:
+        """What is known of it."""
+        ...
+
+    @property
+    def net(self) -> Net:
+        """Its network."""
+        ...
+
+    @property
+    def theta(self) -> Tensor:
+        """Its weights [p]."""
+        ...
+
+    @property
+    def stats(self) -> Tensor:
+        """Its running batch-norm statistics [k]."""
+        ...
+
+
+class Worker(Protocol):
+    """What an op may ask of the process it runs in."""
+
+    device: torch.device
+    batched: bool
+    """Whether to batch jobs with `vmap` (accelerators) or to loop over them (CPU)."""
+
+    def teacher(self, id: str) -> Teacher:
+        """The teacher, from a cache keyed by content."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class LearnerWeights:
+    """A network with its weights, and how it adapts to a support: all that a score or a prediction depends on, apart
+    from the images and the batch norm at test."""
+
+    arch: str
+    image: ImageSpec
+    outputs: int
+    """Units of the head: the most classes it can tell apart."""
+    theta: Tensor
+    """Weights [p], float32 on the CPU."""
+    stats: Tensor
+    """Running batch-norm statistics [k], float32 on the CPU."""
+    head: Head
+    """What adapts."""
+    steps: int
+    """SGD steps on the support."""
+    lr: float
+    """Their step size."""
+
+    @property
+    def net(self) -> Net:
+        """The network, without weights."""
+        return net(self.arch, self.image.shape, self.outputs)
+
+    @property
+    def finite(self) -> bool:
+        """Whether no weight and no statistic is NaN or infinite."""
+        return bool(torch.isfinite(self.theta).all() and torch.isfinite(self.stats).all())
+
+    @cached_property
+    def digest(self) -> str:
+        """sha256 of everything but `lr`: equal weights, of whatever selection, have one digest."""
+        plain = {key: value for key, value in self.values().items() if key not in ("theta", "stats", "lr")}
+        found = hashlib.sha256(json.dumps(plain, sort_keys=True).encode())
+        for part in (self.theta, self.stats):
+            found.update(part.numpy().tobytes())
+        return found.hexdigest()
+
+    def values(self) -> Arrays:
+        """The same as values that can be shipped and checkpointed; `theta` and `stats` are float32 arrays."""
+        return {
+            "arch": self.arch,
+            "image": self.image.values(),
+            "outputs": self.outputs,
+            "theta": self.theta.numpy(),
+            "stats": self.stats.numpy(),
+            "head": self.head,
+            "steps": self.steps,
+            "lr": self.lr,
+        }
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> Self:
+        """The weights that `values` holds. The arrays are copied."""
+        parts = {key: torch.tensor(values[key]) for key in ("theta", "stats")}
+        return cls(**{**values, **parts, "image": ImageSpec.of(values["image"])})
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """Real images for episodes: uint8 [n c h w] and labels [n]. They validate and test; no method trains on them."""
+
+    data: str
+    """Name of the data set."""
+    split: str
+    images: np.ndarray
+    labels: np.ndarray
+
+
+@dataclass(frozen=True, kw_only=True)
+class Score:
+    """Per-episode accuracies in percent of one set of weights, one reading, on one set of episodes."""
+
+    method: str
+    data: str
+    split: str
+    way: int
+    shot: int
+    bn: str
+    selection: str
+    accuracies: np.ndarray

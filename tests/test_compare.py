@@ -51,6 +51,11 @@ def make(
     return path
 
 
+def step(method: str, selection: str, lr: float, data: str = "glyphs") -> dict[str, Any]:
+    """A chosen step as `status.json` has it."""
+    return {"method": method, "selection": selection, "data": data, "lr": lr}
+
+
 def edit(file: Path, **changes: Any) -> None:
     """Change keys of a JSON object in a file."""
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
@@ -228,7 +233,7 @@ def test_seeds_of_equal_settings_have_a_mean(tmp_path):
         for seed, shift in enumerate(shifts)
     ]
     runs.append(make(tmp_path / "average", {"average/last": AVERAGE}, name="average"))
-    edit(runs[2] / "status.json", test_step={"free/last": 0.2})
+    edit(runs[2] / "status.json", test_step=[step("free", "last", 0.2)])
     (runs[2] / "metrics.jsonl").write_text('{"round": 0, "seconds/free.recover": 4.5, "seconds/round": 14.0}\n')
     found = compare(runs).tree()
     assert [row["seeds"] for row in found["runs"] if row["method"] == "free"] == [[0], [1], [2]]
@@ -307,7 +312,8 @@ def test_cost_and_step_of_a_run(tmp_path):
          "random/last": RANDOM},
         name="best-model",
     )  # fmt: skip
-    edit(run / "status.json", test_step={"best-model/val": 0.2, "random/last": 0.05})
+    edit(run / "status.json", test_step=[step("best-model", "val", 0.2), step("best-model", "last", 0.2),
+                                          step("random", "last", 0.05)])  # fmt: skip
     rows = compare([run]).rows
     steps = {f"{row['method']}/{row['selection']}": row["steps"] for row in rows}
     assert steps == {
@@ -323,15 +329,16 @@ def test_cost_and_step_of_a_run(tmp_path):
 
 
 def test_steps_of_several_data_sets_are_each_one_s_own(tmp_path):
-    chosen = {"free/val": 0.05, "free/val/toy": 0.5, "free/val/toyota": 0.2, "random/last": 0.01}
+    chosen = [step("free", kind, lr, data) for kind in ("val", "last") for data, lr in (("toy", 0.5), ("a/b", 0.2))]
+    chosen += [step("random", "last", 0.05, data) for data in ("toy", "a/b")]
     run = make(tmp_path / "a", {"free/val": FREE, "free/last": FREE, "random/last": RANDOM})
     edit(run / "status.json", test_step=chosen)
     scores = json.loads((run / "scores.json").read_text())
-    for data, steps in {"toy": [0.5], "toyota": [0.2], "pooled": [0.2, 0.5], "other": [0.05]}.items():
+    for data, steps in {"toy": [0.5], "a/b": [0.2], "pooled": [0.2, 0.5], "other": [0.01]}.items():
         (run / "scores.json").write_text(json.dumps([score | {"data": data} for score in scores]))
         rows = compare([run]).rows
         assert [row["steps"] for row in rows if row["method"] == "free"] == [steps] * 2
-        assert row_of(rows, "random")["steps"] == [0.01]
+        assert row_of(rows, "random")["steps"] == ([0.01] if data == "other" else [0.05])
 
 
 def test_scores_whose_episodes_cannot_be_used_say_so(tmp_path):

@@ -1,6 +1,7 @@
 """The finetune reading by head, batch norm and calibration, and the evaluate op around it."""
 
 import inspect
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from ray_dfml.core.images import normalise, to_pixels
 from ray_dfml.core.net import Net
 from ray_dfml.evaluate import EvalConfig, adapt_to, finetune
 from ray_dfml.methods.icfil import IcfilConfig, calibrate
-from ray_dfml.types import Arrays
+from ray_dfml.types import LearnerWeights
 from tests.support import FakeWorker, image_spec, normal, small_world
 
 NETWORK, WAY, LR, STEPS = Net("conv4", (3, 16, 16), 4), 3, 0.05, 4
@@ -119,12 +120,12 @@ SPEC = image_spec()
 
 def accuracies(cfg: EvalConfig, count: int, **changes: Any) -> np.ndarray:
     theta, stats, *_ = drawn()
-    given: Arrays = {"theta": theta.float().numpy(), "stats": stats.float().numpy(), "lr": LR, "head": "maml"}
-    shared = evaluate.shared(
-        cfg, arch="conv4", image=SPEC, outputs=4, reading="finetune", images=IMAGES, labels=LABELS,
-        **(given | changes),
-    )  # fmt: skip
-    jobs = evaluate.jobs(cfg, way=WAY, shot=2, count=count)
+    weights = LearnerWeights(
+        arch="conv4", image=SPEC, outputs=4, theta=theta.float(), stats=stats.float(), head="maml", steps=STEPS, lr=LR
+    )
+    weights = replace(weights, **changes)
+    shared = evaluate.shared(cfg, weights, reading="finetune", images=IMAGES, labels=LABELS)
+    jobs = evaluate.jobs(cfg, way=WAY, shot=2, stop=count)
     results = evaluate.evaluate(FakeWorker(small_world(cards=0)), jobs, shared)
     return np.concatenate([result["accuracies"] for result in results])
 
@@ -147,13 +148,18 @@ def test_the_op_scores_each_episode_with_its_own_seed(head, icfil):
         assert found[i] == pytest.approx(100 * float(right.float().mean()))
 
 
-def test_candidate_steps_are_a_setting_that_the_op_does_not_read():
+def test_the_op_adapts_as_the_weights_say_not_as_the_settings():
     assert EvalConfig().lrs == (0.01, 0.05, 0.2, 0.5)
     with pytest.raises(ValueError, match="greater than 0"):
         EvalConfig(lrs=(0.1, 0.0))
-    one, other = (accuracies(EvalConfig(query=3, lrs=lrs), 5) for lrs in ((), (7.0,)))
+    one, other = (accuracies(EvalConfig(query=3, **more), 5) for more in ({}, {"lr": 3.0, "steps": 1, "lrs": (7.0,)}))
     assert np.array_equal(one, other)
     assert not np.array_equal(one, accuracies(EvalConfig(query=3), 5, lr=3.0))
-    assert np.array_equal(
-        accuracies(EvalConfig(query=3, lr=3.0), 5, lr=None), accuracies(EvalConfig(query=3), 5, lr=3.0)
-    )
+
+
+def test_jobs_cover_episodes_once_and_begin_at_tens():
+    cfg = EvalConfig()
+    found = [evaluate.jobs(cfg, way=2, shot=1, start=start, stop=stop) for start, stop in ((0, 20), (20, 45))]
+    spans = [(job.values["start"], job.values["stop"]) for jobs in found for job in jobs]
+    assert spans == [(0, 10), (10, 20), (20, 30), (30, 40), (40, 45)]
+    assert [[job.index for job in jobs] for jobs in found] == [[0, 1], [0, 1, 2]]

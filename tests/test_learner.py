@@ -2,6 +2,7 @@
 
 import json
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from ray_dfml.core.net import net
 from ray_dfml.data import weights_file
 from ray_dfml.errors import DfmlError, RejectedError, UsageError
 from ray_dfml.learner import CHUNK, Learner, export, read_folder
-from ray_dfml.types import ImageSpec
+from ray_dfml.types import ImageSpec, LearnerWeights
 
 IMAGE = ImageSpec(channels=3, height=16, width=20, mean=(0.5, 0.4, 0.3), std=(0.25, 0.2, 0.3))
 WAY = 4
@@ -35,11 +36,14 @@ def flat(seed: int = 0, image: ImageSpec = IMAGE) -> tuple[torch.Tensor, torch.T
 def exported(folder: Path, *, image: ImageSpec = IMAGE, **changes: Any) -> Learner:
     """A learner that went through its files."""
     theta, stats = flat(image=image)
-    values: dict[str, Any] = {
-        "theta": theta, "stats": stats, "arch": "conv4", "image": image, "way": WAY, "method": "free",
-        "bn": "transductive", "steps": 10, "lr": 0.01, "selection": "val", "profile": "fixed", "seed": 3,
+    weights = LearnerWeights(
+        arch="conv4", image=image, outputs=WAY, theta=theta, stats=stats, head="maml", steps=10, lr=0.01
+    )
+    about: dict[str, Any] = {
+        "method": "free", "bn": "transductive", "selection": "val", "profile": "fixed", "seed": 3,
     }  # fmt: skip
-    export(folder, **(values | changes))
+    of_weights = {name: value for name, value in changes.items() if name not in about}
+    export(folder, replace(weights, **of_weights), **(about | {k: v for k, v in changes.items() if k in about}))
     return Learner.load(folder)
 
 
@@ -67,11 +71,12 @@ def one_line(error: type[DfmlError], call: Any, *needles: str) -> None:
 def test_round_trip_keeps_every_bit_and_names_tensors(tmp_path):
     theta, stats = flat()
     learner = exported(tmp_path)
-    assert torch.equal(learner.theta, theta)
-    assert torch.equal(learner.stats, stats)
-    assert (learner.image, learner.way, learner.arch) == (IMAGE, WAY, "conv4")
-    assert (learner.bn, learner.steps, learner.lr, learner.selection) == ("transductive", 10, 0.01, "val")
-    assert (learner.method, learner.profile, learner.seed, learner.head) == ("free", "fixed", 3, "maml")
+    weights = learner.weights
+    assert torch.equal(weights.theta, theta)
+    assert torch.equal(weights.stats, stats)
+    assert (learner.image, learner.way, weights.arch) == (IMAGE, WAY, "conv4")
+    assert (learner.bn, weights.steps, weights.lr, learner.selection) == ("transductive", 10, 0.01, "val")
+    assert (learner.method, learner.profile, learner.seed, weights.head) == ("free", "fixed", 3, "maml")
     assert json.loads((tmp_path / "learner.json").read_text()) == {
         "format": 1, "method": "free", "arch": "conv4", "way": 4, "head": "maml",
         "input": {"channels": 3, "height": 16, "width": 20}, "mean": [0.5, 0.4, 0.3], "std": [0.25, 0.2, 0.3],
@@ -81,12 +86,12 @@ def test_round_trip_keeps_every_bit_and_names_tensors(tmp_path):
     assert {"head.weight", "blocks.0.norm.running_var"} <= names
     assert {p.name for p in tmp_path.iterdir()} == {"learner.json", "learner.safetensors"}
     again = Learner.load(tmp_path / "learner.safetensors")
-    assert torch.equal(again.theta, theta)
+    assert torch.equal(again.weights.theta, theta)
 
 
-def test_export_takes_arrays_and_refuses_values_that_load_would_refuse(tmp_path):
+def test_export_refuses_values_that_load_would_refuse(tmp_path):
     theta, stats = flat()
-    exported(tmp_path, theta=theta.numpy(), stats=stats.numpy())
+    exported(tmp_path, theta=theta, stats=stats)
     before = (tmp_path / "learner.safetensors").read_bytes()
     broken = theta.clone()
     broken[7] = float("nan")
@@ -146,9 +151,9 @@ def test_a_card_of_before_there_were_heads_is_of_a_maml_learner(tmp_path):
     file = tmp_path / "learner.json"
     card = json.loads(file.read_text())
     assert card.pop("head") == "anil"
-    assert Learner.load(tmp_path).head == "anil"
+    assert Learner.load(tmp_path).weights.head == "anil"
     file.write_text(json.dumps(card))
-    assert Learner.load(tmp_path).head == "maml"
+    assert Learner.load(tmp_path).weights.head == "maml"
 
 
 @HEADS
@@ -206,14 +211,14 @@ def test_renaming_classes_only_renames_predictions_and_bits_repeat(tmp_path):
     assert two.predict(q) == [rename[name] for name in one.predict(q)]
     np.testing.assert_array_equal(one.predict_proba(q), two.predict_proba(q))
     np.testing.assert_array_equal(one.predict_proba(q), one.predict_proba(q))
-    assert torch.equal(learner.theta, flat()[0])
+    assert torch.equal(learner.weights.theta, flat()[0])
 
 
 @pytest.mark.parametrize("bn", ["transductive", "support", "running"])
 def test_answers_from_eight_threads_equal_those_from_one(tmp_path, bn):
     """Two learners of one architecture, many requests at once, each adapted to a support of its own."""
     learners = [exported(tmp_path, bn=bn) for _ in range(2)]
-    learners[1].theta.mul_(1.1)
+    learners[1].weights.theta.mul_(1.1)
     (query, _), supports = blobs(3, seed=99), [blobs(2, seed=i) for i in range(8)]
 
     def ask(i: int) -> tuple[list[Any], np.ndarray]:

@@ -1,8 +1,7 @@
-"""The round loop's body: quarantine, selection, and what is scored under which name."""
+"""The round loop's body: quarantine, selection, and the weights behind a score."""
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import pytest
@@ -11,10 +10,12 @@ import torch
 from ray_dfml.config import resolve
 from ray_dfml.errors import DfmlError, RejectedError
 from ray_dfml.methods import METHODS
-from ray_dfml.pipeline import KEPT, Labelled, Trainer
+from ray_dfml.pipeline import KEPT, KEYS, Trainer
 from ray_dfml.runtime.local import LocalBackend
-from ray_dfml.scores import KEYS, as_row
-from ray_dfml.types import Arrays, Job
+from ray_dfml.scorer import Episodes, Part
+from ray_dfml.scores import KEYS as KEYS_OF_A_ROW
+from ray_dfml.scores import as_row
+from ray_dfml.types import Arrays, Job, Labelled
 from tests.runtime import toy
 from tests.support import FakeWorker, random_teacher, small_world
 
@@ -101,7 +102,7 @@ def test_work_without_a_teacher_that_fails_ends_the_run() -> None:
         one.round(0)
     one = trainer("random", spoil={"evaluate": {0: {"rejected": "its process died 2 times"}}})
     with pytest.raises(DfmlError, match="evaluation failed: its process died 2 times"):
-        one.validate(0)
+        toy.scores_of(one, "last")
 
 
 def test_a_round_tells_where_its_time_went() -> None:
@@ -114,57 +115,42 @@ def test_a_round_tells_where_its_time_went() -> None:
     assert all(np.isfinite(v) for v in metrics.values())
 
 
-def test_the_best_weights_on_validation_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first of equals stays; a later, better one replaces it."""
-    one = trainer("random", "eval.shots=[1,2]")
-    asked: list[tuple[str, int, int]] = []
-    means = iter([40.0, 60.0, 60.0, 50.0])
-
-    def score(self: Trainer, images: Labelled, shot: int, count: int, *_: Any) -> np.ndarray:
-        asked.append((images.split, shot, count))
-        return np.full(count, next(means))
-
-    monkeypatch.setattr(Trainer, "_score", score)
-    rounds = []
-    for r in range(4):
+@pytest.mark.parametrize("selection", ["val", "test-best"])
+def test_the_best_weights_are_kept(selection: str) -> None:
+    """The first of equals stays, a later and better one replaces it, and NaN never does, not even as the first."""
+    one, rounds = trainer("random"), []
+    for r, accuracy in enumerate((float("nan"), 40.0, 60.0, float("nan"), 60.0, 50.0)):
         one.state["theta"] = torch.full_like(one.state["theta"], float(r))
-        assert one.validate(r) == (40.0, 60.0, 60.0, 50.0)[r]
-        rounds.append(one.state["best"]["round"])
-    assert rounds == [0, 1, 1, 1]
-    assert one.state["best"]["accuracy"] == 60.0
-    assert (one.state["best"]["theta"] == 1).all()
-    assert asked == [("val", 2, 10)] * 4
-    assert one.state["test_best"] == {}
+        one.keep(selection, accuracy, r)
+        rounds.append(one.state[KEYS[selection]].get("round"))
+    assert rounds == [None, 1, 2, 2, 2, 2]
+    assert one.state[KEYS[selection]]["accuracy"] == 60.0
+    assert (one.weights(selection).theta == 2).all()
+    assert set(one.candidates()) == {"last", "random", selection}
 
 
-def test_selection_on_test_only_on_request(monkeypatch: pytest.MonkeyPatch) -> None:
-    one = trainer("random", "eval.test_best=true")
-    asked: list[str] = []
-
-    def score(self: Trainer, images: Labelled, shot: int, count: int, *_: Any) -> np.ndarray:
-        asked.append(images.split)
-        return np.full(count, 50.0)
-
-    monkeypatch.setattr(Trainer, "_score", score)
-    one.validate(3)
-    assert asked == ["test", "val"]
-    assert one.state["test_best"]["round"] == 3
-
-
-def test_without_data_nothing_is_selected() -> None:
-    one = trainer("random", data=False)
-    assert one.validate(0) is None
-    assert one.test("last") == one.baseline() == []
-    assert {name: one.state[name] for name in KEPT} == {"rejected": {}, "best": {}, "test_best": {}}
+def test_weights_that_nothing_changed_are_no_candidate() -> None:
+    """A round of the warm-up leaves the learner fresh, also where the trainer is made anew between two rounds."""
+    one = trainer("free", "method.warmup=1")
+    assert not one.learned()
+    one.round(0)
+    assert not one.learned()
+    later = Trainer(one.config.model_dump(mode="json"), WORLD, sets(), Spoiled({}), one.snapshot())
+    later.round(1)
+    assert later.learned()
+    later.state["theta"] = torch.full_like(later.state["theta"], float("inf"))
+    assert not later.learned(), "weights that are not finite are none either"
 
 
 def test_the_parts_of_the_loop_survive_a_round() -> None:
     one = trainer()
-    one.validate(0)
+    assert {name: one.state[name] for name in KEPT if name != "began"} == {"rejected": {}, "best": {}, "test_best": {}}
+    began = one.state["began"]
+    one.keep("val", 50.0, 0)
     best = one.state["best"]
     one.round(1)
     assert one.snapshot()["best"] is best
-    assert set(KEPT) <= set(one.snapshot())
+    assert one.snapshot()["began"] == began
 
 
 def test_a_trainer_from_a_snapshot_goes_on_in_the_same_bits() -> None:
@@ -179,28 +165,40 @@ def test_a_trainer_from_a_snapshot_goes_on_in_the_same_bits() -> None:
 
 
 def test_the_scores_of_a_selection_are_those_of_its_weights() -> None:
-    """`val` reads the weights kept, `last` the current ones; `random` stands on the same episodes."""
+    """`val` reads the weights kept, `last` the current ones; `random` is a fresh learner."""
     one = trainer("average")
-    fresh = [s.accuracies.tolist() for s in one.test("last")]
-    one.validate(0)
+    fresh = [s.accuracies.tolist() for s in toy.scores_of(one, "last")]
+    one.keep("val", 50.0, 0)
     one.round(0)
-    val, last, random = one.test("val"), one.test("last"), one.baseline()
-    assert [s.accuracies.tolist() for s in val] == fresh
-    assert [s.accuracies.tolist() for s in last] != fresh
-    assert [(s.method, s.selection) for s in (*val, *last, *random)] == [
-        ("average", "val"), ("average", "last"), ("random", "last")
-    ]  # fmt: skip
-    assert [s.accuracies.tolist() for s in random] == fresh, "a fresh learner is the random baseline"
+    val, last, random = (
+        [s.accuracies.tolist() for s in toy.scores_of(one, name)] for name in ("val", "last", "random")
+    )
+    assert val == random == fresh
+    assert last != fresh
+
+
+def test_a_score_does_not_depend_on_who_asks_for_which_part() -> None:
+    """Nor on whether the trainer that is asked has named its weights: one that begins again has not."""
+    one = trainer("average")
+    of = Episodes(
+        weights=one.candidates()["last"], reading="finetune", data="toy", split="test", shot=1, lr=0.1
+    )  # fmt: skip
+    whole = one.score(Part(episodes=of, start=0, stop=20))
+    again = Trainer(one.config.model_dump(mode="json"), WORLD, sets(), Spoiled({}), one.snapshot())
+    parts = [again.score(Part(episodes=of, start=start, stop=start + 10)) for start in (0, 10)]
+    assert np.concatenate(parts).tolist() == whole.tolist()
+    other = one.score(Part(episodes=replace(of, lr=5.0), start=0, stop=20))
+    assert other.tolist() != whole.tolist()
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_row_has_the_keys_of_the_contract(method: str) -> None:
-    rows = [as_row(score, "fixed") for score in trainer(method).test("last")]
+    rows = [as_row(score, "fixed") for score in toy.scores_of(trainer(method), "last")]
     names = [row["method"] for row in rows]
     readings = METHODS[method].READINGS
     assert names == ([method] if len(readings) == 1 else [f"{method}-{reading}" for reading in readings])
     for row in rows:
-        assert tuple(row) == KEYS
+        assert tuple(row) == KEYS_OF_A_ROW
         assert (row["way"], row["shot"], row["episodes"], row["split"]) == (2, 1, 20, "test")
 
 
@@ -211,75 +209,3 @@ def test_the_worker_of_the_tests_is_a_shard_in_small() -> None:
     shared = one.method.shared(one.config.method, one.world, one.state, 0)
     here = FakeWorker(WORLD).send("free.recover", jobs[:1], shared)
     toy.assert_equal(here, LocalBackend(TEACHERS.__getitem__).map("free.recover", jobs[:1], shared))
-
-
-def scripted(monkeypatch: pytest.MonkeyPatch, best: dict[float, float]) -> list[tuple[str, int, float | None]]:
-    """Scores that depend on the step size only: step -> accuracy on validation. Returns what was asked for."""
-    asked: list[tuple[str, int, float | None]] = []
-
-    def score(
-        self: Trainer, one: Labelled, shot: int, count: int, state: Any, reading: str, lr: float | None = None
-    ) -> np.ndarray:
-        asked.append((one.split, shot, lr))
-        return np.full(count, best.get(lr or 0.0, 0.0) if one.split == "val" else 99.0 - (lr or 0.0))
-
-    monkeypatch.setattr(Trainer, "_score", score)
-    return asked
-
-
-def test_the_step_size_is_chosen_on_validation_episodes_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The test would choose 0.1; validation chooses 0.5, over all shots, once for each set of weights."""
-    asked = scripted(monkeypatch, {0.1: 30.0, 0.5: 60.0, 0.9: 60.0})
-    one = trainer("free", "eval.lrs=[0.1,0.5,0.9]", "eval.shots=[1,2]")
-    scores = one.test("last") + one.test("last") + one.baseline()
-    chosen = [row for row in asked if row[0] == "val"]
-    assert chosen == [("val", shot, lr) for lr in (0.1, 0.5, 0.9) for shot in (1, 2)] * 2
-    assert {lr for split, _, lr in asked if split == "test"} == {0.5}
-    assert len(scores) == 6
-    assert one.step_sizes() == {"free/last": 0.5, "random/last": 0.5}
-
-
-def test_each_data_set_is_tested_with_a_step_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each set of weights: 0.1 suits the one, 0.5 the other, 0.3 both together, which is what is exported."""
-    best = {"toy": {0.1: 60.0, 0.3: 50.0, 0.5: 20.0}, "other": {0.1: 20.0, 0.3: 50.0, 0.5: 60.0}}
-    asked: list[tuple[str, str, float | None]] = []
-
-    def score(
-        self: Trainer, one: Labelled, shot: int, count: int, state: Any, reading: str, lr: float | None = None
-    ) -> np.ndarray:
-        asked.append((one.data, one.split, lr))
-        return np.full(count, best[one.data][lr or 0.0])
-
-    monkeypatch.setattr(Trainer, "_score", score)
-    config = resolve("free", sets=[*toy.EVAL, "eval.lrs=[0.1,0.3,0.5]"])
-    both = sets() + [replace(part, data="other") for part in sets()]
-    one = Trainer(config.model_dump(mode="json"), WORLD, both, LocalBackend(TEACHERS.__getitem__), None)
-    scores = one.test("last") + one.baseline()
-    assert [(s.data, s.accuracies.mean()) for s in scores] == [("toy", 60.0), ("other", 60.0), ("pooled", 60.0)] * 2
-    assert {(data, lr) for data, split, lr in asked if split == "test"} == {("toy", 0.1), ("other", 0.5)}
-    assert one.step_size("last") == 0.3
-    assert one.step_size("last", "unknown") == 0.3
-    steps = {"toy": 0.1, "other": 0.5}
-    assert one.step_sizes() == {f"{w}/last/{data}": lr for w in ("free", "random") for data, lr in steps.items()}
-    assert len(asked) == 2 * (2 * 3 + 2), "each step is scored once on each set"
-
-
-@pytest.mark.parametrize(("more", "data"), [(("eval.lrs=[]",), True), ((), False), (("learner.head=protonet",), True)])
-def test_without_a_choice_the_step_is_the_given_one(
-    monkeypatch: pytest.MonkeyPatch, more: tuple[str, ...], data: bool
-) -> None:
-    asked = scripted(monkeypatch, {})
-    one = trainer("free", "eval.lr=0.07", *more, data=data)
-    one._world = replace(one._world, head=one.config.learner.head)
-    assert one.step_size("last") == 0.07
-    assert asked == []
-
-
-def test_several_sets_are_scored_one_by_one_and_pooled() -> None:
-    config = resolve("random", sets=[*toy.EVAL, "eval.lrs=[]"])
-    first, second = sets(), [replace(part, data="other", images=255 - part.images) for part in sets()]
-    one = Trainer(config.model_dump(mode="json"), WORLD, first + second, LocalBackend(TEACHERS.__getitem__), None)
-    scores = one.test("last")
-    assert [score.data for score in scores] == ["toy", "other", "pooled"]
-    assert scores[2].accuracies.tolist() == [*scores[0].accuracies, *scores[1].accuracies]
-    assert [score.data for score in one.baseline()] == ["toy", "other", "pooled"]

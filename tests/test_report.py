@@ -14,7 +14,7 @@ from ray_dfml import config, plots, report
 from ray_dfml.core.net import net
 from ray_dfml.errors import RejectedError, UsageError
 from ray_dfml.learner import export
-from ray_dfml.types import ImageSpec
+from ray_dfml.types import ImageSpec, LearnerWeights
 from tests.data.pools import two_teachers
 
 EVIL = '<script>alert("x")</script>'
@@ -243,9 +243,11 @@ def test_learner_ledger_and_errors_are_shown(tmp_path):
     run = make(tmp_path / "run", scores=[score("student", 80.0, shot=None, way=None, bn=None, episodes=None)])
     image = ImageSpec(channels=1, height=16, width=16, mean=(0.5,), std=(0.5,))
     network = net("conv4", image.shape, 5)
-    export(run, theta=network.init(torch.Generator().manual_seed(0)), stats=network.initial_stats(), arch="conv4",
-           image=image, way=5, method="free", bn="support", steps=10, lr=0.01, selection="last", profile="fixed",
-           seed=0)  # fmt: skip
+    weights = LearnerWeights(
+        arch="conv4", image=image, outputs=5, theta=network.init(torch.Generator().manual_seed(0)),
+        stats=network.initial_stats(), head="maml", steps=10, lr=0.01,
+    )  # fmt: skip
+    export(run, weights, method="free", bn="support", selection="last", profile="fixed", seed=0)
     (run / "ledger.jsonl").write_text('{"teacher": "api", "images": 30}\n{"teacher": "api", "images": 12}\n')
     edit(run / "status.json", state="failed", last_error="ValueError: something")
     page, card = written(run)
@@ -292,9 +294,12 @@ def test_a_folder_without_a_run(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+STEP = {"method": "free", "selection": "val", "data": "glyphs", "lr": 0.2}
+
+
 def test_notes_and_test_steps_are_shown_and_escaped(tmp_path: Path) -> None:
     run = make(tmp_path / "run")
-    edit(run / "status.json", notes=["the term is dropped for <b>x</b>"], test_step={"free/val": 0.2, "odd": "text"})
+    edit(run / "status.json", notes=["the term is dropped for <b>x</b>"], test_step=[STEP, STEP | {"lr": "odd"}])
     report.write(run)
     page, card = (run / "report.html").read_text(), (run / "MODEL_CARD.md").read_text()
     assert "the term is dropped for &lt;b&gt;x&lt;/b&gt;" in page

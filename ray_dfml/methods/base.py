@@ -10,8 +10,8 @@ State is a nested dict of tensors, NumPy arrays, numbers and strings: it is what
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, Generic, Literal, NamedTuple, Protocol, TypeVar
+from dataclasses import dataclass, field
+from typing import Any, Generic, Literal, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -21,48 +21,14 @@ from torch import Tensor
 from ray_dfml.core import seeds
 from ray_dfml.core.inner_loop import Head
 from ray_dfml.core.net import Net, net
-from ray_dfml.types import Arrays, ImageSpec, Job, TeacherCard
+from ray_dfml.types import Arrays, ImageSpec, Job, LearnerWeights, TeacherCard
+from ray_dfml.types import Teacher as Teacher
+from ray_dfml.types import Worker as Worker
 
 State = dict[str, Any]
 Metrics = dict[str, float | int | None]
 Send = Callable[[str, Sequence[Job], Arrays], list[Arrays]]
 """`Backend.map`: (op, jobs, shared) -> results in job order."""
-
-
-class Teacher(Protocol):
-    """A pool member as an op sees it, frozen, on the worker's device."""
-
-    @property
-    def card(self) -> TeacherCard:
-        """What is known of it."""
-        ...
-
-    @property
-    def net(self) -> Net:
-        """Its network."""
-        ...
-
-    @property
-    def theta(self) -> Tensor:
-        """Its weights [p]."""
-        ...
-
-    @property
-    def stats(self) -> Tensor:
-        """Its running batch-norm statistics [k]."""
-        ...
-
-
-class Worker(Protocol):
-    """What an op may ask of the process it runs in."""
-
-    device: torch.device
-    batched: bool
-    """Whether to batch jobs with `vmap` (accelerators) or to loop over them (CPU)."""
-
-    def teacher(self, id: str) -> Teacher:
-        """The teacher, from a cache keyed by content."""
-        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -254,12 +220,15 @@ def teacher_job(card: TeacherCard, *, index: int, seed: int, values: Arrays) -> 
     return Job(index=index, seed=seed, teacher=card.id, values=values, cost=float(network.macs), memory=memory)
 
 
-def learner_image(world: World, state: Mapping[str, Any]) -> ImageSpec:
-    """What the state's weights take: the world's images, normalised as the weights want it if the state says how."""
-    if "mean" not in state:
-        return world.image
-    mean, std = (tuple(torch.as_tensor(state[key]).tolist()) for key in ("mean", "std"))
-    return replace(world.image, mean=mean, std=std)
+def learner_weights(world: World, state: Mapping[str, Any], *, steps: int, lr: float) -> LearnerWeights:
+    """The learner's weights in a method's state. `state["network"]` says which network they are of where it is not the
+    world's: `arch`, `outputs`, and `image` as `ImageSpec.values` gives it.
+    """
+    network = state.get("network") or {"arch": world.arch, "outputs": world.way, "image": world.image.values()}
+    return LearnerWeights(
+        arch=network["arch"], outputs=network["outputs"], image=ImageSpec.of(network["image"]),
+        theta=state["theta"], stats=state["stats"], head=world.head, steps=steps, lr=lr,
+    )  # fmt: skip
 
 
 def image_values(image: ImageSpec) -> Arrays:

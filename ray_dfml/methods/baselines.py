@@ -19,9 +19,10 @@ from ray_dfml.methods.base import (
     Worker,
     World,
     initial_learner,
+    learner_weights,
     teacher_job,
 )
-from ray_dfml.types import Arrays, Job, TeacherCard, size_text
+from ray_dfml.types import Arrays, Job, LearnerWeights, TeacherCard, size_text
 
 
 class BaselineConfig(MethodConfig):
@@ -139,12 +140,14 @@ def _best_model(world: World, state: State, send: Send) -> State:
         **state,
         "theta": found.theta,
         "stats": found.stats,
-        "arch": best.arch,
-        "outputs": len(best.classes),
-        "mean": torch.tensor(best.image.mean, dtype=torch.float64),
-        "std": torch.tensor(best.image.std, dtype=torch.float64),
+        "network": {"arch": best.arch, "outputs": len(best.classes), "image": best.image.values()},
         "teacher": best.id,
     }
+
+
+def untrained(world: World, *, steps: int, lr: float) -> LearnerWeights:
+    """The weights of `random`: a fresh learner of the run's seed, the same for every method."""
+    return learner_weights(world, initial_learner(world, zero_head_bias=True), steps=steps, lr=lr)
 
 
 def baseline(

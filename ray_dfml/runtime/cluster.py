@@ -19,12 +19,13 @@ import torch
 
 from ray_dfml.errors import LearnerLost, RejectedError, ResourceError
 from ray_dfml.methods.base import State, World
-from ray_dfml.pipeline import Labelled, Trainer
+from ray_dfml.pipeline import Trainer
 from ray_dfml.runtime import host
 from ray_dfml.runtime.dispatch import RayBackend, ShardActor, cause
 from ray_dfml.runtime.local import no_teachers
 from ray_dfml.runtime.ray_environment import IMPORTED_BEFORE, exceptions, ray
 from ray_dfml.runtime.shard import Loaded, LoadWeights, pin
+from ray_dfml.types import Labelled
 
 PLACEMENT_SECONDS = 180
 """Longest wait for all shards to be placed and to import torch."""

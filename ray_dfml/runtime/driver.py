@@ -10,17 +10,15 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
-
-import numpy as np
 
 from ray_dfml import learner
 from ray_dfml.config import RunConfig
 from ray_dfml.errors import DfmlError, Interrupted, LearnerLost
-from ray_dfml.methods.base import State, World, learner_image
-from ray_dfml.pipeline import Labelled, Score
+from ray_dfml.methods import METHODS
+from ray_dfml.methods.base import State, World
 from ray_dfml.runtime import checkpoint
 from ray_dfml.runtime.inputs import Inputs as Inputs
 from ray_dfml.runtime.inputs import read_inputs as read_inputs
@@ -28,6 +26,8 @@ from ray_dfml.runtime.local import LocalSession
 from ray_dfml.runtime.progress import Progress
 from ray_dfml.runtime.rundir import RunFolder
 from ray_dfml.runtime.shard import Loaded
+from ray_dfml.scorer import Entry, Scorer, Step
+from ray_dfml.types import Labelled, Score
 
 LEARNER_LIVES = 3
 """Deaths of the learner's process in one round before the run fails."""
@@ -131,6 +131,11 @@ def _run(
         progress.note(line)
     saved = _Saved(folder)
     session = machine.session(config, inputs.world, inputs.sets, inputs.teachers)
+    scorer = Scorer(
+        config.eval, way=inputs.world.way, head=inputs.world.head, ask=lambda part: session.call("score", part),
+        val=[(one.data, one.split) for one in inputs.sets if one.split == "val"],
+        test=[(one.data, one.split) for one in inputs.sets if one.split == "test"],
+    )  # fmt: skip
     try:
         session.start(saved.state)
         r = saved.rounds
@@ -142,7 +147,7 @@ def _run(
             try:
                 called = time.perf_counter()
                 row: dict[str, Any] = {"round": r} | session.call("round", r)
-                row["validation"] = session.call("validate", r) if config.validates(r) else None
+                row["validation"] = _validate(config, session, scorer, r) if config.validates(r) else None
                 busy += time.perf_counter() - called
                 snapshot = session.call("snapshot")
             except LearnerLost as error:
@@ -165,14 +170,14 @@ def _run(
             progress.round(r, eta, row)
         progress.note("testing")
         try:
-            scores = _finish(config, inputs.world, folder.path, session)
+            scores, steps = _finish(config, folder.path, session, scorer)
         except LearnerLost:
             session.start(saved.state)
-            scores = _finish(config, inputs.world, folder.path, session)
+            scores, steps = _finish(config, folder.path, session, scorer)
         rows = folder.write_scores(scores, config.profile)
         folder.status(
             state="done", last_error=None, rejected=inputs.rejected | session.call("snapshot")["rejected"],
-            test_step=session.call("step_sizes"),
+            test_step=[asdict(step) for step in steps],
         )  # fmt: skip
         return rows
     except (KeyboardInterrupt, DfmlError, FloatingPointError):
@@ -216,45 +221,41 @@ def _last(folder: RunFolder) -> tuple[int, State | None]:
     return done + 1, state
 
 
-def _finish(config: RunConfig, world: World, folder: Path, session: Session) -> list[Score]:
-    """Export the selected weights with the step size chosen for them, then test."""
-    state = session.call("snapshot")
-    _export(config, world, folder, state, session.call("step_size", "val" if state["best"] else "last"))
-    return _test(session, config.name)
+def _validate(config: RunConfig, session: Session, scorer: Scorer, r: int) -> float | None:
+    """Accuracy of the weights of round `r` on validation episodes; the best so far are kept. None without data, and for
+    weights that are no candidate."""
+    if not config.data or not session.call("learned"):
+        return None
+    last, reading = session.call("candidates")["last"], METHODS[config.name].READINGS[-1]
+    accuracy = scorer.validate(last, reading)
+    session.call("keep", "val", accuracy, r)
+    if config.eval.test_best:
+        session.call("keep", "test-best", scorer.validate(last, reading, on_test=True), r)
+    return accuracy
 
 
-def _test(session: Session, method: str) -> list[Score]:
-    """Scores of the selected weights, of the last ones, on request of the best on test; then `random`. Equal weights
-    are scored once."""
-    state = session.call("snapshot")
-    best = state["best"]
-    scores: list[Score] = session.call("test", "val") if best else []
-    if best and np.array_equal(best["theta"], state["theta"]):
-        scores += [replace(score, selection="last") for score in scores]
-    else:
-        scores += session.call("test", "last")
-    if state["test_best"]:
-        scores += session.call("test", "test-best")
-    return scores if method == "random" else scores + session.call("baseline")
-
-
-def _export(config: RunConfig, world: World, folder: Path, state: State, lr: float) -> None:
-    chosen = state["best"] or state
-    if not np.isfinite(np.asarray(chosen["theta"])).all():
+def _finish(config: RunConfig, folder: Path, session: Session, scorer: Scorer) -> tuple[list[Score], list[Step]]:
+    """Export the selected weights with the step size chosen for them, then test. Scores, and the steps they are of."""
+    candidates = session.call("candidates")
+    selection = "val" if "val" in candidates else "last"
+    chosen = session.call("weights", selection)
+    if not chosen.finite:
         raise DfmlError(f"{folder}: the learner's weights are not finite; lower the learning rates")
     learner.export(
-        folder,
-        theta=chosen["theta"],
-        stats=chosen["stats"],
-        arch=chosen.get("arch", world.arch),
-        image=learner_image(world, chosen),
-        way=chosen.get("outputs", world.way),
-        method=config.name,
-        bn=config.eval.bn,
-        steps=config.eval.steps,
-        lr=lr,
-        head=world.head,
-        selection="val" if state["best"] else "last",
-        profile=config.profile,
-        seed=config.seed,
-    )
+        folder, replace(chosen, lr=scorer.step(chosen.digest)), method=config.name, bn=config.eval.bn,
+        selection=selection, profile=config.profile, seed=config.seed,
+    )  # fmt: skip
+    entries = _entries(config.name, candidates)
+    return scorer.test(entries), scorer.steps(entries)
+
+
+def _entries(method: str, candidates: Mapping[str, str]) -> list[Entry]:
+    """What is tested: the selected weights, the last ones, on request the best on test; then `random`."""
+    own = [name for name in ("val", "last", "test-best") if name in candidates]
+    entries = [
+        Entry(method=method, selection=name, weights=candidates[name], readings=METHODS[method].READINGS)
+        for name in own
+    ]  # fmt: skip
+    if method != "random":
+        entries.append(Entry(method="random", selection="last", weights=candidates["random"], readings=("finetune",)))
+    return entries

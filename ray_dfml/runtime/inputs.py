@@ -16,9 +16,8 @@ from ray_dfml.errors import RejectedError, UsageError
 from ray_dfml.evaluate import EvalConfig
 from ray_dfml.methods import METHODS
 from ray_dfml.methods.base import World
-from ray_dfml.pipeline import Labelled
 from ray_dfml.runtime.shard import Loaded
-from ray_dfml.types import ImageSpec, TeacherCard, size_text
+from ray_dfml.types import ImageSpec, Labelled, TeacherCard, size_text
 
 DEFAULT_WAY = 5
 """Classes of an episode where neither a teacher nor a setting says."""

@@ -5,10 +5,10 @@ from typing import Any
 
 from ray_dfml.errors import DfmlError
 from ray_dfml.methods.base import State, World
-from ray_dfml.pipeline import Labelled, Trainer
+from ray_dfml.pipeline import Trainer
 from ray_dfml.runtime import balance
 from ray_dfml.runtime.shard import CACHE_BYTES, Loaded, LoadWeights, Shard
-from ray_dfml.types import Arrays, Job
+from ray_dfml.types import Arrays, Job, Labelled
 
 
 def no_teachers(id: str) -> Loaded:

@@ -8,16 +8,17 @@ from typing import Any
 
 import numpy as np
 
-from ray_dfml import evaluate
-from ray_dfml.core import seeds
 from ray_dfml.data import datasets
-from ray_dfml.errors import DfmlError, UsageError
+from ray_dfml.errors import UsageError
 from ray_dfml.evaluate import EvalConfig
 from ray_dfml.learner import Learner
-from ray_dfml.pipeline import Score
+from ray_dfml.methods.base import World
+from ray_dfml.methods.baselines import untrained
 from ray_dfml.runtime.inputs import check_episodes, fitted, resizing
 from ray_dfml.runtime.local import LocalBackend, no_teachers
+from ray_dfml.scorer import Entry, Part, Scorer, accuracies
 from ray_dfml.scores import as_row
+from ray_dfml.types import Labelled
 
 
 def meta_test(
@@ -40,36 +41,34 @@ def meta_test(
         raise UsageError("--shot: name at least one")
     cfg = EvalConfig.model_validate(
         {"episodes": episodes, "shots": tuple(shots), "bn": bn or learner.bn, "seed": seed,
-         "steps": learner.steps, "lr": learner.lr}
+         "steps": learner.weights.steps, "lr": learner.weights.lr}
     )  # fmt: skip
     check_episodes(part.labels, f"--data {spec}, split {split}", way, cfg)
-    fresh = learner.net.init(seeds.generator(learner.seed, "theta"), zero_head_bias=True)
-    candidates = [
-        (learner.method, learner.selection, learner.profile, learner.theta, learner.stats),
-        ("random", "last", "fixed", fresh, learner.net.initial_stats()),
-    ]
+    world = World(
+        cards=(), arch=learner.weights.arch, image=learner.image, way=learner.way, seed=learner.seed,
+        head=learner.weights.head,
+    )  # fmt: skip
+    fresh = untrained(world, steps=cfg.steps, lr=cfg.lr)
+    known = {weights.digest: weights for weights in (learner.weights, fresh)}
+    labelled = Labelled(spec, split, images, part.labels)
     if backend == "ray":
         from ray_dfml.runtime.cluster import shards_of
 
         place = shards_of(workers)
     else:
         place = nullcontext(LocalBackend(no_teachers))
-    rows = []
     with place as here:
-        for method, selection, profile, theta, stats in candidates:
-            for shot in cfg.shots:
-                shared = evaluate.shared(
-                    cfg, arch=learner.arch, image=learner.image, outputs=learner.way, theta=theta.numpy(),
-                    stats=stats.numpy(), reading="finetune", lr=learner.lr, head=learner.head,
-                    images=images, labels=part.labels,
-                )  # fmt: skip
-                results = here.map("evaluate", evaluate.jobs(cfg, way=way, shot=shot, count=episodes), shared)
-                failed = [r["rejected"] for r in results if "rejected" in r]
-                if failed:
-                    raise DfmlError(f"evaluation failed: {failed[0]}")
-                score = Score(
-                    method=method, data=spec, split=split, way=way, shot=shot, bn=cfg.bn, selection=selection,
-                    accuracies=np.concatenate([r["accuracies"] for r in results]),
-                )  # fmt: skip
-                rows.append(as_row(score, profile))
-    return rows
+
+        def ask(part: Part) -> np.ndarray:
+            return accuracies(here, cfg, known[part.episodes.weights], part, labelled, way=way)
+
+        scorer = Scorer(cfg, way=way, head=world.head, val=(), test=[(spec, split)], ask=ask)
+        entries = [
+            Entry(method=method, selection=selection, weights=weights.digest, readings=("finetune",))
+            for method, selection, weights in (
+                (learner.method, learner.selection, learner.weights), ("random", "last", fresh)
+            )
+        ]  # fmt: skip
+        scores = [scorer.test([entry]) for entry in entries]
+    profiles = (learner.profile, "fixed")
+    return [as_row(score, profile) for of, profile in zip(scores, profiles, strict=True) for score in of]

@@ -26,9 +26,9 @@ import yaml
 from ray_dfml.config import RunConfig, build
 from ray_dfml.data import weights_file
 from ray_dfml.errors import RejectedError, UsageError
-from ray_dfml.pipeline import Score
 from ray_dfml.runtime.shard import accelerators
 from ray_dfml.scores import as_row
+from ray_dfml.types import Score
 
 
 def write_text(path: Path, text: str) -> None:

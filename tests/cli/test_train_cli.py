@@ -23,7 +23,7 @@ def test_without_data_the_last_weights_are_kept(tmp_path: Path, toy_pool: Path, 
     assert (card["selection"], card["method"], card["way"], card["profile"]) == ("last", "free", 2, "fixed")
     state = toy.last_state(run)
     assert state["best"] == state["test_best"] == {}
-    assert Learner.load(run).theta.tolist() == state["theta"].tolist()
+    assert Learner.load(run).weights.theta.tolist() == state["theta"].tolist()
     assert all(json.loads(line)["validation"] is None for line in (run / "metrics.jsonl").read_text().splitlines())
     assert json.loads((run / "scores.json").read_text()) == []
 

@@ -11,7 +11,7 @@ import torch
 
 from ray_dfml.errors import RejectedError, UsageError
 from ray_dfml.methods import METHODS, baselines
-from ray_dfml.methods.base import MethodConfig, World, learner_image
+from ray_dfml.methods.base import MethodConfig, State, World, learner_weights
 from ray_dfml.pipeline import Trainer
 from ray_dfml.runtime import driver
 from ray_dfml.runtime.local import LocalBackend
@@ -23,7 +23,7 @@ WORLD = small_world()
 CONFIG = MethodConfig()
 
 
-def made(method: str, world: World) -> dict[str, torch.Tensor]:
+def made(method: str, world: World) -> State:
     """The state after the method's one round."""
     worker = FakeWorker(world)
 
@@ -132,7 +132,11 @@ def test_the_best_model_has_the_highest_reported_accuracy(accuracies: tuple[floa
     teacher = FakeWorker(world).teacher(WORLD.cards[best].id)
     assert found["theta"].equal(teacher.theta)
     assert found["stats"].equal(teacher.stats)
-    assert (found["teacher"], found["arch"], found["outputs"]) == (WORLD.cards[best].id, "conv4", 2)
+    assert (found["teacher"], found["network"]["arch"], found["network"]["outputs"]) == (
+        WORLD.cards[best].id,
+        "conv4",
+        2,
+    )
     backwards = made("best-model", replace(world, cards=world.cards[::-1]))
     assert backwards["teacher"] == found["teacher"]
 
@@ -142,7 +146,7 @@ def test_the_best_model_may_be_of_another_architecture() -> None:
         WORLD, cards=(replace(WORLD.cards[0], accuracy=1.0), replace(card(7, arch="resnet10"), accuracy=2.0))
     )
     found = made("best-model", world)
-    assert (found["arch"], found["teacher"]) == ("resnet10", "resnet10-7")
+    assert (found["network"]["arch"], found["teacher"]) == ("resnet10", "resnet10-7")
     assert len(found["theta"]) != WORLD.net.layout.numel
 
 
@@ -161,7 +165,11 @@ def test_the_best_model_of_a_mixed_pool_takes_the_input_of_the_learner() -> None
     ]
     best = mixed(1.0, 1.0, 70.0, 80.0, 90.0)
     found = made("best-model", best)
-    assert (found["teacher"], found["outputs"], len(found["theta"])) == ("conv4-9", 4, WORLD.net.layout.numel + 66)
+    assert (found["teacher"], found["network"]["outputs"], len(found["theta"])) == (
+        "conv4-9",
+        4,
+        WORLD.net.layout.numel + 66,
+    )
     assert METHODS["best-model"].notes(CONFIG, best) == []
 
 
@@ -173,8 +181,8 @@ def test_the_best_model_sees_images_normalised_as_in_its_training() -> None:
     """Exactly, also where the learner's images are normalised otherwise."""
     world = with_accuracies(1.0, 2.0, 3.0)
     odd = replace(world, image=replace(world.image, mean=(0.4,) * 3))
-    assert learner_image(odd, made("best-model", odd)) == world.cards[2].image
-    assert learner_image(odd, made("random", odd)) == odd.image
+    for method, image in (("best-model", world.cards[2].image), ("random", odd.image)):
+        assert learner_weights(odd, made(method, odd), steps=1, lr=0.1).image == image
     assert METHODS["best-model"].notes(CONFIG, odd) == []
 
 
@@ -219,7 +227,7 @@ def driver_scores(method: str, pool: Path | None, data: str, *more: str) -> dict
     )
     for r in range(config.method.rounds):
         trainer.round(r)
-    return {score.method: score.accuracies for score in trainer.test("last")}
+    return {score.method: score.accuracies for score in toy.scores_of(trainer, "last")}
 
 
 def test_the_oracle_learns_from_real_images(toy_data: str) -> None:

@@ -103,7 +103,7 @@ def test_safetensors_alone_reads_a_run(free_run: Path) -> None:
     with safe_open(files[-1], framework="np") as handle:
         assert set(handle.metadata()) == {"round", "tree"}
         names = set(handle.keys())
-    assert {'["theta"]', '["theta_g"]', '["adam", "m"]', '["adam_g", "v"]', '["best", "theta"]'} <= names
+    assert {'["theta"]', '["theta_g"]', '["adam", "m"]', '["adam_g", "v"]', '["best", "weights", "theta"]'} <= names
     assert any(name.startswith('["bank", ') for name in names)
     assert not any(f.read_bytes()[:2] in (b"\x80\x02", b"\x80\x04", b"PK") for f in free_run.rglob("*") if f.is_file())
 

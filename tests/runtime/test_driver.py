@@ -13,6 +13,7 @@ from ray_dfml.pipeline import Trainer
 from ray_dfml.runtime import driver
 from ray_dfml.runtime.progress import Progress
 from ray_dfml.runtime.rundir import RunFolder
+from ray_dfml.scorer import Part, Scorer
 from tests.runtime import toy
 
 
@@ -29,7 +30,7 @@ class Dying:
     def call(self, name: str, *args: Any) -> Any:
         if name == "round" and args[0] == self.last:
             raise LearnerLost("its process ended")
-        return {"round": {}, "snapshot": {"rejected": {}, "round": args}}.get(name)
+        return {"round": {}, "learned": False, "snapshot": {"rejected": {}, "round": args}}[name]
 
     def close(self) -> None:
         self.starts.append("closed")
@@ -177,7 +178,7 @@ def test_the_learner_is_exported_before_it_is_tested(
     def fail(*_: Any) -> None:
         raise RuntimeError("the test failed")
 
-    monkeypatch.setattr(driver, "_test", fail)
+    monkeypatch.setattr(Scorer, "test", fail)
     with pytest.raises(RuntimeError, match="the test failed"):
         toy.train(toy.config("free", toy_pool, toy_data), tmp_path / "run")
     assert (tmp_path / "run" / "learner.safetensors").exists()
@@ -186,7 +187,32 @@ def test_the_learner_is_exported_before_it_is_tested(
 def test_the_exported_learner_adapts_as_it_was_tested(tmp_path: Path, toy_data: str) -> None:
     """With its own head, and with the step size that validation chose."""
     words = ("learner.head=anil", "eval.lrs=[0.3]", "eval.lr=0.01")
-    toy.train(toy.config("random", None, toy_data, *words), tmp_path / "run")
+    toy.train(toy.config("maml-oracle", None, toy_data, *words), tmp_path / "run")
     card = json.loads((tmp_path / "run" / "learner.json").read_text())
     assert (card["head"], card["lr"], card["selection"]) == ("anil", 0.3, "val")
-    assert toy.status(tmp_path / "run")["test_step"]["random/val"] == 0.3
+    steps = {(step["method"], step["selection"]): step["lr"] for step in toy.status(tmp_path / "run")["test_step"]}
+    assert steps == {("maml-oracle", "val"): 0.3, ("maml-oracle", "last"): 0.3, ("random", "last"): 0.3}
+
+
+def test_an_untrained_network_is_no_candidate(tmp_path: Path, toy_data: str) -> None:
+    rows = toy.train(toy.config("random", None, toy_data), tmp_path / "run")
+    assert [(row["method"], row["selection"]) for row in rows] == [("random", "last")]
+    assert json.loads((tmp_path / "run" / "learner.json").read_text())["selection"] == "last"
+
+
+def test_a_learner_that_dies_in_the_test_is_asked_only_for_the_rest(
+    tmp_path: Path, toy_pool: Path, toy_data: str, free_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Scores that are known stay known, and the bits are those of a run without a death."""
+    answer, asked = Trainer.score, list[Part]()
+
+    def once(self: Trainer, part: Part) -> Any:
+        asked.append(part)
+        if part.episodes.split == "test" and sum(one.episodes.split == "test" for one in asked) == 2:
+            raise LearnerLost("its process ended")
+        return answer(self, part)
+
+    monkeypatch.setattr(Trainer, "score", once)
+    toy.train(toy.config("free", toy_pool, toy_data), tmp_path / "run")
+    assert [asked.count(part) for part in dict.fromkeys(asked)].count(2) == 1
+    toy.assert_same_run(tmp_path / "run", free_run)

@@ -5,14 +5,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
-from ray_dfml import learner
+from ray_dfml import learner, scorer
 from ray_dfml.core.net import net
 from ray_dfml.data import datasets
 from ray_dfml.errors import UsageError
 from ray_dfml.runtime import meta_test
 from ray_dfml.runtime.inputs import fitted
-from ray_dfml.types import ImageSpec
+from ray_dfml.scorer import Part
+from ray_dfml.types import ImageSpec, Labelled, LearnerWeights
 
 
 def export(folder: Path, shape: tuple[int, int, int]) -> Path:
@@ -20,11 +22,11 @@ def export(folder: Path, shape: tuple[int, int, int]) -> Path:
     channels, height, width = shape
     image = ImageSpec(channels=channels, height=height, width=width, mean=(0.4,) * channels, std=(0.3,) * channels)
     network = net("conv4", shape, 2)
-    learner.export(
-        folder, theta=np.zeros(network.layout.numel, np.float32), stats=network.initial_stats(), arch="conv4",
-        image=image, way=2, method="free", bn="transductive", steps=1, lr=0.1, selection="last", profile="fixed",
-        seed=0,
+    weights = LearnerWeights(
+        arch="conv4", image=image, outputs=2, theta=torch.zeros(network.layout.numel), stats=network.initial_stats(),
+        head="maml", steps=1, lr=0.1,
     )  # fmt: skip
+    learner.export(folder, weights, method="free", bn="transductive", selection="last", profile="fixed", seed=0)
     return folder / learner.WEIGHTS
 
 
@@ -39,13 +41,12 @@ def test_images_of_another_size_are_brought_to_the_learner(
 ) -> None:
     """The shared images are the fitted ones, and one line says so."""
     seen: list[np.ndarray] = []
-    plain = meta_test.evaluate.shared
 
-    def note(*args: Any, **values: Any) -> dict[str, Any]:
-        seen.append(values["images"])
-        return plain(*args, **values)
+    def note(backend: Any, cfg: Any, weights: Any, part: Part, labelled: Labelled, **more: Any) -> np.ndarray:
+        seen.append(labelled.images)
+        return scorer.accuracies(backend, cfg, weights, part, labelled, **more)
 
-    monkeypatch.setattr(meta_test.evaluate, "shared", note)
+    monkeypatch.setattr(meta_test, "accuracies", note)
     rows = evaluated(export(tmp_path, (3, 20, 20)), toy_data)
     assert [(row["method"], row["episodes"], row["data"]) for row in rows] == [
         ("free", 4, toy_data), ("random", 4, toy_data),

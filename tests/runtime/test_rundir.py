@@ -11,8 +11,8 @@ import yaml
 
 from ray_dfml.config import build
 from ray_dfml.errors import RejectedError, UsageError
-from ray_dfml.pipeline import Score
 from ray_dfml.runtime.rundir import RunFolder, manifest, write_text
+from ray_dfml.types import Score
 from tests.runtime import toy
 
 KEYS = ["method", "data", "split", "way", "shot", "episodes", "bn", "profile", "selection", "mean", "ci95"]
@@ -156,9 +156,12 @@ def test_a_finished_run_holds_its_record(free_run: Path) -> None:
         assert own.mean() == pytest.approx(row["mean"], abs=1e-4)
     metrics = [json.loads(line) for line in (free_run / "metrics.jsonl").read_text().splitlines()]
     assert [row["round"] for row in metrics] == list(range(6))
-    assert all(0 <= row["validation"] <= 100 for row in metrics)
+    validations = [row["validation"] for row in metrics]
+    assert validations[0] is None, "a round of the warm-up is no candidate"
+    assert all(0 <= accuracy <= 100 for accuracy in validations[1:])
     best = toy.last_state(free_run)["best"]
-    assert best["accuracy"] == max(row["validation"] for row in metrics)
+    assert best["accuracy"] == max(validations[1:])
+    assert best["round"] == validations.index(best["accuracy"])
     found = toy.status(free_run)
     assert set(found) == {
         "state", "round", "rounds", "seconds", "eta_seconds", "driver_share", "rejected", "notes", "test_step",

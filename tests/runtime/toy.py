@@ -16,11 +16,14 @@ from ray_dfml.config import RunConfig, resolve
 from ray_dfml.data import weights_file
 from ray_dfml.data.pool import Pool
 from ray_dfml.data.pretrain import PretrainConfig
+from ray_dfml.pipeline import Trainer
 from ray_dfml.runtime import build_pool as builder
 from ray_dfml.runtime import checkpoint, driver
 from ray_dfml.runtime.driver import Machine
 from ray_dfml.runtime.progress import Progress
 from ray_dfml.runtime.rundir import RunFolder
+from ray_dfml.scorer import Entry, Scorer
+from ray_dfml.types import Score
 
 CLASSES = {"train": 12, "val": 6, "test": 8}
 
@@ -121,6 +124,17 @@ def train(config: RunConfig, path: Path, machine: Machine = LOCAL) -> list[dict[
     inputs = driver.read_inputs(config)
     folder = RunFolder.create(path, config, {"pool": inputs.pools, "data": inputs.data})
     return driver.run(config, inputs, folder, machine, Progress(quiet=True))
+
+
+def scores_of(trainer: Trainer, *selections: str) -> list[Score]:
+    """Test scores of a trainer's weights in all readings of its method."""
+    cfg, world, weights = trainer.config, trainer.world, trainer.candidates()
+    val, test = ([(one.data, split) for one in trainer._sets if one.split == split] for split in ("val", "test"))
+    scorer = Scorer(cfg.eval, way=world.way, head=world.head, val=val, test=test, ask=trainer.score)
+    return scorer.test([
+        Entry(method=cfg.name, selection=name, weights=weights[name], readings=trainer.method.READINGS)
+        for name in selections
+    ])  # fmt: skip
 
 
 def last_state(run: Path) -> dict[str, Any]:

@@ -1,0 +1,194 @@
+"""What is scored: which weights, with which step size, on which episodes, and under which name.
+
+A `Scorer` asks for the accuracies of one `Part` after another and needs no weights for it: it names them by their
+digest. So the driver can hold it, show progress between two parts and stop there, while the weights stay where they
+are. What it has been told once it does not ask again: equal weights are scored once, under whatever selections.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from ray_dfml import evaluate
+from ray_dfml.core.inner_loop import Head
+from ray_dfml.errors import DfmlError
+from ray_dfml.evaluate import EPISODES_PER_JOB, EvalConfig
+from ray_dfml.types import Backend, Labelled, LearnerWeights, Score
+
+POOLED = "pooled"
+"""The `data` of a score over the episodes of all data sets of a run."""
+
+TRIAL_SHARE = 4
+"""A validation tries each step size on one in so many of its episodes, and scores the best of them on all."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Episodes:
+    """A kind of episodes for one set of weights. Two that are equal have the same accuracies, episode by episode."""
+
+    weights: str
+    """`LearnerWeights.digest`."""
+    reading: str
+    data: str
+    split: str
+    shot: int
+    lr: float
+    """Step size of the adaptation."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """Episodes start..stop-1 of a kind: what is asked at once."""
+
+    episodes: Episodes
+    start: int
+    stop: int
+
+
+Set = tuple[str, str]
+"""A data set of a run: (data, split)."""
+
+Ask = Callable[[Part], np.ndarray]
+"""Accuracies in percent of the episodes of a part."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """The step size with which weights are tested on a data set, or on all of them (`POOLED`)."""
+
+    method: str
+    selection: str
+    data: str
+    lr: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """Weights to test: under which name and selection, and in which readings."""
+
+    method: str
+    selection: str
+    weights: str
+    """`LearnerWeights.digest`."""
+    readings: tuple[str, ...]
+
+
+def accuracies(
+    backend: Backend, cfg: EvalConfig, weights: LearnerWeights, part: Part, images: Labelled, *, way: int
+) -> np.ndarray:
+    """Answer a part: accuracies in percent [stop - start]. Raises DfmlError if a job of it fails."""
+    of = part.episodes
+    shared = evaluate.shared(
+        cfg, replace(weights, lr=of.lr), reading=of.reading, images=images.images, labels=images.labels
+    )
+    jobs = evaluate.jobs(cfg, way=way, shot=of.shot, start=part.start, stop=part.stop)
+    results = backend.map("evaluate", jobs, shared)
+    for result in results:
+        if "rejected" in result:
+            raise DfmlError(f"evaluation failed: {result['rejected']}")
+    return np.concatenate([result["accuracies"] for result in results])
+
+
+class Scorer:
+    """Chooses step sizes and scores weights, through `ask`, which answers one part at a time.
+
+    `val` and `test` are the data sets, as (data, split) pairs, that steps are chosen on and that are tested.
+    """
+
+    def __init__(
+        self, cfg: EvalConfig, *, way: int, head: Head, val: Sequence[Set], test: Sequence[Set], ask: Ask
+    ) -> None:
+        self._cfg, self._way, self._ask = cfg, way, ask
+        self._val, self._test = list(val), list(test)
+        self._choices = cfg.lrs if val and head != "protonet" else ()
+        self._known: dict[Episodes, np.ndarray] = {}
+
+    def validate(self, weights: str, reading: str, *, on_test: bool = False) -> float | None:
+        """Mean accuracy in percent at the largest shot on `eval.val_episodes` episodes of every validation set, or of
+        every test set, with the step that suits the weights; None without such sets.
+
+        The step is the one of `eval.lrs` that is best on the first quarter of the validation episodes.
+        """
+        sets = self._test if on_test else self._val
+        if not sets:
+            return None
+        cfg, shot = self._cfg, max(self._cfg.shots)
+        trials = min(_whole_jobs(cfg.val_episodes / TRIAL_SHARE), cfg.val_episodes)
+        lr = self._best(weights, self._val, (shot,), trials) if reading == "finetune" else cfg.lr
+        return self._mean(weights, reading, sets, (shot,), lr, cfg.val_episodes)
+
+    def step(self, weights: str, data: str = POOLED) -> float:
+        """The step of `eval.lrs` whose mean accuracy on the validation episodes of `data`, over all shots, is best; the
+        first of equals. `eval.lr` without candidates, without validation data, and for a head that takes no steps.
+
+        `POOLED`, and data that have no validation episodes, stand for the episodes of all sets.
+        """
+        own = [one for one in self._val if one[0] == data]
+        return self._best(weights, own or self._val, self._cfg.shots, self._cfg.val_episodes)
+
+    def test(self, entries: Sequence[Entry]) -> list[Score]:
+        """Scores of each entry in each of its readings on the test episodes, every shot; those of several data sets
+        also pooled. A reading that adapts takes for each data set the step that `step` chooses."""
+        return [score for entry in entries for reading in entry.readings for score in self._tested(entry, reading)]
+
+    def steps(self, entries: Sequence[Entry]) -> list[Step]:
+        """The steps that `test` chooses for the entries, one for each data set."""
+        if not self._choices:
+            return []
+        return [
+            Step(method=entry.method, selection=entry.selection, data=data, lr=self.step(entry.weights, data))
+            for entry in entries if "finetune" in entry.readings
+            for data, _ in self._test
+        ]  # fmt: skip
+
+    def _best(self, weights: str, sets: Sequence[Set], shots: Sequence[int], count: int) -> float:
+        """The best step on so many episodes of each shot of each set; one whose accuracy is NaN is never it."""
+        if len(self._choices) < 2:
+            return (*self._choices, self._cfg.lr)[0]
+        means = {lr: self._mean(weights, "finetune", sets, shots, lr, count) for lr in self._choices}
+        return max(means, key=lambda lr: -math.inf if math.isnan(means[lr]) else means[lr])
+
+    def _mean(
+        self, weights: str, reading: str, sets: Sequence[Set], shots: Sequence[int], lr: float, count: int
+    ) -> float:
+        found = [self._accuracies(weights, reading, one, shot, lr, count) for one in sets for shot in shots]
+        return float(np.concatenate(found).mean())
+
+    def _tested(self, entry: Entry, reading: str) -> list[Score]:
+        cfg, sets, scores = self._cfg, self._test, []
+        name = entry.method + (f"-{reading}" if len(entry.readings) > 1 else "")
+        steps = [self.step(entry.weights, data) if reading == "finetune" else cfg.lr for data, _ in sets]
+
+        def named(data: str, split: str, shot: int, found: np.ndarray) -> Score:
+            return Score(
+                method=name, data=data, split=split, way=self._way, shot=shot, bn=cfg.bn, selection=entry.selection,
+                accuracies=found,
+            )  # fmt: skip
+
+        for shot in cfg.shots:
+            found = [
+                self._accuracies(entry.weights, reading, one, shot, lr, cfg.episodes)
+                for one, lr in zip(sets, steps, strict=True)
+            ]
+            scores += [named(*one, shot, of_one) for one, of_one in zip(sets, found, strict=True)]
+            if len(sets) > 1:
+                scores.append(named(POOLED, sets[0][1], shot, np.concatenate(found)))
+        return scores
+
+    def _accuracies(self, weights: str, reading: str, one: Set, shot: int, lr: float, count: int) -> np.ndarray:
+        """Accuracies of episodes 0..count-1. What is known already is not asked again."""
+        data, split = one
+        of = Episodes(weights=weights, reading=reading, data=data, split=split, shot=shot, lr=lr)
+        known = self._known.get(of, np.zeros(0))
+        if len(known) < count:
+            start = len(known) // EPISODES_PER_JOB * EPISODES_PER_JOB
+            known = np.concatenate([known[:start], self._ask(Part(episodes=of, start=start, stop=count))])
+            self._known[of] = known
+        return known[:count]
+
+
+def _whole_jobs(episodes: float) -> int:
+    """So many episodes or a few more, to fill jobs."""
+    return math.ceil(episodes / EPISODES_PER_JOB) * EPISODES_PER_JOB
