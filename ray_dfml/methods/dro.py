@@ -127,17 +127,18 @@ def init(cfg: Config, world: World) -> State:
 def learn(cfg: Config, world: World, state: State, r: int, results: list[Arrays], send: Send) -> tuple[State, Metrics]:
     """`steps_per_round` Adam steps on psi, then the learner: h at one embedding, statistics the mean of the teachers'.
 
-    The standardisation is that of the first round. Raises FloatingPointError if the loss is not finite.
+    The steps are taken on `world.device`. The standardisation is that of the first round. Raises FloatingPointError if
+    the loss is not finite.
     """
     found = fetch(world.cards, send)
     theta = torch.stack([one.theta for one in found])
     if "centre" not in state:
         centre, spread = standardisation(world.net.layout, theta)
         state = {**state, "centre": centre, "spread": spread}
-    target = (theta - state["centre"]) / state["spread"]
+    target = ((theta - state["centre"]) / state["spread"]).to(world.device)
     parts = layout(cfg, len(state["rows"]), theta.shape[1])
     rows = [state["rows"][one.teacher] for one in found]
-    psi, adam = state["psi"], optim.Adam(**state["adam"])
+    psi, adam = _moved(state["psi"], optim.Adam(**state["adam"]), world.device)
     total = 0.0
     for _ in range(cfg.steps_per_round):
         order = torch.randperm(len(rows), generator=seeds.generator(world.seed, "dro", adam.step))
@@ -151,7 +152,8 @@ def learn(cfg: Config, world: World, state: State, r: int, results: list[Arrays]
     e = split["teachers"][rows]
     pairs = zip(e, target, strict=True)
     fit = sum(float((hyper(split, one[None], len(aim))[0] - aim).square().mean()) for one, aim in pairs)
-    made = hyper(split, (shares(cfg, world.seed, len(e)) @ e)[None], theta.shape[1])[0]
+    made = hyper(split, (shares(cfg, world.seed, len(e)).to(e) @ e)[None], theta.shape[1])[0].cpu()
+    psi, adam = _moved(psi, adam, "cpu")
     return {
         **state,
         "theta": state["centre"] + state["spread"] * made,
@@ -159,6 +161,10 @@ def learn(cfg: Config, world: World, state: State, r: int, results: list[Arrays]
         "psi": psi,
         "adam": adam._asdict(),
     }, {"dro/loss": total / cfg.steps_per_round, "dro/fit": fit / len(rows)}
+
+
+def _moved(psi: Tensor, adam: optim.Adam, device: str) -> tuple[Tensor, optim.Adam]:
+    return psi.to(device), adam._replace(m=adam.m.to(device), v=adam.v.to(device))
 
 
 def shares(cfg: Config, seed: int, teachers: int) -> Tensor:

@@ -18,6 +18,7 @@ from ray_dfml.core.generators import Generator, generator
 from ray_dfml.core.images import draw_view, fit, normalise, to_bytes, to_pixels, view
 from ray_dfml.core.net import net
 from ray_dfml.core.seeds import derive
+from ray_dfml.core.seeds import generator as generator_of
 from ray_dfml.errors import UsageError
 from ray_dfml.methods.base import MethodConfig, Teacher, World, stacked
 from ray_dfml.types import Arrays, ImageSpec, TeacherCard
@@ -85,10 +86,11 @@ def has_statistics(card: TeacherCard) -> bool:
 
 
 def chosen_units(card: TeacherCard, way: int, seed: int) -> list[int]:
-    """Which output units of a teacher a task is made of: all, or `way` of them drawn from the job's seed."""
+    """Which output units of a teacher a task is made of: all, or `way` of them drawn from a stream of the job's seed
+    that nothing else draws from."""
     if len(card.classes) == way:
         return list(range(way))
-    return torch.randperm(len(card.classes), generator=torch.Generator().manual_seed(seed))[:way].tolist()
+    return torch.randperm(len(card.classes), generator=generator_of(seed, "units"))[:way].tolist()
 
 
 def as_teacher_sees(pixels: Tensor, image: ImageSpec) -> Tensor:

@@ -1,5 +1,6 @@
 """BiDf-MKD: two sets of a teacher, the distillation between them, and the gradient through it."""
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -128,6 +129,33 @@ def test_the_images_of_the_lowest_loss_are_kept(monkeypatch):
         assert task["loss_last"] == task["ce"] == found[best]
         assert np.array_equal(task["images"], to_bytes(tried[best][1][0]))
     assert bests - {0, 11}
+
+
+@pytest.mark.parametrize(("spoilt", "kept"), [((0,), True), ((1, 2), True), ((0, 1, 2, 3), False)])
+@pytest.mark.parametrize("batched", [False, True])
+def test_a_pass_without_a_finite_loss_is_never_the_best_and_moves_nothing(monkeypatch, batched, spoilt, kept):
+    """Only a teacher without any finite loss is rejected; its neighbour in the stack does not notice."""
+    cfg, original, calls = small_bidf(iterations=4, boundary=False), Inversion.losses, []
+
+    def spoil(self: Inversion, *parts: Any) -> tuple[Tensor, Tensor, Tensor]:
+        found = original(self, *parts)
+        rows = torch.tensor([t.card.id == "conv4-0" for t in self.teachers])
+        calls.append(rows)
+        passed = sum(bool((one == rows).all()) for one in calls if one.shape == rows.shape) - 1
+        bad = rows & (passed % cfg.iterations in spoilt)
+        return found[0] * torch.where(bad, math.nan, 1.0), *found[1:]
+
+    sound = recover(cfg, batched=batched)
+    monkeypatch.setattr(Inversion, "losses", spoil)
+    first, *others = recover(cfg, batched=batched)
+    for one, other in zip(others, sound[1:], strict=True):
+        assert same(one, other)
+    if not kept:
+        assert first == {"rejected": "the inversion loss is not finite"}
+        return
+    for kind in ("support", "query"):
+        assert np.isfinite([first[kind]["loss_first"], first[kind]["loss_last"]]).all()
+        assert first[kind]["loss_last"] <= first[kind]["loss_first"]
 
 
 def test_a_set_follows_the_framework_s_adam_from_a_fresh_generator():

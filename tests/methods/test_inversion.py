@@ -237,6 +237,14 @@ def test_units_of_a_larger_teacher_are_distinct_and_drawn_from_the_seed():
     assert {tuple(inversion.chosen_units(large, 5, seed)) for seed in range(9)} == {(0, 1, 2, 3, 4)}
 
 
+def test_units_and_codes_are_of_streams_of_their_own():
+    """Else which classes a task has would be told by its codes."""
+    large = card(0, way=5)
+    codes = [torch.randperm(5, generator=torch.Generator().manual_seed(seed))[:3].tolist() for seed in range(60)]
+    same = sum(inversion.chosen_units(large, 3, seed) == first for seed, first in enumerate(codes))
+    assert same <= 6  # of 60 independent draws one agrees on average
+
+
 def test_a_teacher_sees_pixels_of_its_size_normalised():
     pixels = torch.rand(2, 3, 20, 20, generator=torch.Generator().manual_seed(0))
     found = inversion.as_teacher_sees(pixels, GREY.image)

@@ -297,6 +297,16 @@ def test_a_teacher_of_bad_weights_is_rejected_alone(batched):
     assert same(after["images"]["conv4-1"], state["images"]["conv4-1"])
 
 
+def test_what_a_rejected_teacher_left_behind_goes():
+    cfg, worker = small_purer(curriculum_after=1), FakeWorker(WORLD)
+    _, state, _ = play("purer", cfg, WORLD, worker=worker)
+    assert set(state["images"]) == {"conv4-0", "conv4-1", "conv4-2"}
+    state = {**state, "push": dict.fromkeys(state["images"], np.zeros(1))}
+    left = replace(WORLD, cards=WORLD.cards[:2])
+    after, _ = purer.learn(cfg, left, state, 0, [], worker.send)
+    assert list(after["images"]) == list(after["push"]) == ["conv4-0", "conv4-1"]
+
+
 def test_a_push_waits_for_its_teacher():
     """With one teacher a round, the pushes of the others stay until theirs is planned."""
     cfg, worker = small_purer(teachers_per_round=1, image_warmup=99), FakeWorker(WORLD)

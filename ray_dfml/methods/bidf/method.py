@@ -110,7 +110,7 @@ def synthesize(
         loss, images, logits = inversion.losses(leaf_g, leaf_z, judge)
         grad_g, grad_z = torch.autograd.grad(loss.sum(), (leaf_g, leaf_z))
         loss, images, logits = loss.detach(), images.detach(), logits.detach()
-        first = loss if i == 0 else first
+        first = loss if i == 0 else torch.where(first.isfinite(), first, loss)
         better = loss < best  # never where the loss is not a number
         best = torch.where(better, loss, best)
         old = kept or (images, logits)

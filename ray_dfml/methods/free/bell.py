@@ -61,8 +61,12 @@ def alignment(grads: Sequence[Tensor]) -> tuple[float, float]:
 
 
 def update(cfg: Config, world: World, state: State, tasks: Sequence[DistillSet], r: int) -> tuple[State, Metrics]:
-    """One outer step on the learner ([Wei2024] Algorithm 2), or for ERM one step on the summed losses at theta."""
-    theta = state["theta"]
+    """One outer step on the learner ([Wei2024] Algorithm 2), or for ERM one step on the summed losses at theta.
+
+    Losses and gradients are computed on `world.device`, the outer step on the CPU, where the state stays.
+    """
+    theta = state["theta"].to(world.device)
+    tasks = [DistillSet(*(part.to(world.device) for part in task)) for task in tasks]
     loss_fns = [distill_loss(world.net, task, cfg.distill) for task in tasks]
     metrics: Metrics = {}
     with_base = cfg.learner_update == "erm" or (cfg.alignment_every > 0 and r % cfg.alignment_every == 0)
@@ -75,13 +79,14 @@ def update(cfg: Config, world: World, state: State, tasks: Sequence[DistillSet],
         moved, path = inner_path(loss_fns, theta, lr=cfg.bell_lr, optimizer=cfg.bell_inner)
         metrics["align/path_product"], metrics["align/path_cosine"] = alignment(path)
         pseudo = cfg.bell_scale * (theta - moved)
+    before, pseudo = state["theta"], pseudo.cpu()
     if cfg.bell_outer == "interpolate" and cfg.learner_update == "bell":
-        state = {**state, "theta": theta - cfg.bell_outer_lr * pseudo}
+        state = {**state, "theta": before - cfg.bell_outer_lr * pseudo}
     else:
         slot = "adam" if cfg.bell_outer == "shared-adam" else "adam_bell"
-        new, adam = optim.adam_step(theta, pseudo, optim.Adam(**state[slot]), lr=cfg.bell_outer_lr)
+        new, adam = optim.adam_step(before, pseudo, optim.Adam(**state[slot]), lr=cfg.bell_outer_lr)
         state = {**state, "theta": new, slot: adam._asdict()}
     with torch.no_grad():
         metrics["bell/loss"] = float(torch.stack([loss(theta) for loss in loss_fns]).mean())
-    metrics["bell/step_norm"] = float((state["theta"] - theta).norm())
+    metrics["bell/step_norm"] = float((state["theta"] - before).norm())
     return state, metrics
