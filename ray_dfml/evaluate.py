@@ -177,7 +177,8 @@ def evaluate(worker: Worker, jobs: Sequence[Job], shared: Arrays) -> list[Arrays
                     logits = network(theta, query, stats)
                     if shared["reading"] == "assign":
                         on_support = network(theta, support, stats).log_softmax(-1).cpu().numpy()
-                        logits = logits[:, torch.tensor(scoring.assign_units(on_support, labels.cpu().numpy(), way))]
+                        units = scoring.assign_units(on_support, labels.cpu().numpy(), way)
+                        logits = logits[:, torch.tensor(units, device=device)]
             found.append(100.0 * float((logits.argmax(-1) == wanted).float().mean()))
         out.append({"accuracies": np.array(found)})
     return out

@@ -49,10 +49,9 @@ def _one(cfg: PretrainConfig, job: Job, device: torch.device) -> Arrays:
     network = net(values["arch"], tuple(values["shape"]), values["way"])
     rng = torch.Generator().manual_seed(job.seed)
     mean, std = (torch.tensor(values[k], device=device) for k in ("mean", "std"))
-    x = normalise(to_pixels(values["images"], device), mean, std)
-    y = torch.tensor(values["labels"], device=device)
-    held = torch.tensor(values["held_out"], device=device)
-    train_x, train_y, test_x, test_y = x[~held], y[~held], x[held], y[held]
+    held = values["held_out"]
+    train_x, test_x = (normalise(to_pixels(values["images"][rows], device), mean, std) for rows in (~held, held))
+    train_y, test_y = (torch.tensor(values["labels"][rows], device=device) for rows in (~held, held))
 
     theta, stats = network.init(rng).to(device), network.initial_stats().to(device)
     adam, velocity = optim.Adam.zeros(theta), torch.zeros_like(theta)
