@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationErr
 
 from ray_dfml.core.backbones import known_arch
 from ray_dfml.core.inner_loop import Head
-from ray_dfml.data import datasets
+from ray_dfml.data import specs
 from ray_dfml.data.pretrain import PretrainConfig
 from ray_dfml.errors import UsageError, did_you_mean
 from ray_dfml.evaluate import EvalConfig
@@ -102,7 +102,7 @@ def resolve(
     if name not in METHODS:
         raise UsageError(f"unknown method {name!r}{did_you_mean(name, METHODS)}; known: {', '.join(METHODS)}")
     values["pool"] = tuple(str(resolved(path)) for path in values.get("pool", ()))
-    values["data"] = tuple(datasets.absolute(spec) for spec in values.get("data", ()))
+    values["data"] = tuple(specs.absolute(spec) for spec in values.get("data", ()))
     tree: dict[str, Any] = {"name": name, "profile": profile, "preset": preset, **values}
     tree["method"] = METHODS[name].Config().model_dump()
     if profile not in PROFILES:

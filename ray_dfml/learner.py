@@ -16,15 +16,13 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 from torch import Tensor
 
 from ray_dfml.core.backbones import known_arch
 from ray_dfml.core.images import normalise, to_pixels
 from ray_dfml.core.inner_loop import Head
-from ray_dfml.data import formats, weights_file
-from ray_dfml.data.folders import IMAGE_SUFFIXES
+from ray_dfml.data import weights_file
 from ray_dfml.data.manifest import Input
 from ray_dfml.errors import RejectedError, UsageError
 from ray_dfml.evaluate import BatchNormMode, adapt_to
@@ -117,7 +115,8 @@ class Learner:
         adapted.predict(queries)                                  # one label per query image
         adapted.predict_proba(queries)                            # [m 2], columns in the order of adapted.classes
 
-    Images have the learner's size, `learner.image`; they are not resized here (`read_folder` does it for files).
+    Images have the learner's size, `learner.image`; they are not resized here; `data.folders.read_folder` does it
+    for files.
     """
 
     weights: LearnerWeights
@@ -260,52 +259,6 @@ class AdaptedLearner:
     def predict_proba(self, q: np.ndarray | Tensor) -> np.ndarray:
         """Probabilities [m k] in the order of `classes`; rows sum to 1. They are not calibrated."""
         return self._logits(q).double().softmax(-1).numpy()
-
-
-def read_folder(path: Path, image: ImageSpec) -> tuple[np.ndarray, list[str], list[str]]:
-    """Images of a folder of class folders, or of a folder of images: uint8 [n c h w], labels [n], file names [n].
-
-    Labels are the names of the class folders, or "" without any; names are relative to `path` and sorted. Images are
-    turned as their camera says, converted to the channels and resized (Lanczos, without regard to their proportions) to
-    the size of `image`. Hidden files and files that are no images by their suffix are passed over.
-    Raises UsageError where there is no folder, RejectedError where it is empty or an image cannot be decoded.
-    """
-    path = resolved(path)
-    if image.channels not in (1, 3):
-        raise UsageError(
-            f"{path}: image files have 1 or 3 channels, the learner takes {image.channels}; use the Python API"
-        )
-    if not path.is_dir():
-        raise UsageError(f"{path}: no such folder; name a folder of images, or of one folder of images per class")
-    folders = sorted(p for p in path.iterdir() if p.is_dir() and not p.name.startswith("."))
-    files = _images(path)
-    if folders and files:
-        raise RejectedError(f"{path}: holds images ({files[0].name}) beside folders ({folders[0].name}); keep one kind")
-    for folder in folders:
-        found = _images(folder)
-        if not found:
-            raise RejectedError(f"{folder}: no images in this class folder; add some or remove the folder")
-        files += found
-    if not files:
-        raise RejectedError(
-            f"{path}: no images; expected {', '.join(IMAGE_SUFFIXES)} files or folders of them, one per class"
-        )
-    labels = [file.parent.name if folders else "" for file in files]
-    names = [file.relative_to(path).as_posix() for file in files]
-    return np.stack([_decode(file, image) for file in files]), labels, names
-
-
-def _images(folder: Path) -> list[Path]:
-    suffixed = (p for p in folder.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES and not p.name.startswith("."))
-    return sorted(p for p in suffixed if p.is_file())
-
-
-def _decode(file: Path, image: ImageSpec) -> np.ndarray:
-    try:
-        with Image.open(file) as opened:
-            return formats.to_chw(ImageOps.exif_transpose(opened), image.channels, (image.height, image.width))
-    except formats.DECODE_ERRORS as error:
-        raise RejectedError(f"{file}: cannot be decoded ({formats.one_line(error)}); replace or remove it") from None
 
 
 def _read_card(file: Path) -> LearnerCard:

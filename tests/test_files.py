@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from ray_dfml import Learner, Pool, train
 from ray_dfml.cli import cli
 from ray_dfml.config import resolve
-from ray_dfml.data import cache, datasets
+from ray_dfml.data import cache, specs
 from ray_dfml.errors import UsageError
 from ray_dfml.files import is_readable, naming, resolved, shown
 from tests.cli.test_commands import leaves
@@ -85,9 +85,9 @@ def test_a_configuration_holds_absolute_paths(home: Path) -> None:
 
 
 def test_a_spec_is_one_place_whatever_the_folder(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    spec = datasets.absolute("parquet:~/x.parquet")
+    spec = specs.absolute("parquet:~/x.parquet")
     monkeypatch.chdir("/")
-    assert datasets.absolute(spec) == spec == f"parquet:{home}/x.parquet"
+    assert specs.absolute(spec) == spec == f"parquet:{home}/x.parquet"
 
 
 @pytest.mark.parametrize("words", list(leaves(cli)), ids=" ".join)

@@ -15,8 +15,9 @@ from ray_dfml import evaluate
 from ray_dfml.core.images import normalise, to_pixels
 from ray_dfml.core.net import net
 from ray_dfml.data import weights_file
+from ray_dfml.data.folders import read_folder
 from ray_dfml.errors import DfmlError, RejectedError, UsageError
-from ray_dfml.learner import CHUNK, Learner, export, read_folder
+from ray_dfml.learner import CHUNK, Learner, export
 from ray_dfml.types import ImageSpec, LearnerWeights
 
 IMAGE = ImageSpec(channels=3, height=16, width=20, mean=(0.5, 0.4, 0.3), std=(0.25, 0.2, 0.3))
@@ -300,7 +301,7 @@ def test_class_folders_and_plain_folders(tmp_path):
     save(tmp_path / "s/cat/9.PNG", 77, "L")
     (tmp_path / "s/dog/notes.txt").write_text("not an image")
     (tmp_path / "s/.hidden").mkdir()
-    images, labels, names = read_folder(tmp_path / "s", IMAGE)
+    images, labels, names, _ = read_folder(tmp_path / "s", IMAGE)
     assert images.shape == (3, 3, 16, 20)
     assert images.dtype == np.uint8
     assert labels == ["cat", "dog", "dog"]
@@ -309,7 +310,7 @@ def test_class_folders_and_plain_folders(tmp_path):
     assert (images[2] == np.array([10, 200, 30], np.uint8)[:, None, None]).all()
     grey = ImageSpec(channels=1, height=8, width=8, mean=(0.5,), std=(0.5,))
     assert read_folder(tmp_path / "s", grey)[0].shape == (3, 1, 8, 8)
-    images, labels, names = read_folder(tmp_path / "s/dog", IMAGE)
+    images, labels, names, _ = read_folder(tmp_path / "s/dog", IMAGE)
     assert labels == ["", ""]
     assert names == ["1.jpg", "2.png"]
     assert len(images) == 2
@@ -331,7 +332,7 @@ def test_folders_that_cannot_be_read(tmp_path):
     one_line(RejectedError, lambda: read_folder(tmp_path, IMAGE), "no images")
     (tmp_path / "s/empty").mkdir(parents=True)
     save(tmp_path / "s/full/1.png", (1, 2, 3))
-    one_line(RejectedError, lambda: read_folder(tmp_path / "s", IMAGE), "empty", "no images")
+    one_line(RejectedError, lambda: read_folder(tmp_path / "s", IMAGE), "empty", "without images")
     (tmp_path / "s/empty/bad.png").write_bytes((tmp_path / "s/full/1.png").read_bytes()[:40])
     one_line(RejectedError, lambda: read_folder(tmp_path / "s", IMAGE), "bad.png", "cannot be decoded")
     save(tmp_path / "s/3.png", (1, 2, 3))
@@ -346,6 +347,6 @@ def test_files_to_predictions(tmp_path):
             save(tmp_path / f"support/{name}/{i}.png", tuple(v + 5 * i for v in colour))
             save(tmp_path / f"query/{name}-{i}.png", tuple(v + 3 * i for v in colour))
     learner = exported(tmp_path, steps=20, lr=0.05)
-    x, y, _ = read_folder(tmp_path / "support", learner.image)
-    q, _, names = read_folder(tmp_path / "query", learner.image)
+    x, y, *_ = read_folder(tmp_path / "support", learner.image)
+    q, _, names, _ = read_folder(tmp_path / "query", learner.image)
     assert learner.adapt(x, y).predict(q) == [name.split("-")[0] for name in names]

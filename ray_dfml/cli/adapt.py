@@ -11,21 +11,26 @@ from ray_dfml.cli import options
 @click.argument("run", type=options.PATH)
 @click.option("--support", required=True, type=options.PATH, help="Folder of class folders, 1-5 images each.")
 @click.option("--query", required=True, type=options.PATH, help="Folder of images to name.")
+@click.option("--background", default="white", show_default=True, help="Colour that transparent parts are put on.")
 @options.as_json
-def adapt(run: Path, support: Path, query: Path, json_out: bool) -> None:
+def adapt(run: Path, support: Path, query: Path, background: str, json_out: bool) -> None:
     """Adapt the learner of RUN to your own classes and name the query images."""
-    from ray_dfml.learner import Learner, read_folder
+    from ray_dfml.data.folders import read_folder
+    from ray_dfml.learner import Learner
     from ray_dfml.runtime.shard import pin
 
     pin(1)
     learner = Learner.load(run)
-    images, labels, _ = read_folder(support, learner.image)
-    unknown, _, names = read_folder(query, learner.image)
-    adapted = learner.adapt(images, labels)
-    probabilities = adapted.predict_proba(unknown)
+    shown = read_folder(support, learner.image, background=background)
+    unknown = read_folder(query, learner.image, background=background)
+    for option, found in (("--support", shown), ("--query", unknown)):
+        for note in found.notes:
+            options.say(f"{option}: {note}")
+    adapted = learner.adapt(shown.images, shown.labels)
+    probabilities = adapted.predict_proba(unknown.images)
     rows = [
         {"file": name, "class": adapted.classes[int(p.argmax())], "probability": round(float(p.max()), 4)}
-        for name, p in zip(names, probabilities, strict=True)
+        for name, p in zip(unknown.names, probabilities, strict=True)
     ]
     if json_out:
         options.print_json(rows)

@@ -14,7 +14,7 @@ def data() -> None:
 @options.as_json
 def list_(json_out: bool) -> None:
     """The names a SPEC can have."""
-    from ray_dfml.data.datasets import DATASETS
+    from ray_dfml.data import DATASETS
 
     rows = {name: entry.description for name, entry in DATASETS.items()}
     if json_out:
@@ -36,4 +36,5 @@ def check(spec: str, json_out: bool) -> None:
         options.print_json(found)
         return
     for key, value in found.items():
-        click.echo(f"{key:<10} {value}")
+        for one in value if key == "notes" else [value]:
+            click.echo(f"{key.removesuffix('s') if key == 'notes' else key:<10} {one}")

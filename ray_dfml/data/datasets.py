@@ -8,128 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from ray_dfml.data import folders, formats, glyphs, splits
-from ray_dfml.errors import RejectedError, UsageError, did_you_mean
-from ray_dfml.files import resolved
-
-_IMAGENET_MEAN = (0.485, 0.456, 0.406)
-_IMAGENET_STD = (0.229, 0.224, 0.225)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Entry:
-    """What is known about a set before any file is opened."""
-
-    description: str
-    channels: int | None = None
-    """1 or 3; None: as found"""
-    size: tuple[int, int] | None = None
-    """height, width; folders are resized to it; None: as found"""
-    mean: tuple[float, ...] | None = None
-    """per channel, for pixels in [0, 1]; None: no normalisation (mean 0, std 1)"""
-    std: tuple[float, ...] | None = None
-    rule: str = "as found"
-    """"class": disjoint classes by `splits`; "image": every class in every split; "as found": the source decides"""
-    classes: int | None = None
-    torchvision: str | None = None
-    """class in torchvision.datasets that can read the set"""
-
-
-DATASETS: Mapping[str, Entry] = {
-    "glyphs": Entry(
-        description="characters drawn from the fonts that matplotlib ships; embedded, no PATH",
-        channels=1,
-        size=(28, 28),
-        mean=glyphs.MEAN,
-        std=glyphs.STD,
-        rule="class",
-    ),
-    "omniglot": Entry(
-        description="handwritten characters of 50 alphabets, 20 images each",
-        channels=1,
-        size=(28, 28),
-        rule="class",
-        classes=1623,
-        torchvision="Omniglot",
-    ),
-    "cifar-fs": Entry(
-        description="CIFAR-100 with both parts pooled, split by class (64/16/20)",
-        channels=3,
-        size=(32, 32),
-        mean=(0.5071, 0.4867, 0.4408),
-        std=(0.2675, 0.2565, 0.2761),
-        rule="class",
-        classes=100,
-        torchvision="CIFAR100",
-    ),
-    "cifar10": Entry(
-        description="photographs of 10 kinds of things",
-        channels=3,
-        size=(32, 32),
-        rule="image",
-        classes=10,
-        torchvision="CIFAR10",
-    ),
-    "cifar100": Entry(
-        description="photographs of 100 kinds of things",
-        channels=3,
-        size=(32, 32),
-        rule="image",
-        classes=100,
-        torchvision="CIFAR100",
-    ),
-    "mnist": Entry(
-        description="handwritten digits",
-        channels=1,
-        size=(28, 28),
-        rule="image",
-        classes=10,
-        torchvision="MNIST",
-    ),
-    "fashion-mnist": Entry(
-        description="articles of clothing",
-        channels=1,
-        size=(28, 28),
-        rule="image",
-        classes=10,
-        torchvision="FashionMNIST",
-    ),
-    "svhn": Entry(
-        description="digits of house numbers in photographs",
-        channels=3,
-        size=(32, 32),
-        rule="image",
-        classes=10,
-        torchvision="SVHN",
-    ),
-    "mini-imagenet": Entry(
-        description="100 ImageNet classes, folders named by WordNet id, split by class (64/16/20)",
-        channels=3,
-        size=(84, 84),
-        mean=_IMAGENET_MEAN,
-        std=_IMAGENET_STD,
-        rule="class",
-        classes=100,
-    ),
-    "cub": Entry(
-        description="200 bird species (CUB-200-2011), split by class (100/50/50)",
-        channels=3,
-        size=(84, 84),
-        mean=_IMAGENET_MEAN,
-        std=_IMAGENET_STD,
-        rule="class",
-        classes=200,
-    ),
-    "tiny-imagenet": Entry(
-        description="200 ImageNet classes at 64x64",
-        channels=3,
-        size=(64, 64),
-        rule="image",
-        classes=200,
-    ),
-    "parquet": Entry(description="any .parquet of this package's format; its own splits, else 64/16/20 by class"),
-    "folder": Entry(description="any class folders, one image size; its own splits, else 64/16/20 by class"),
-}
+from ray_dfml.data import folders, formats, glyphs, specs, splits, torchvision_root
+from ray_dfml.data.images import one_line
+from ray_dfml.data.specs import DATASETS, Entry
+from ray_dfml.errors import RejectedError, UsageError
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -157,6 +39,8 @@ class ImageSet:
     """per channel, for pixels in [0, 1]; 1 where the set is not normalised"""
     source: Mapping[str, str]
     """path, format, md5 (of a file) or pixels_md5, licence, ..."""
+    notes: tuple[str, ...] = ()
+    """what a reader must know of how it was read, one line each"""
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -199,33 +83,25 @@ class ImageSet:
         return np.flatnonzero(np.array([name in wanted for name in self.class_names], dtype=bool)[self.labels])
 
 
-def absolute(spec: str) -> str:
-    """The spec with its PATH expanded and made absolute, so that it means the same from every folder.
-
-    One that `load` would refuse stays as it is.
-    """
-    name, _, path = spec.partition(":")
-    return f"{name}:{resolved(path)}" if name in DATASETS and name != "glyphs" and path else spec
-
-
 def load(spec: str) -> ImageSet:
-    """The image set of a spec: "glyphs" or "NAME:PATH" with NAME of `DATASETS`.
+    """The image set of a spec: "glyphs", "NAME:PATH" or "NAME@COLOUR:PATH" with NAME of `DATASETS`.
 
-    PATH is a .parquet file, a torchvision root or a folder of class folders. The result is shared by all callers of
-    this process; a file that changes later is not read again. Raises UsageError for a spec that cannot be meant,
-    RejectedError for data that were read and found wanting.
+    COLOUR is what transparent parts of images are put on, white by default: a CSS name or #rrggbb. PATH is a .parquet
+    file, a torchvision root or a folder of class folders. The result is shared by all callers of this process; a file
+    that changes later is not read again. Raises UsageError for a spec that cannot be meant, RejectedError for data that
+    were read and found wanting.
     """
-    return _load(absolute(spec))
+    return _load(specs.absolute(spec))
 
 
 @lru_cache(maxsize=8)
 def _load(spec: str) -> ImageSet:
     """The set of an absolute spec, kept: a relative one may mean another folder the next time."""
-    name, path = _parse(spec)
+    name, background, path = specs.parse(spec)
     entry = DATASETS[name]
     if path is None:
         return glyphs_set()
-    raw = _read(name, entry, path)
+    raw = _read(name, entry, path, background)
     class_names, labels = np.unique(raw.names, return_inverse=True)
     names = tuple(class_names.tolist())
     if entry.classes is not None and entry.rule == "image" and len(names) != entry.classes:
@@ -246,6 +122,7 @@ def _load(spec: str) -> ImageSet:
         mean=entry.mean or (0.0,) * channels,
         std=entry.std or (1.0,) * channels,
         source=raw.source,
+        notes=raw.notes,
     )
 
 
@@ -290,34 +167,24 @@ def describe(spec: str) -> dict[str, Any]:
         "md5": found.source.get("md5") or found.source.get("pixels_md5"),
         "licence": found.source.get("licence", "not stated"),
         "source": dict(found.source),
+        "notes": list(found.notes),
     }
 
 
-def _parse(spec: str) -> tuple[str, Path | None]:
-    """NAME and PATH of a spec; PATH is None for the embedded set."""
-    name, colon, path = spec.partition(":")
-    if name not in DATASETS:
-        hint = did_you_mean(name, DATASETS)
-        if "/" in name or name.endswith(".parquet"):
-            hint = "; write NAME:PATH"
-        raise UsageError(f"unknown data set {name!r} in {spec!r}{hint}; known: {', '.join(DATASETS)}")
-    if name == "glyphs":
-        if colon:
-            raise UsageError(f"{spec!r}: glyphs is embedded and takes no path; write 'glyphs'")
-        return name, None
-    if not path:
-        raise UsageError(f"{spec!r} names no place; write {name}:PATH (a .parquet file or a folder)")
-    return name, resolved(path)
-
-
-def _read(name: str, entry: Entry, path: Path) -> formats.Raw:
+def _read(name: str, entry: Entry, path: Path, background: str) -> formats.Raw:
     """The images behind a path, with the reader that fits it, checked against the size the set must have."""
     try:
         exists, is_folder = path.exists(), path.is_dir()
         if is_folder and name != "parquet":
-            return folders.read(name, path, channels=entry.channels, size=entry.size, torchvision=entry.torchvision)
+            kind = entry.torchvision
+            if kind is not None and torchvision_root.find(kind, path):
+                return torchvision_root.read(path, kind, entry.size)
+            return folders.read(
+                name, path, channels=entry.channels, size=entry.size, background=background,
+                marker=torchvision_root.MARKERS.get(kind or ""),
+            )  # fmt: skip
     except OSError as error:
-        raise RejectedError(f"{path}: cannot be read ({formats.one_line(error)}); check its permissions") from None
+        raise RejectedError(f"{path}: cannot be read ({one_line(error)}); check its permissions") from None
     if not exists:
         raise RejectedError(f"{path}: no such file or folder; give the path of the {name} data")
     if is_folder:
@@ -326,7 +193,7 @@ def _read(name: str, entry: Entry, path: Path) -> formats.Raw:
         raise UsageError(f"folder:{path} is a file; write parquet:{path}, or name a folder")
     if path.suffix.lower() != ".parquet":
         raise UsageError(f"{name}:{path} is not a .parquet file; give a .parquet file or a folder")
-    raw = formats.read_parquet(path)
+    raw = formats.read_parquet(path, background=background)
     channels, height, width = raw.images.shape[1:]
     if entry.size is not None and ((height, width) != entry.size or channels != entry.channels):
         raise RejectedError(

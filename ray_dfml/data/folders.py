@@ -1,217 +1,127 @@
-"""Readers of directories: class folders (with or without train/val/test above them) and torchvision roots."""
+"""Images in folders: data sets of class folders, with or without splits above them, and a user's few images."""
 
 import hashlib
-import importlib
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import os
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
-from PIL import Image
 
-from ray_dfml.data import cache, formats
+from ray_dfml.data import formats, images, listing
+from ray_dfml.data.listing import ImageFile
 from ray_dfml.errors import RejectedError, UsageError
-
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".ppm", ".pgm", ".gif", ".webp", ".tif", ".tiff")
-
-TORCHVISION_MARKERS: Mapping[str, str] = {
-    "CIFAR10": "cifar-10-batches-py",
-    "CIFAR100": "cifar-100-python",
-    "MNIST": "MNIST/raw",
-    "FashionMNIST": "FashionMNIST/raw",
-    "SVHN": "train_32x32.mat",
-}
-"""torchvision class -> what its root holds once it is downloaded (Omniglot's is read as class folders)"""
-
-
-@dataclass(frozen=True)
-class _File:
-    path: Path
-    name: str
-    split: str | None
+from ray_dfml.files import resolved, shown
+from ray_dfml.types import ImageSpec
 
 
 def read(
-    name: str, path: Path, *, channels: int | None, size: tuple[int, int] | None, torchvision: str | None
+    name: str, path: Path, *, channels: int | None, size: tuple[int, int] | None, marker: str | None, background: str
 ) -> formats.Raw:
-    """The images under a directory: a torchvision root if it holds `torchvision`'s files, else class folders.
+    """The images of the class folders under a directory.
 
-    `size` (h, w) resizes; None demands one size. `channels` 1 or 3 converts; None keeps grey only if every image is
-    grey. Raises RejectedError.
+    `size` (h, w) resizes; None demands one size, as the images are shown. `channels` 1 or 3 converts; None keeps grey
+    only if every image is grey. `marker` is what else the directory could have held. Raises RejectedError.
     """
-    marker = TORCHVISION_MARKERS.get(torchvision or "")
-    if torchvision is not None and marker is not None and (path / marker).exists():
-        return _read_torchvision(path, torchvision, size)
-    files = _listing(name, path, marker)
+    found = listing.listing(name, path, marker)
+    files = found.files
     channels, size, resize = _geometry(files, channels, size)
-    digest = hashlib.md5(repr((channels, size)).encode(), usedforsecurity=False)
+    digest = hashlib.md5(repr((channels, size, images.colour(background))).encode(), usedforsecurity=False)
     for file in files:
         stat = file.path.stat()
-        digest.update(f"{file.path.relative_to(path)}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
-    shape = (channels, *size)
+        digest.update(os.fsencode(file.path.relative_to(path)) + f"\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
 
-    def decode(row: int) -> np.ndarray:
-        try:
-            with Image.open(files[row].path) as image:
-                return formats.to_chw(image, channels, size if resize else None)
-        except formats.DECODE_ERRORS as error:
-            raise _undecodable(files[row].path, error) from None
+    def decode(row: int) -> images.Decoded:
+        file = shown(files[row].path)
+        decoded = images.decode(
+            files[row].path, file, channels=channels, size=size if resize else None, background=background
+        )
+        if decoded.pixels.shape[1:] != size:
+            raise RejectedError(f"{file}: its header does not say that it is turned; save it again as it is shown")
+        return decoded
 
-    images = cache.array(
-        f"{digest.hexdigest()}-{channels}x{size[0]}x{size[1]}",
-        (len(files), *shape),
-        lambda: formats.decode_all(len(files), shape, decode),
-    )
-    names = np.array([file.name for file in files], dtype=np.str_)
-    found = [file.split for file in files]
-    splits = None if None in found else np.array(found, dtype=np.str_)
-    source = {"path": str(path), "format": "folder", "pixels_md5": formats.pixels_md5(images, names)}
+    pixels, kinds = images.decode_all(digest.hexdigest(), len(files), (channels, *size), decode)
+    labels = np.array([file.label for file in files], dtype=np.str_)
+    splits = [file.split for file in files]
+    source = {"path": str(path), "format": "folder", "pixels_md5": formats.pixels_md5(pixels, labels)}
     if resize:
         source["processing"] = f"resized to {size[0]}x{size[1]} (Lanczos) where it was not"
-    return formats.Raw(images=images, names=names, splits=splits, source=source)
-
-
-def _undecodable(path: Path, error: BaseException) -> RejectedError:
-    return RejectedError(f"{path}: cannot be decoded ({formats.one_line(error)}); replace or remove it")
+    return formats.Raw(
+        images=pixels,
+        names=labels,
+        splits=None if None in splits else np.array(splits, dtype=np.str_),
+        source=source,
+        notes=(*found.notes(), *images.notes(kinds, background)),
+    )
 
 
 def _geometry(
-    files: Sequence[_File], channels: int | None, size: tuple[int, int] | None
+    files: Sequence[ImageFile], channels: int | None, size: tuple[int, int] | None
 ) -> tuple[int, tuple[int, int], bool]:
     """Channels, (h, w) and whether to resize; reads all headers only where something is not given."""
     if channels is not None and size is not None:
         return channels, size, True
-    grey, first = True, None
-    for file in files:
-        try:
-            with Image.open(file.path) as image:
-                found, mode = (image.height, image.width), image.mode
-        except formats.DECODE_ERRORS as error:
-            raise _undecodable(file.path, error) from None
-        grey = grey and mode in ("1", "L", "LA")
-        first = first or found
-        if size is None and found != first:
+    looks = [images.look(file.path) for file in files]
+    first = looks[0].height, looks[0].width
+    for file, look in zip(files, looks, strict=True):
+        if size is None and (look.height, look.width) != first:
             raise RejectedError(
-                f"mixed sizes: {files[0].path} is {first[0]}x{first[1]} and {file.path} is {found[0]}x{found[1]} "
-                "(height x width); resize all images to one size first"
+                f"mixed sizes: {shown(files[0].path)} is {first[0]}x{first[1]} and {shown(file.path)} is "
+                f"{look.height}x{look.width} (height x width); resize all images to one size first"
             )
-    assert first is not None  # _listing never returns an empty list
-    return channels or (1 if grey else 3), size or first, size is not None
+    return channels or (1 if all(look.grey for look in looks) else 3), size or first, size is not None
 
 
-# -------------------------------------------------------------------------------------------------------- class folders
+class UserImages(NamedTuple):
+    """Images of `read_folder`: uint8 [n c h w], their labels and file names, and what a reader must know."""
+
+    images: np.ndarray
+    labels: list[str]
+    names: list[str]
+    notes: list[str]
 
 
-def _listing(name: str, path: Path, marker: str | None) -> list[_File]:
-    """Every image with its class and, where the directory has them, its split; sorted by split, class, file name."""
-    root = _root(name, path)
-    if name == "tiny-imagenet" and (root / "val" / "val_annotations.txt").is_file():
-        return _tiny_imagenet(root)
-    depth = 2 if name == "omniglot" else 1
-    below = _folders(root)
-    files: list[_File] = []
-    # "train" is also a class of CIFAR-100: split folders are meant only where there is nothing else
-    if below and all(folder.name in formats.SPLIT_NAMES for folder in below):
-        for folder in below:
-            files += _class_files(folder, formats.SPLIT_NAMES[folder.name], depth)
-    elif below:
-        files = _class_files(root, None, depth)
-    if not files:
-        also = f" or {marker} of torchvision" if marker else ""
-        layout = "alphabet/character folders" if depth == 2 else "class folders"
-        raise RejectedError(f"{root}: no {layout} with images{also} in it; give the folder above the {layout}")
-    return files
+def read_folder(path: str | Path, image: ImageSpec, *, background: str = "white") -> UserImages:
+    """Images of a folder of class folders, or of a folder of images.
 
-
-def _root(name: str, path: Path) -> Path:
-    """Where class or split folders start, in the layouts to which CUB-200-2011 and torchvision's Omniglot unpack."""
-    for inner in {"cub": ("CUB_200_2011", "images"), "omniglot": ("omniglot-py",)}.get(name, ()):
-        if (path / inner).is_dir():
-            path = path / inner
-    return path
-
-
-def _folders(root: Path) -> list[Path]:
-    return sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
-
-
-def _images(folder: Path) -> list[Path]:
-    return sorted(p for p in folder.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES and not p.name.startswith("."))
-
-
-def _class_files(root: Path, split: str | None, depth: int) -> list[_File]:
-    """Images of the class folders under `root`; at depth 2 a class is two folders, "alphabet/character"."""
-    classes = _folders(root)
-    if depth == 2:
-        classes = [inner for outer in classes for inner in _folders(outer)]
-    files = []
-    for folder in classes:
-        inner = folder / "images"  # Tiny-ImageNet keeps the images of a class one level down
-        images = _images(inner if inner.is_dir() else folder)
-        if not images:
-            raise RejectedError(f"{folder}: a class folder without {' '.join(IMAGE_SUFFIXES)}; fill or remove it")
-        files += [_File(image, folder.relative_to(root).as_posix(), split) for image in images]
-    return files
-
-
-def _tiny_imagenet(root: Path) -> list[_File]:
-    """The layout as published: labels of val in a text file, none for test. Its val is the only labelled test set."""
-    annotations = root / "val" / "val_annotations.txt"
-    files = _class_files(root / "train", "train", 1) if (root / "train").is_dir() else []
-    known = {file.name for file in files}
-    for number, line in enumerate(annotations.read_text(errors="replace").splitlines(), start=1):
-        image, _, rest = line.partition("\t")
-        label = rest.partition("\t")[0]
-        file = root / "val" / "images" / image
-        if label not in known or not file.is_file():
-            what = f"class {label!r} is not in train" if file.is_file() else f"{file} does not exist"
-            raise RejectedError(f"{annotations}: line {number}: {what}; unpack the whole set again")
-        files.append(_File(file, label, "test"))
-    return files
-
-
-# ---------------------------------------------------------------------------------------------------------- torchvision
-
-
-def _read_torchvision(path: Path, kind: str, size: tuple[int, int] | None) -> formats.Raw:
-    """Both parts of a set that torchvision has downloaded before; nothing is downloaded here."""
-    try:
-        datasets = importlib.import_module("torchvision.datasets")
-    except ImportError:
-        raise UsageError(f"{path} needs torchvision, which is missing; install it or give a .parquet") from None
-    parts: list[tuple[np.ndarray, list[str]]] = []
-    # torchvision unpickles CIFAR's own files, after it has compared their md5 with the published ones
-    try:
-        for train in (True, False):
-            which = {"split": "train" if train else "test"} if kind == "SVHN" else {"train": train}
-            parts.append(_arrays(kind, getattr(datasets, kind)(root=str(path), download=False, **which)))
-            if len(parts[-1][0]) != len(parts[-1][1]):
-                raise ValueError(f"{len(parts[-1][0])} images, {len(parts[-1][1])} labels")
-    except Exception as error:  # its parsers report damaged files by whatever fails first, asserts included
-        raise RejectedError(
-            f"{path}: torchvision cannot read {kind} here ({formats.one_line(error)}); download it again with "
-            f"torchvision.datasets.{kind}(root, download=True)"
-        ) from None
-    images = np.concatenate([images for images, _ in parts])
-    names = np.array([name for _, names in parts for name in names], dtype=np.str_)
-    if size is not None and images.shape[2:] != size:
-        raise RejectedError(
-            f"{path}: {kind} images are {images.shape[2]}x{images.shape[3]}, must be {size[0]}x{size[1]}; "
-            "download it again"
+    Labels are the names of the class folders, or "" without any; names are relative to `path`, printable and sorted.
+    Images are decoded as in `images.decode`, converted to the channels and resized (Lanczos, without regard to their
+    proportions) to the size of `image`. What is no image by its name is passed over, and counted in a note.
+    Raises UsageError where there is no folder, RejectedError where it is empty or an image cannot be decoded.
+    """
+    path = resolved(path)
+    if image.channels not in (1, 3):
+        raise UsageError(
+            f"{path}: image files have 1 or 3 channels, the learner takes {image.channels}; use the Python API"
         )
-    splits = np.array(
-        [split for split, part in zip(("train", "test"), parts, strict=True) for _ in part[1]], dtype=np.str_
+    if not path.is_dir():
+        raise UsageError(f"{path}: no such folder; name a folder of images, or of one folder of images per class")
+    found = listing.Listing()
+    folders = listing.folders_in(path)
+    files = listing.images_in(path, found.passed if not folders else Counter())
+    if folders and files:
+        raise RejectedError(
+            f"{path}: holds images ({shown(files[0].name)}) beside folders ({shown(folders[0].name)}); keep one kind"
+        )
+    found.files = [ImageFile(file, "", None) for file in files]
+    for folder in folders:
+        label = listing.check_class_name(shown(folder), folder.name)
+        found.files += [ImageFile(file, label, None) for file in listing.class_images(folder, found.passed)]
+    if not found.files:
+        raise RejectedError(
+            f"{path}: no images; expected {', '.join(images.SUFFIXES)} files or folders of them, one per class"
+        )
+    decoded = [
+        images.decode(
+            file.path, shown(file.path), channels=image.channels, size=(image.height, image.width),
+            background=background,
+        )
+        for file in found.files
+    ]  # fmt: skip
+    return UserImages(
+        np.stack([one.pixels for one in decoded]),
+        [file.label for file in found.files],
+        [shown(file.path.relative_to(path).as_posix()) for file in found.files],
+        [*found.notes(), *images.notes([one.kind for one in decoded], background)],
     )
-    source = {"path": str(path), "format": f"torchvision {kind}", "pixels_md5": formats.pixels_md5(images, names)}
-    return formats.Raw(images=images, names=names, splits=splits, source=source)
-
-
-def _arrays(kind: str, part: Any) -> tuple[np.ndarray, list[str]]:
-    """uint8 [n, c, h, w] and class names of one part; digits are named "0" to "9"."""
-    if kind == "SVHN":
-        return np.ascontiguousarray(part.data, dtype=np.uint8), [str(int(label)) for label in part.labels]
-    pixels = np.asarray(part.data, dtype=np.uint8)
-    chw = pixels[:, None] if pixels.ndim == 3 else np.ascontiguousarray(pixels.transpose(0, 3, 1, 2))
-    labels = [int(label) for label in part.targets]
-    return chw, [str(label) if kind == "MNIST" else part.classes[label] for label in labels]

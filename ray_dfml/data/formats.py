@@ -1,42 +1,22 @@
-"""Readers: a parquet file, a folder of class folders, or a torchvision root becomes one `Raw` table of images.
+"""What every reader of images gives, one `Raw` table, and the reader of Parquet files.
 
 Every reader checks what it reads and raises RejectedError: one line with what is wrong, where, and what to do.
 """
 
 import hashlib
-import io
-import struct
-import zlib
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from PIL import Image
 
-from ray_dfml.data import cache
+from ray_dfml.data import images, mistaken
+from ray_dfml.data.listing import check_class_name, split_of
 from ray_dfml.errors import RejectedError
 
 ENCODINGS = ("raw_uint8_hwc", "png", "jpeg")
-SPLIT_NAMES: Mapping[str, str] = {
-    "train": "train",
-    "val": "val",
-    "valid": "val",
-    "validation": "val",
-    "test": "test",
-    "background": "train",
-    "evaluation": "test",
-    "images_background": "train",
-    "images_evaluation": "test",
-}
-
-# what pillow raises for a damaged image, by format and by kind of damage
-DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
-_DECODE_THREADS = 4
-_SMALL = 64 * 64  # pixels; below it decoding is mostly Python, and more than one thread is slower than one
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +31,8 @@ class Raw:
     """"train", "val" or "test" of each image, str [n]; None where the source has no splits"""
     source: Mapping[str, str]
     """path, format, md5 or pixels_md5, licence, citation, ..."""
+    notes: tuple[str, ...] = ()
+    """what a reader must know of how it was read, one line each"""
 
 
 def file_md5(path: Path) -> str:
@@ -62,57 +44,22 @@ def file_md5(path: Path) -> str:
     return digest.hexdigest()
 
 
-def pixels_md5(images: np.ndarray, names: np.ndarray) -> str:
+def pixels_md5(pixels: np.ndarray, names: np.ndarray) -> str:
     """Hex md5 of decoded pixels and class names, in order: identifies a source of many files on any machine."""
     digest = hashlib.md5("\n".join(names.tolist()).encode(), usedforsecurity=False)
-    for start in range(0, len(images), 4096):
-        digest.update(np.ascontiguousarray(images[start : start + 4096]).data)
+    for start in range(0, len(pixels), 4096):
+        digest.update(np.ascontiguousarray(pixels[start : start + 4096]).data)
     return digest.hexdigest()
-
-
-# --------------------------------------------------------------------------------------------------------------- images
-
-
-def to_chw(image: Image.Image, channels: int, size: tuple[int, int] | None) -> np.ndarray:
-    """uint8 [channels, h, w] of a grey (1) or RGB (3) image, converted from what it is; `size` is (h, w) to resize to.
-
-    Raises one of pillow's errors for damaged data, ValueError for pixels of more than 8 bits.
-    """
-    if image.mode.startswith(("I", "F")):
-        raise ValueError("more than 8 bits per channel; convert it to 8 bits")
-    converted = image.convert("L" if channels == 1 else "RGB")
-    if size is not None and (converted.height, converted.width) != size:
-        converted = converted.resize((size[1], size[0]), Image.Resampling.LANCZOS)
-    pixels = np.asarray(converted)
-    return pixels[None] if channels == 1 else pixels.transpose(2, 0, 1)
-
-
-def decode_all(count: int, shape: tuple[int, int, int], decode: Callable[[int], np.ndarray]) -> np.ndarray:
-    """uint8 [count, *shape] of `decode(0..count-1)`, on a few threads; the error raised is that of the lowest index."""
-    out = np.empty((count, *shape), dtype=np.uint8)
-
-    def fill(rows: range) -> None:
-        for row in rows:
-            out[row] = decode(row)
-
-    with ThreadPoolExecutor(1 if shape[1] * shape[2] < _SMALL else _DECODE_THREADS) as pool:
-        pending = [pool.submit(fill, range(i, min(i + 256, count))) for i in range(0, count, 256)]
-        try:
-            for done in pending:
-                done.result()
-        finally:
-            pool.shutdown(cancel_futures=True)  # after a damaged image, do not decode the rest first
-    return out
 
 
 # -------------------------------------------------------------------------------------------------------------- parquet
 
 
-def read_parquet(path: Path) -> Raw:
+def read_parquet(path: Path, *, background: str = "white") -> Raw:
     """A parquet file with columns `image label label_name` and, if it has splits, `split`.
 
     Its schema metadata give `height width channels encoding`; `encoding` is raw_uint8_hwc, png or jpeg. Decoded png
-    and jpeg images are cached by the file's md5. Raises RejectedError.
+    and jpeg images are decoded as in `images.decode` and cached by the file's md5. Raises RejectedError.
     """
     table, meta = _open_parquet(path)
     height, width, channels = (_positive(path, meta, key) for key in ("height", "width", "channels"))
@@ -128,13 +75,12 @@ def read_parquet(path: Path) -> Raw:
     shape = (channels, height, width)
     md5 = file_md5(path)
     if encoding == "raw_uint8_hwc":
-        images = _raw_images(path, table["image"], shape)
+        pixels, notes = _raw_images(path, table["image"], shape), []
     else:
-        key = f"{md5}-{channels}x{height}x{width}"
-        images = cache.array(key, (len(names), *shape), lambda: _decoded_column(path, table["image"], shape))
+        pixels, notes = _decoded_column(path, md5, table["image"], shape, background)
     kept = ("licence", "citation", "source_repository", "source_commit", "processing", "polarity")
     source = {"path": str(path), "format": "parquet", "md5": md5, **{k: meta[k] for k in kept if k in meta}}
-    return Raw(images=images, names=names, splits=splits, source=source)
+    return Raw(images=pixels, names=names, splits=splits, source=source, notes=tuple(notes))
 
 
 def _open_parquet(path: Path) -> tuple[pa.Table, dict[str, str]]:
@@ -144,9 +90,10 @@ def _open_parquet(path: Path) -> tuple[pa.Table, dict[str, str]]:
             table = file.read()
         meta = {k.decode(): v.decode() for k, v in (table.schema.metadata or {}).items()}
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise RejectedError(
-            f"{path}: not a readable parquet file, perhaps cut short ({one_line(error)}); copy it again"
-        ) from None
+        said = mistaken.what_it_is(path) or (
+            f"not a readable parquet file, perhaps cut short ({images.one_line(error)}); copy it again"
+        )
+        raise RejectedError(f"{path}: {said}") from None
     wanted: dict[str, tuple[str, Callable[[pa.DataType], bool]]] = {
         "image": ("binary", lambda t: pa.types.is_binary(t) or pa.types.is_large_binary(t)),
         "label": ("integer", pa.types.is_integer),
@@ -190,7 +137,7 @@ def _names(path: Path, table: pa.Table) -> np.ndarray:
     name_of: dict[int, str] = {}
     label_of: dict[str, int] = {}
     for pair in sorted(pairs, key=lambda p: (p["label"], p["label_name"])):
-        label, name = pair["label"], pair["label_name"]
+        label, name = pair["label"], check_class_name(str(path), pair["label_name"])
         if name_of.setdefault(label, name) != name:
             raise RejectedError(
                 f"{path}: label {label} is both {name_of[label]!r} and {name!r}; give each label one name"
@@ -201,10 +148,11 @@ def _names(path: Path, table: pa.Table) -> np.ndarray:
 
 
 def _split_names(path: Path, found: Sequence[str]) -> np.ndarray:
-    unknown = sorted({s for s in found if s not in SPLIT_NAMES})
-    if unknown:
-        raise RejectedError(f"{path}: unknown split {unknown[0]!r}; use train, val and test")
-    return np.array([SPLIT_NAMES[s] for s in found], dtype=np.str_)
+    meant = {word: split_of(word) for word in sorted(set(found))}
+    for word, split in meant.items():
+        if split is None:
+            raise RejectedError(f"{path}: unknown split {word!r}; use train, val and test")
+    return np.array([meant[word] for word in found], dtype=np.str_)
 
 
 def _raw_images(path: Path, column: pa.ChunkedArray, shape: tuple[int, int, int]) -> np.ndarray:
@@ -230,28 +178,20 @@ def _raw_images(path: Path, column: pa.ChunkedArray, shape: tuple[int, int, int]
     return out
 
 
-def _decoded_column(path: Path, column: pa.ChunkedArray, shape: tuple[int, int, int]) -> np.ndarray:
+def _decoded_column(
+    path: Path, md5: str, column: pa.ChunkedArray, shape: tuple[int, int, int], background: str
+) -> tuple[np.ndarray, list[str]]:
+    """uint8 [n, c, h, w] of a column of encoded images, and what a reader must know of them."""
     blobs = column.to_pylist()
 
-    def decode(row: int) -> np.ndarray:
-        try:
-            with Image.open(io.BytesIO(blobs[row])) as image:
-                pixels = to_chw(image, shape[0], None)
-        except DECODE_ERRORS as error:
-            raise RejectedError(
-                f"{path}: image in row {row} cannot be decoded ({one_line(error)}); replace it or drop the row"
-            ) from None
-        if pixels.shape != shape:
-            found, said = (f"{s[1]}x{s[2]}" for s in (pixels.shape, shape))
-            raise RejectedError(
-                f"{path}: image in row {row} is {found}, the schema metadata say {said}; make them agree"
-            )
-        return pixels
+    def decode(row: int) -> images.Decoded:
+        what = f"{path}: image in row {row}"
+        decoded = images.decode(blobs[row], what, channels=shape[0], size=None, background=background)
+        if decoded.pixels.shape != shape:
+            found, said = (f"{s[1]}x{s[2]}" for s in (decoded.pixels.shape, shape))
+            raise RejectedError(f"{what} is {found} as it is shown, the schema metadata say {said}; make them agree")
+        return decoded
 
-    return decode_all(len(blobs), shape, decode)
-
-
-def one_line(error: BaseException) -> str:
-    """First line of an error of a library, short enough for a one-line message, without addresses of objects."""
-    text = " ".join(str(error).split()).split(" <_io.")[0]
-    return text[:117] + "..." if len(text) > 120 else text or type(error).__name__
+    ground = bytes(images.colour(background)).hex()
+    pixels, kinds = images.decode_all(f"{md5}-{ground}", len(blobs), shape, decode)
+    return pixels, images.notes(kinds, background)

@@ -78,7 +78,7 @@ def test_source_says_where_the_data_come_from(tmp_path, write_parquet, noise):
 def test_the_damaged_file(tmp_path, write_parquet, noise):
     file = write_parquet(tmp_path / "cut.parquet", noise(50, 8, 8, 1), ["a"] * 50)
     whole = Path(file).read_bytes()
-    for damaged in (whole[: len(whole) // 2], b"", b"PAR1 and no more", b"\0" * 100):
+    for damaged in (whole[: len(whole) // 2], b"PAR1 and no more", b"\0" * 100):
         Path(file).write_bytes(damaged)
         assert "not a readable parquet file" in rejected(file)
         assert "copy it again" in rejected(file)
@@ -119,7 +119,7 @@ def test_columns_that_are_missing_or_of_another_type(tmp_path, write_parquet, no
     assert rejected(file({"label_name": pa.array(["a", None])})) == (
         "column label_name is empty in row 1; fill it or drop the row"
     )
-    assert rejected(file({"split": pa.array(["train", "dev"])})) == "unknown split 'dev'; use train, val and test"
+    assert rejected(file({"split": pa.array(["train", "rest"])})) == "unknown split 'rest'; use train, val and test"
 
 
 def test_no_rows(tmp_path, write_parquet, noise):
@@ -158,14 +158,13 @@ def test_images_that_cannot_be_decoded(tmp_path, write_parquet, noise):
     crooked[60:90] = b"\0" * 30
     stream = io.BytesIO()
     Image.fromarray(noise(40, 40, 3)).save(stream, "jpeg")
-    deep = _png(np.full((40, 40), 40000, np.uint16))
-    for bad in (b"", b"no image", good[:50], good[: len(good) // 2], bytes(crooked), stream.getvalue()[:300], deep):
+    for bad in (b"", b"no image", good[:50], good[: len(good) // 2], bytes(crooked), stream.getvalue()[:300]):
         blobs = pa.array([good, bad], pa.binary())
         pixels = noise(2, 40, 40, 3)
         file = write_parquet(tmp_path / "d.parquet", pixels, ["a", "b"], encoding="png", columns={"image": blobs})
         text = rejected(file)
-        assert text.startswith("image in row 1 cannot be decoded (")
-        assert text.endswith("; replace it or drop the row")
+        assert text.startswith("image in row 1: ")
+        assert text.endswith("; replace or remove it" if bad else "is an empty file; copy or download it again")
         assert "0x" not in text  # no address of an object
 
 
@@ -174,7 +173,7 @@ def test_an_image_of_another_size_than_the_metadata_say(tmp_path, write_parquet,
     file = write_parquet(
         tmp_path / "z.parquet", noise(2, 8, 8, 3), ["a", "b"], encoding="png", columns={"image": blobs}
     )
-    assert rejected(file) == "image in row 1 is 9x8, the schema metadata say 8x8; make them agree"
+    assert rejected(file) == "image in row 1 is 9x8 as it is shown, the schema metadata say 8x8; make them agree"
 
 
 def test_the_error_of_the_first_bad_row_is_told(tmp_path, write_parquet, noise):
@@ -188,4 +187,4 @@ def test_the_error_of_the_first_bad_row_is_told(tmp_path, write_parquet, noise):
         encoding="png",
         columns={"image": pa.array(blobs, pa.binary())},
     )
-    assert rejected(file).startswith("image in row 299 ")
+    assert rejected(file).startswith("image in row 299: ")
