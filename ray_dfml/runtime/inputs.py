@@ -86,6 +86,7 @@ def read_inputs(config: RunConfig) -> Inputs:
     real: dict[str, np.ndarray] = {}
     notes: list[str] = []
     for spec, one in loaded.items():
+        notes += [f"--data {spec}: {note}" for note in one.notes]
         if one.shape != image.shape:
             notes.append(resizing(spec, one.shape, image.shape))
         for split in ("val", "test"):

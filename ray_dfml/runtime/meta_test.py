@@ -31,6 +31,8 @@ def meta_test(
     """
     learner = Learner.load(weights)
     part = datasets.load(spec).subset(split)
+    for note in part.notes:
+        print(f"--data {spec}: {note}", file=sys.stderr)
     images = fitted(part.images, learner.image.shape, f"--data {spec}")
     if part.shape != learner.image.shape:
         print(resizing(spec, part.shape, learner.image.shape), file=sys.stderr)
