@@ -7,7 +7,8 @@ of episodes.
 query with the support's statistics; `running` uses the statistics kept from training, for both.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import Annotated, Literal
 
 import numpy as np
@@ -17,13 +18,14 @@ from torch import Tensor
 
 from ray_dfml.core import episodes, memory, scoring, seeds
 from ray_dfml.core.images import normalise, to_pixels
-from ray_dfml.core.inner_loop import Head, adapted, plain_grad
+from ray_dfml.core.inner_loop import Head, adapted, adapted_each, plain_grad
 from ray_dfml.core.net import Net
 from ray_dfml.methods.icfil import IcfilConfig, calibrate
 from ray_dfml.types import Arrays, Job, LearnerWeights, Worker
 
 BatchNormMode = Literal["transductive", "support", "running"]
 EPISODES_PER_JOB = 10
+"""A multiple of `inner_loop.GROUP`, so that an episode has one place in its group however many there are."""
 OFF = IcfilConfig()
 """No calibration."""
 
@@ -99,11 +101,18 @@ def finetune(
 ) -> Tensor:
     """Query logits [u k] after `adapt_to` the support; images normalised [n c h w], labels [s] in 0..k-1."""
     phi = adapt_to(network, theta, stats, support, labels, steps=steps, lr=lr, bn=bn, head=head, icfil=icfil, seed=seed)
+    return query_logits(network, phi, stats, support, query, bn=bn)[:, : int(labels.max()) + 1]
+
+
+@torch.no_grad()
+def query_logits(
+    network: Net, phi: Tensor, stats: Tensor, support: Tensor, query: Tensor, *, bn: BatchNormMode
+) -> Tensor:
+    """Query logits [u q] under adapted weights [p]; the statistics [k] are read where `bn` is `running`."""
     fixed = stats if bn == "running" else None
-    with torch.no_grad():
-        if bn == "support":
-            fixed = network.with_stats(phi, support)[1]
-        return network(phi, query, fixed)[:, : int(labels.max()) + 1]
+    if bn == "support":
+        fixed = network.with_stats(phi, support, first_order=True)[1]
+    return network(phi, query, fixed, first_order=True)
 
 
 def jobs(cfg: EvalConfig, *, way: int, shot: int, start: int = 0, stop: int) -> list[Job]:
@@ -138,9 +147,8 @@ def evaluate(worker: Worker, jobs: Sequence[Job], shared: Arrays) -> list[Arrays
     `assign` matches output units to ways on the support's log-probabilities (both with the weights' own statistics).
     """
     device, weights = worker.device, LearnerWeights.of(shared["weights"])
-    network, theta, stats = weights.net, weights.theta.to(device), weights.stats.to(device)
+    weights = replace(weights, theta=weights.theta.to(device), stats=weights.stats.to(device))
     mean, std = (torch.tensor(values, device=device) for values in (weights.image.mean, weights.image.std))
-    icfil = IcfilConfig.model_validate(shared["icfil"])
 
     def load(positions: np.ndarray) -> Tensor:
         return normalise(to_pixels(shared["images"][positions], device), mean, std)
@@ -148,37 +156,47 @@ def evaluate(worker: Worker, jobs: Sequence[Job], shared: Arrays) -> list[Arrays
     out = []
     for job in jobs:
         v = job.values
-        way = v["way"]
-        labels = memory.interleaved(way, v["shot"]).to(device)
-        wanted = memory.interleaved(way, v["query"]).to(device)
-        found = []
-        for index in range(v["start"], v["stop"]):
-            episode = episodes.draw(
-                shared["labels"], way=way, shot=v["shot"], query=v["query"], seed=v["seed"], index=index
-            )
-            support, query = load(episode.support), load(episode.query)
-            if shared["reading"] == "finetune":
-                logits = finetune(
-                    network,
-                    theta,
-                    stats,
-                    support,
-                    labels,
-                    query,
-                    steps=weights.steps,
-                    lr=weights.lr,
-                    bn=shared["bn"],
-                    head=weights.head,
-                    icfil=icfil,
-                    seed=seeds.derive(v["seed"], way, v["shot"], v["query"], index, "icfil"),
-                )
-            else:
-                with torch.no_grad():
-                    logits = network(theta, query, stats)
-                    if shared["reading"] == "assign":
-                        on_support = network(theta, support, stats).log_softmax(-1).cpu().numpy()
-                        units = scoring.assign_units(on_support, labels.cpu().numpy(), way)
-                        logits = logits[:, torch.tensor(units, device=device)]
-            found.append(100.0 * float((logits.argmax(-1) == wanted).float().mean()))
+        indices, asked = range(v["start"], v["stop"]), {name: v[name] for name in ("way", "shot", "query", "seed")}
+        drawn = [episodes.draw(shared["labels"], index=index, **asked) for index in indices]
+        labels, wanted = (memory.interleaved(v["way"], v[name]).to(device) for name in ("shot", "query"))
+        supports = torch.stack([load(episode.support) for episode in drawn])
+        queries = (load(episode.query) for episode in drawn)
+        if shared["reading"] == "finetune":
+            at = [seeds.derive(v["seed"], v["way"], v["shot"], v["query"], index, "icfil") for index in indices]
+            icfil = IcfilConfig.model_validate(shared["icfil"])
+            answers = _finetuned(weights, supports, labels, queries, bn=shared["bn"], icfil=icfil, seeds=at)
+        else:
+            answers = _read(weights, supports, labels, queries, assign=shared["reading"] == "assign")
+        found = [100.0 * float((logits.argmax(-1) == wanted).float().mean()) for logits in answers]
         out.append({"accuracies": np.array(found)})
     return out
+
+
+def _finetuned(
+    weights: LearnerWeights, supports: Tensor, labels: Tensor, queries: Iterable[Tensor],
+    *, bn: BatchNormMode, icfil: IcfilConfig, seeds: Sequence[int],
+) -> Iterator[Tensor]:  # fmt: skip
+    """Query logits of each episode as `finetune` gives them, with supports that adapt together where that is faster."""
+    network, fixed, way = weights.net, weights.stats if bn == "running" else None, int(labels.max()) + 1
+    phis = adapted_each(
+        network, weights.theta, supports, labels,
+        head=weights.head, lr=weights.lr, steps=weights.steps, stats=fixed, way=way,
+    )  # fmt: skip
+    for phi, support, query, seed in zip(phis, supports, queries, seeds, strict=True):
+        calibrated = calibrate(icfil, network, phi, fixed, support, labels, head=weights.head, seed=seed)
+        yield query_logits(network, calibrated, weights.stats, support, query, bn=bn)[:, :way]
+
+
+@torch.no_grad()
+def _read(
+    weights: LearnerWeights, supports: Tensor, labels: Tensor, queries: Iterable[Tensor], *, assign: bool
+) -> Iterator[Tensor]:
+    """Query logits of each episode without adaptation; with `assign` the units are matched to ways on the support."""
+    network, theta, stats = weights.net, weights.theta, weights.stats
+    for support, query in zip(supports, queries, strict=True):
+        logits = network(theta, query, stats, first_order=True)
+        if assign:
+            on_support = network(theta, support, stats, first_order=True).log_softmax(-1).cpu().numpy()
+            units = scoring.assign_units(on_support, labels.cpu().numpy(), int(labels.max()) + 1)
+            logits = logits[:, torch.tensor(units, device=logits.device)]
+        yield logits

@@ -240,15 +240,16 @@ class AdaptedLearner:
         self._stats = weights.stats
         if learner.bn != "running":
             with torch.no_grad():
-                self._stats = weights.net.with_stats(self._phi, support)[1]
+                self._stats = weights.net.with_stats(self._phi, support, first_order=True)[1]
 
     def _logits(self, q: np.ndarray | Tensor) -> Tensor:
         query, network = self._learner._normalised(q), self._learner.weights.net
         with torch.no_grad():
             if self._learner.bn == "transductive" and len(query) > 1:
-                logits = network(self._phi, query)
+                logits = network(self._phi, query, first_order=True)
             else:
-                chunks = [network(self._phi, part, self._stats) for part in query.split(CHUNK) if len(part)]
+                parts = [part for part in query.split(CHUNK) if len(part)]
+                chunks = [network(self._phi, part, self._stats, first_order=True) for part in parts]
                 logits = torch.cat(chunks) if chunks else torch.zeros(0, self._learner.way)
         return logits[:, : len(self.classes)]
 

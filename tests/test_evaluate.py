@@ -14,7 +14,7 @@ from ray_dfml import evaluate
 from ray_dfml.core import episodes, memory, seeds
 from ray_dfml.core.images import normalise, to_pixels
 from ray_dfml.core.net import Net
-from ray_dfml.evaluate import EvalConfig, adapt_to, finetune
+from ray_dfml.evaluate import EvalConfig, adapt_to, finetune, query_logits
 from ray_dfml.methods.icfil import IcfilConfig, calibrate
 from ray_dfml.types import LearnerWeights
 from tests.support import FakeWorker, image_spec, normal, small_world
@@ -79,9 +79,10 @@ def test_calibration_comes_after_the_adaptation_and_with_its_batch_norm(head, bn
     expected = calibrate(SMALL, NETWORK, phi, fixed, support, labels, head=head, seed=3)
     new = adapt_to(NETWORK, theta, stats, support, labels, **given, icfil=SMALL, seed=3)
     assert torch.equal(new, expected)
-    at_query = {"transductive": None, "support": NETWORK.with_stats(new, support)[1], "running": stats}[bn]
+    of_support = NETWORK.with_stats(new, support, first_order=True)[1]
+    at_query = {"transductive": None, "support": of_support, "running": stats}[bn]
     logits = finetune(NETWORK, theta, stats, support, labels, query, **given, icfil=SMALL, seed=3)
-    assert torch.equal(logits, NETWORK(new, query, at_query)[:, :WAY])
+    assert torch.equal(logits, NETWORK(new, query, at_query, first_order=True)[:, :WAY])
 
 
 @HEADS
@@ -118,14 +119,14 @@ LABELS = np.repeat(np.arange(6), 10)
 SPEC = image_spec()
 
 
-def accuracies(cfg: EvalConfig, count: int, **changes: Any) -> np.ndarray:
+def accuracies(cfg: EvalConfig, count: int, *, shot: int = 2, **changes: Any) -> np.ndarray:
     theta, stats, *_ = drawn()
     weights = LearnerWeights(
         arch="conv4", image=SPEC, outputs=4, theta=theta.float(), stats=stats.float(), head="maml", steps=STEPS, lr=LR
     )
     weights = replace(weights, **changes)
     shared = evaluate.shared(cfg, weights, reading="finetune", images=IMAGES, labels=LABELS)
-    jobs = evaluate.jobs(cfg, way=WAY, shot=2, stop=count)
+    jobs = evaluate.jobs(cfg, way=WAY, shot=shot, stop=count)
     results = evaluate.evaluate(FakeWorker(small_world(cards=0)), jobs, shared)
     return np.concatenate([result["accuracies"] for result in results])
 
@@ -146,6 +147,27 @@ def test_the_op_scores_each_episode_with_its_own_seed(head, icfil):
         )  # fmt: skip
         right = logits.argmax(1) == memory.interleaved(WAY, 3)
         assert found[i] == pytest.approx(100 * float(right.float().mean()))
+
+
+@pytest.mark.parametrize("shot", [1, 5])
+@pytest.mark.parametrize("bn", ["transductive", "support", "running"])
+def test_the_score_of_an_episode_does_not_depend_on_how_many_there_are(monkeypatch, bn, shot):
+    """To the bit: the logits, of which accuracies show little."""
+    found = []
+
+    def spy(*args: Any, **more: Any) -> Tensor:
+        found.append(query_logits(*args, **more))
+        return found[-1]
+
+    monkeypatch.setattr(evaluate, "query_logits", spy)
+    cfg = EvalConfig(query=3, steps=STEPS, bn=bn)
+    many = accuracies(cfg, 20, shot=shot)
+    for count in (1, 4, 5, 13):
+        before = found[:20]
+        found.clear()
+        assert np.array_equal(accuracies(cfg, count, shot=shot), many[:count])
+        assert all(torch.equal(a, b) for a, b in zip(found, before[:count], strict=True))
+        found[:] = before
 
 
 def test_the_op_adapts_as_the_weights_say_not_as_the_settings():

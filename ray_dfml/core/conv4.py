@@ -237,12 +237,6 @@ class Conv4Passes:
             theta = theta - lr * self.backward(trace, error(trace.logits, targets), images)[0]
         return theta
 
-    @torch.no_grad()
-    def logits(self, theta: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits [t n q] of images [t n c h w] under weights [t p], and the statistics [t k] that normalise them."""
-        trace = self.forward(theta, lay(x))
-        return trace.logits, self.stats(theta, trace)
-
 
 def _block(
     x: Tensor, weight: Tensor, gamma: Tensor, sign: Tensor | None, beta: Tensor, patches: Patches | None, t: int

@@ -8,7 +8,7 @@ with gradients written by hand (`core.conv4`); other cases differentiate with au
 `torch.func` under `vmap`, few launches for accelerators. `by_hand` alone decides on the first.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Literal, NamedTuple
 
 import torch
@@ -83,22 +83,24 @@ def adapted(
     features computed once ([Raghu2020]). `protonet`: the head becomes 2 c_k and -|c_k|^2 of the class means c_k, no
     step: such logits are minus the squared distances to the means, up to a term that all classes of an image share, so
     probabilities and losses are those of distances ([Snell2017] section 2.4).
-    Batch norm uses the support's own statistics, or the given ones [k].
+    Batch norm uses the support's own statistics, or the given ones [k]. The result may be differentiated once where
+    `grad_of` is `graph_grad`.
     """
     passes = by_hand(net, theta, head, stats) if grad_of is plain_grad else None
     if passes is not None:
         targets = probabilities(labels, net.ways if way is None else way, theta)
         return passes.adapt(theta[None], support[None], targets[None], lr=lr, steps=steps)[0]
+    first_order = grad_of is plain_grad or (grad_of is graph_grad and head != "maml")
     if head == "maml":
         return adapt(
-            lambda w: F.cross_entropy(net(w, support, stats)[:, :way], labels),
+            lambda w: F.cross_entropy(net(w, support, stats, first_order=first_order)[:, :way], labels),
             theta,
             lr=lr,
             steps=steps,
             grad_of=grad_of,
         )
     backbone, last = net.split(theta)
-    features = net.features(theta, support, stats)
+    features = net.features(theta, support, stats, first_order=first_order)
     if head == "protonet":
         member = (labels[:, None] == torch.arange(net.ways, device=labels.device)).to(features.dtype)
         means = member.T @ features / member.sum(0).clamp_min(1)[:, None]
@@ -109,6 +111,40 @@ def adapted(
         return F.cross_entropy(F.linear(features, weight, bias)[:, :way], labels)
 
     return torch.cat([backbone, adapt(loss, last, lr=lr, steps=steps, grad_of=grad_of)])
+
+
+GROUP, SMALL = 5, 10
+"""Supports of up to `SMALL` images adapt `GROUP` at a time: a convolution of few images keeps a core waiting."""
+
+
+def adapted_each(
+    net: Net,
+    theta: Tensor,
+    supports: Tensor,
+    labels: Tensor,
+    *,
+    head: Head,
+    lr: float,
+    steps: int,
+    stats: Tensor | None = None,
+    way: int | None = None,
+) -> Iterator[Tensor]:
+    """Weights [p] adapted to each of t supports [t s c h w] with labels [s] as by `adapted`, for use without gradient.
+
+    Where small supports go together by hand, a group is filled up with the last one: the bits of one result depend on
+    its position modulo `GROUP`, and neither on the other supports nor on their number.
+    """
+    passes = by_hand(net, theta, head, stats)
+    if passes is None or supports.shape[1] > SMALL:
+        for support in supports:
+            yield adapted(
+                net, theta, support, labels, head=head, lr=lr, steps=steps, grad_of=plain_grad, stats=stats, way=way
+            )
+        return
+    targets = probabilities(labels, net.ways if way is None else way, theta).expand(GROUP, -1, -1)
+    for part in supports.split(GROUP):
+        group = torch.cat([part, part[-1:].expand(GROUP - len(part), *part.shape[1:])])
+        yield from passes.adapt(theta.expand(GROUP, -1), group, targets, lr=lr, steps=steps)[: len(part)]
 
 
 class Task(NamedTuple):
@@ -143,7 +179,7 @@ def query_loss(
     """Loss (scalar, nats) of one task's query after the adaptation to its support, differentiable in theta [p] and in
     the images if `grad_of` is; and, detached: the loss, the accuracy in [0, 1], the query's statistics [k]."""
     phi = adapted(net, theta, task.support, task.support_y, head=head, lr=lr, steps=steps, grad_of=grad_of)
-    logits, stats = net.with_stats(phi, task.query)
+    logits, stats = net.with_stats(phi, task.query, first_order=grad_of is graph_grad)
     loss = F.cross_entropy(logits, task.query_y)
     return loss, (loss.detach(), accuracy(logits, task.query_y), stats.detach())
 

@@ -9,7 +9,17 @@ from torch import Tensor
 
 from ray_dfml.core import inner_loop
 from ray_dfml.core.conv4 import Conv4Passes, lay
-from ray_dfml.core.inner_loop import MetaGradient, Task, adapted, by_hand, graph_grad, meta_gradient, plain_grad
+from ray_dfml.core.inner_loop import (
+    GROUP,
+    MetaGradient,
+    Task,
+    adapted,
+    adapted_each,
+    by_hand,
+    graph_grad,
+    meta_gradient,
+    plain_grad,
+)
 from ray_dfml.core.net import Net
 from tests.support import normal, slope
 
@@ -146,11 +156,38 @@ def test_learners_beside_one_another_do_not_touch():
     images, targets = normal(3, 6, 3, 16, 16, seed=5), normal(3, 6, 3, seed=6).softmax(-1)
     passes = Conv4Passes(net)
     together = passes.adapt(theta, images, targets, lr=0.2, steps=2)
-    logits, stats = passes.logits(together, images)
+    trace = passes.forward(together, lay(images))
+    stats = passes.stats(together, trace)
     for t in range(3):
         alone = passes.adapt(theta[t : t + 1], images[t : t + 1], targets[t : t + 1], lr=0.2, steps=2)
         torch.testing.assert_close(together[t], alone[0], rtol=1e-9, atol=1e-12)
-        torch.testing.assert_close((logits[t], stats[t]), net.with_stats(alone[0], images[t]), rtol=1e-8, atol=1e-10)
+        found = (trace.logits[t], stats[t])
+        torch.testing.assert_close(found, net.with_stats(alone[0], images[t]), rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("head", ["maml", "anil", "protonet"])
+@pytest.mark.parametrize("shot", [1, inner_loop.SMALL])
+def test_supports_that_adapt_together_adapt_as_alone(head, shot):
+    net, labels = Net("conv4", (1, 16, 16), 3), torch.arange(WAY).repeat(shot)
+    theta, supports = weights(net), normal(GROUP + 2, WAY * shot, 1, 16, 16, seed=5)
+    given: dict[str, Any] = {"head": head, "lr": 0.1, "steps": 2, "way": WAY}
+    found = list(adapted_each(net, theta, supports, labels, **given))
+    assert len(found) == len(supports)
+    for phi, support in zip(found, supports, strict=True):
+        alone = adapted(net, theta, support, labels, grad_of=plain_grad, **given)
+        torch.testing.assert_close(phi, alone, rtol=1e-9, atol=1e-12)
+
+
+def test_bits_depend_on_the_place_in_a_group_alone():
+    net, labels = Net("conv4", (3, 32, 32), 5), torch.arange(5)
+    theta, supports = weights(net).float(), normal(2 * GROUP + 1, 5, 3, 32, 32, seed=5).float()
+    given: dict[str, Any] = {"head": "maml", "lr": 0.1, "steps": 2}
+    found = list(adapted_each(net, theta, supports, labels, **given))
+    for start, stop in ((0, 1), (0, 3), (GROUP, 2 * GROUP), (GROUP, 2 * GROUP + 1), (2 * GROUP, 2 * GROUP + 1)):
+        for again, before in zip(
+            adapted_each(net, theta, supports[start:stop], labels, **given), found[start:stop], strict=True
+        ):
+            assert torch.equal(again, before)
 
 
 def test_patch_statistics_are_those_of_zero_padded_patches():

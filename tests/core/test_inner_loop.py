@@ -36,12 +36,12 @@ class TwoParameters:
 
     backbone = None
 
-    def __call__(self, theta: Tensor, x: Tensor, stats: Tensor | None = None) -> Tensor:
+    def __call__(self, theta: Tensor, x: Tensor, stats: Tensor | None = None, *, first_order: bool) -> Tensor:
         margin = theta[0] * x.flatten() + theta[1]
         return torch.stack([torch.zeros_like(margin), margin], dim=1)
 
-    def with_stats(self, theta: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        return self(theta, x), theta.new_zeros(1)
+    def with_stats(self, theta: Tensor, x: Tensor, *, first_order: bool) -> tuple[Tensor, Tensor]:
+        return self(theta, x, first_order=first_order), theta.new_zeros(1)
 
 
 @pytest.fixture
