@@ -33,7 +33,7 @@ FIELDS = ("data", "split", "way", "shot", "query", "eval.seed", "episodes", "bn"
 KEYS = (
     "kind", "set", "method", "selection", "preset", "profile", "seeds", "mean", "ci95", "sd", "difference",
     "difference_ci95", "against", "steps", "rounds", "recover_seconds", "seconds", "state", "runs", "note", "data",
-    "md5", "split", "way", "shot", "bn", "episodes", "query", "eval_seed",
+    "split", "way", "shot", "bn", "episodes", "query", "eval_seed",
 )  # fmt: skip
 """Keys of a row. `kind` is `run`, or `mean` for a mean of seeds; `seeds`, `steps` and `runs` are lists; accuracies are
 in percent, differences in percentage points."""
@@ -135,15 +135,14 @@ def _entries(record: Record) -> list[_Entry]:
     query, eval_seed = (_whole(evaluation.get(key)) for key in ("query", "seed"))
     entries = []
     for score in record.scores:
-        method, data, md5 = str(score.get("method")), str(score.get("data")), _md5(record, score.get("data"))
+        method, data, known = str(score.get("method")), str(score.get("data")), _identity(record, score.get("data"))
         row = about if _own(record, method) else about | dict.fromkeys(_OF_TRAINING)
-        row = row | {key: _text(score.get(key)) for key in ("data", "split", "selection", "bn")}
+        row = row | {key: _text(score.get(key)) for key in ("split", "selection", "bn")}
         row = row | {key: _whole(score.get(key)) for key in ("way", "shot", "episodes")}
-        row |= {"method": text(method), "md5": md5, "query": query}
+        row |= {"method": text(method), "data": known or text(data), "query": query}
         row |= {"eval_seed": eval_seed, "mean": number(score.get("mean")), "ci95": number(score.get("ci95"))}
         row["steps"] = _steps(record, method, str(score.get("selection")), data)
-        identity = None if md5 is None else f"{data.split(':')[0]} {md5}"
-        where = (identity, row["split"], row["way"], row["shot"], query, eval_seed, row["episodes"], row["bn"])
+        where = (known, row["split"], row["way"], row["shot"], query, eval_seed, row["episodes"], row["bn"])
         unknown = f"not recorded in {record.path.resolve()}"
         must = {"data", "query", "eval.seed"}
         named = [unknown if v is None and f in must else json.dumps(v) for f, v in zip(FIELDS, where, strict=True)]
@@ -183,11 +182,13 @@ def _checked(row: Mapping[str, Any], pairs: Sequence[tuple[int, float]]) -> tupl
     return accuracies, None
 
 
-def _md5(record: Record, data: object) -> str | None:
-    """md5 of a data spec as the manifest notes it, of `pooled` those of all; None if it is not noted."""
-    known = {str(one.get("spec")): one.get("md5") for one in dicts(record.manifest.get("data"))}
-    found = [known.get(spec) for spec in (known if data == POOLED else [str(data)])]
-    return "+".join(text(md5) for md5 in found) if found and all(found) else None
+def _identity(record: Record, data: object) -> str | None:
+    """The data of a score, NAME@HASH, and for `pooled` those of all sets of the run; None where the hash is not
+    recorded."""
+    if data != POOLED:
+        return text(data) if "@" in str(data) else None
+    sets = [one.get("data") for one in dicts(record.manifest.get("data"))]
+    return f"{POOLED} {' + '.join(map(text, sets))}" if sets and all(sets) else None
 
 
 def _steps(record: Record, method: str, selection: str, data: str) -> list[float]:
@@ -313,7 +314,8 @@ def _left_out(members: Sequence[_Entry], entries: Iterable[_Entry]) -> list[str]
     """Baselines on the same kind of task whose episodes are others, apart from `random`."""
 
     def kind(entry: _Entry) -> tuple[Any, ...]:
-        return (str(entry.row["data"]).split(":")[0], *(entry.row[key] for key in ("split", "way", "shot")))
+        names = [part.partition("@")[0] for part in str(entry.row["data"]).split(" + ")]
+        return (*names, *(entry.row[key] for key in ("split", "way", "shot")))
 
     first = members[0]
     known = [entry for entry in entries if entry.baseline and entry.row["method"] != UNTRAINED]

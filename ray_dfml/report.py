@@ -39,7 +39,7 @@ class Record:
     unread: int
     """Lines of `metrics.jsonl` that are no JSON objects."""
     queries: dict[str, int]
-    """Teacher -> images asked of it, from `ledger.jsonl`."""
+    """Teacher -> images sent to it, from `ledger.jsonl`."""
     learner: dict[str, Any]
     """`learner.json`: what the exported weights are; empty where there are none yet."""
 
@@ -82,7 +82,7 @@ def read(run: Path) -> Record:
     by_round = {line["round"]: line for line in lines if isinstance(line.get("round"), int)}
     queries: Counter[str] = Counter()
     for line in _lines(run / "ledger.jsonl")[0]:
-        queries[str(line.get("teacher"))] += int(number(line.get("images")) or 0)
+        queries[str(line.get("teacher"))] += int(number(line.get("sent")) or 0)
     return Record(
         path=run,
         config=config,
@@ -160,7 +160,7 @@ def _table(record: Record) -> list[dict[str, Any]]:
     rows, last = [], None
     for row in sorted(record.scores, key=place):
         above, gain = verdict(row, record.scores)
-        task = f"{row.get('way')}-way {row.get('shot')}-shot" if row.get("shot") is not None else "top-1"
+        task = f"{row.get('way')}-way {row.get('shot')}-shot"
         episodes = (row.get("data"), row.get("split"), task)
         if row.get("method") == "random":
             against = "the reference"

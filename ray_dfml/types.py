@@ -194,7 +194,7 @@ class Labelled:
     """Real images for episodes: uint8 [n c h w] and labels [n]. They validate and test; no method trains on them."""
 
     data: str
-    """Name of the data set."""
+    """Identity of the data set, NAME@HASH."""
     split: str
     images: np.ndarray
     labels: np.ndarray
@@ -206,6 +206,7 @@ class Score:
 
     method: str
     data: str
+    """Identity of the data set, NAME@HASH."""
     split: str
     way: int
     shot: int

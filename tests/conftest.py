@@ -11,10 +11,12 @@ os.environ["RAY_ENABLE_UV_RUN_RUNTIME_ENV"] = "0"
 os.environ.pop("RAY_ADDRESS", None)
 
 import logging
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from tests.runtime import toy
 
@@ -32,6 +34,15 @@ def toy_data(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Spec of 12 + 6 + 8 classes of 20 separable 16x16 grey images, split by class."""
     root = tmp_path_factory.mktemp("images")
     toy.write_images(root)
+    return f"folder:{root}"
+
+
+@pytest.fixture(scope="session")
+def other_data(tmp_path_factory: pytest.TempPathFactory, toy_data: str) -> str:
+    """Spec of the toy images with one of them rotated: other data under the same name."""
+    root = Path(shutil.copytree(toy_data.partition(":")[2], tmp_path_factory.mktemp("other") / "images"))
+    file = root / "test" / "test00" / "00.png"
+    Image.open(file).rotate(90).save(file)
     return f"folder:{root}"
 
 

@@ -21,15 +21,26 @@ Scores = Mapping[str, Sequence[float]]
 FREE, AVERAGE, RANDOM = [50.0, 60.0, 70.0, 80.0], [40.0, 52.0, 58.0, 70.0], [20.0, 20.0, 40.0, 40.0]
 
 
+GLYPHS = "glyphs@cdcdcdcd"
+
+
+def place(data: str) -> str:
+    """A spec of data of that name."""
+    name = data.partition("@")[0]
+    return name if name == "glyphs" else f"{name}:somewhere/{name}"
+
+
 def make(
     path: Path, scores: Scores, *, name: str = "free", seed: int = 0, sets: Sequence[str] = (), rounds: int = 2,
-    state: str = "done", data: Sequence[str] = ("glyphs",), md5: str = "cd" * 16, **changes: Any,
+    state: str = "done", data: Sequence[str] = (GLYPHS,), **changes: Any,
 ) -> Path:  # fmt: skip
     """A run folder with `scores`: "METHOD/SELECTION" -> accuracies of its episodes; `changes` are of every score."""
     path.mkdir(parents=True)
-    tree = config.resolve(name, seed=seed, pool=["pools/p"], data=list(data), sets=sets).model_dump(mode="json")
+    tree = config.resolve(name, seed=seed, pool=["pools/p"], data=[place(one) for one in data], sets=sets).model_dump(
+        mode="json"
+    )
     (path / "config.yaml").write_text(yaml.safe_dump(tree))
-    noted = {"pool": [{"path": "pools/p", "sha256": "ab"}], "data": [{"spec": one, "md5": md5} for one in data]}
+    noted = {"pool": [{"path": "pools/p", "sha256": "ab"}], "data": [{"spec": place(one), "data": one} for one in data]}
     (path / "manifest.json").write_text(json.dumps(noted))
     (path / "status.json").write_text(json.dumps({"state": state, "round": rounds, "rounds": 2, "last_error": None}))
     lines = [
@@ -51,7 +62,15 @@ def make(
     return path
 
 
-def step(method: str, selection: str, lr: float, data: str = "glyphs") -> dict[str, Any]:
+def rename(run: Path, data: str) -> None:
+    """Call the data of all scores of a run otherwise."""
+    rows = json.loads((run / "scores.json").read_text())
+    (run / "scores.json").write_text(json.dumps([row | {"data": data} for row in rows]))
+    table = pq.read_table(run / "episodes.parquet").to_pylist()
+    pq.write_table(pa.Table.from_pylist([row | {"data": data} for row in table]), run / "episodes.parquet")
+
+
+def step(method: str, selection: str, lr: float, data: str = GLYPHS) -> dict[str, Any]:
     """A chosen step as `status.json` has it."""
     return {"method": method, "selection": selection, "data": data, "lr": lr}
 
@@ -129,7 +148,7 @@ def test_the_best_model_adapts_with_its_own_architecture(tmp_path):
 
 
 OTHER: dict[str, dict[str, Any]] = {
-    "data": {"md5": "ef" * 16},
+    "data": {"data": ["glyphs@efefefef"]},
     "split": {"split": "val"},
     "way": {"way": 3},
     "shot": {"shot": 5},
@@ -165,12 +184,17 @@ def test_a_baseline_left_out_is_named_beside_the_one_that_is_used(tmp_path):
     assert found.tree()["notes"] == [{"set": 1, "note": found.notes[0][1]}]
 
 
-def test_the_same_data_in_another_place_are_the_same_episodes(tmp_path):
-    free = make(tmp_path / "free", {"free/last": FREE}, data=["omniglot:a/o.parquet"])
-    here = make(tmp_path / "here", {"average/last": AVERAGE}, name="average", data=["omniglot:b/o.parquet"])
-    other = make(tmp_path / "other", {"average/last": AVERAGE}, name="average", data=["parquet:b/o.parquet"])
+def test_data_are_known_by_name_and_hash_wherever_they_are(tmp_path):
+    free = make(tmp_path / "free", {"free/last": FREE}, data=["folder@aaaa0000"])
+    here = make(tmp_path / "here", {"average/last": AVERAGE}, name="average", data=["folder@aaaa0000"])
+    manifest = here / "manifest.json"
+    edit(manifest, data=[{"spec": "folder:another/place", "data": "folder@aaaa0000"}])
     assert row_of(compare([free, here]).rows, "free")["difference"] == 10.0
-    assert row_of(compare([free, other]).rows, "free")["difference"] is None
+    for i, data in enumerate(("folder@bbbb0000", "parquet@aaaa0000")):
+        other = make(tmp_path / str(i), {"average/last": AVERAGE}, name="average", data=[data])
+        found = compare([free, other])
+        assert row_of(found.rows, "free")["difference"] is None
+        assert [row["data"] for row in found.rows] == sorted(["folder@aaaa0000", data])
 
 
 @pytest.mark.parametrize("field", ["data", "query", "eval.seed"])
@@ -181,7 +205,7 @@ def test_unrecorded_episodes_are_compared_within_a_run_only(tmp_path, field):
     ]
     for run in runs:
         if field == "data":
-            edit(run / "manifest.json", data=[])
+            rename(run, "glyphs")
         else:
             tree = yaml.safe_load((run / "config.yaml").read_text())
             tree["eval"].pop(field.removeprefix("eval."))
@@ -194,17 +218,14 @@ def test_unrecorded_episodes_are_compared_within_a_run_only(tmp_path, field):
 
 
 def test_data_sets_pooled_are_the_same_if_all_are(tmp_path):
-    two, runs = ["glyphs", "omniglot:o.parquet"], []
+    two, runs = [GLYPHS, "omniglot@abababab"], []
     for path, name, values, specs in (("free", "free", FREE, two), ("same", "average", AVERAGE, two),
                                       ("turned", "average", AVERAGE, two[::-1])):  # fmt: skip
         run = make(tmp_path / path, {f"{name}/last": values}, name=name, data=specs)
-        edit(run / "manifest.json", data=[{"spec": spec, "md5": spec[:2] * 16} for spec in specs])
-        scores = json.loads((run / "scores.json").read_text())
-        (run / "scores.json").write_text(json.dumps([row | {"data": "pooled"} for row in scores]))
-        table = pq.read_table(run / "episodes.parquet").to_pylist()
-        pq.write_table(pa.Table.from_pylist([row | {"data": "pooled"} for row in table]), run / "episodes.parquet")
+        rename(run, "pooled")
         runs.append(run)
-    assert row_of(compare(runs[:2]).rows, "free")["difference"] == 10.0
+    free = row_of(compare(runs[:2]).rows, "free")
+    assert (free["data"], free["difference"]) == ("pooled glyphs@cdcdcdcd + omniglot@abababab", 10.0)
     assert row_of(compare([runs[0], runs[2]]).rows, "free")["difference"] is None
 
 

@@ -24,7 +24,7 @@ VOID = {"meta", "br", "link", "img", "hr", "input"}
 def score(method: str, mean: float, *, shot: int | None = 1, ci95: float = 0.5, **changes: Any) -> dict[str, Any]:
     """A row of `scores.json`."""
     row = {
-        "method": method, "data": "glyphs", "split": "test", "way": 5, "shot": shot, "episodes": 600,
+        "method": method, "data": "glyphs@cdcdcdcd", "split": "test", "way": 5, "shot": shot, "episodes": 600,
         "bn": "transductive", "profile": "fixed", "selection": "last", "mean": mean, "ci95": ci95,
     }  # fmt: skip
     return row | changes
@@ -53,7 +53,7 @@ def make(run: Path, *, rounds: int = 6, scores: list[dict[str, Any]] | None = No
         "command": "ray-dfml train free", "started": "2025-01-02T03:04:05+00:00", "seed": 7,
         "versions": {"python": "3.11.9", "torch": "2.10.0"}, "git": {}, "hardware": {"cpus": 2, "accelerators": []},
         "pool": [{"path": "pools/p", "sha256": "ab" * 32, "teachers": 2}],
-        "data": [{"spec": "glyphs", "md5": "cd" * 16}],
+        "data": [{"spec": "glyphs", "data": "glyphs@cdcdcdcd", "md5": "cd" * 16}],
     }  # fmt: skip
     (run / "manifest.json").write_text(json.dumps(noted | manifest))
     status = {"state": "done", "round": rounds, "rounds": rounds, "seconds": 1.0, "last_error": None}
@@ -240,7 +240,7 @@ def test_the_pool_is_described_while_it_is_unchanged(tmp_path):
 
 
 def test_learner_ledger_and_errors_are_shown(tmp_path):
-    run = make(tmp_path / "run", scores=[score("student", 80.0, shot=None, way=None, bn=None, episodes=None)])
+    run = make(tmp_path / "run", scores=[score("free", 80.0)])
     image = ImageSpec(channels=1, height=16, width=16, mean=(0.5,), std=(0.5,))
     network = net("conv4", image.shape, 5)
     weights = LearnerWeights(
@@ -248,10 +248,12 @@ def test_learner_ledger_and_errors_are_shown(tmp_path):
         stats=network.initial_stats(), head="maml", steps=10, lr=0.01,
     )  # fmt: skip
     export(run, weights, method="free", bn="support", selection="last", profile="fixed", seed=0)
-    (run / "ledger.jsonl").write_text('{"teacher": "api", "images": 30}\n{"teacher": "api", "images": 12}\n')
+    (run / "ledger.jsonl").write_text(
+        '{"teacher": "api", "sent": 30, "answered": 28}\n{"teacher": "api", "sent": 12, "answered": 12}\n'
+    )
     edit(run / "status.json", state="failed", last_error="ValueError: something")
     page, card = written(run)
-    for needle in ("failed", "ValueError: something", "api", "42", "top-1", "not compared"):
+    for needle in ("failed", "ValueError: something", "api", "42", "not compared"):
         assert needle in page.text, needle
     assert "2 to 5 classes" in card
     assert "16x16 pixels with 1 channel." in card

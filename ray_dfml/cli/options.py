@@ -66,10 +66,10 @@ def need_ray() -> None:
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """Scores as a plain table."""
-    form = "{:<22} {:<26} {:>3} {:>4} {:>8} {:<12} {:<9} {:>16}"
+    form = "{:<22} {:<30} {:>3} {:>4} {:>8} {:<12} {:<9} {:>16}"
     lines = [form.format("method", "data", "way", "shot", "episodes", "bn", "selection", "accuracy %")]
     for row in rows:
-        data = f"{row['data'].split(':')[0]} {row['split']}"
+        data = f"{row['data']} {row['split']}"
         accuracy = f"{row['mean']:.2f} ± {row['ci95']:.2f}"
         values = (row["method"], data, row["way"], row["shot"], row["episodes"], row["bn"], row["selection"], accuracy)
         lines.append(form.format(*values))

@@ -47,10 +47,9 @@ def sections(found: Comparison) -> list[Section]:
 def _title(row: Mapping[str, Any]) -> str:
     if row["set"] is None:
         return "Runs without scores"
-    task = "top-1" if row["shot"] is None else f"{row['way']}-way {row['shot']}-shot"
+    task = f"{row['way']}-way {row['shot']}-shot"
     episodes = f"{row['episodes']} episodes of seed {row['eval_seed']}, {row['query']} queries a class"
-    md5 = f"md5 {row['md5'][:8]}" if row["md5"] else "md5 not recorded"
-    return f"{str(row['data']).split(':')[0]} {row['split']}, {task}, {row['bn']}: {episodes}, {md5}"
+    return f"{row['data']} {row['split']}, {task}, {row['bn']}: {episodes}"
 
 
 def _cells(row: Mapping[str, Any]) -> dict[str, str]:

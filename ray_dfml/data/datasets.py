@@ -2,13 +2,14 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ray_dfml.data import folders, formats, glyphs, specs, splits, torchvision_root
+from ray_dfml.data.identity import identity
 from ray_dfml.data.images import one_line
 from ray_dfml.data.specs import DATASETS, Entry
 from ray_dfml.errors import RejectedError, UsageError
@@ -47,6 +48,13 @@ class ImageSet:
         """Channels, height, width of every image."""
         channels, height, width = self.images.shape[1:]
         return channels, height, width
+
+    @cached_property
+    def identity(self) -> str:
+        """NAME@HASH, what scores and reports call the set: see `ray_dfml.data.identity`."""
+        return identity(
+            self.name, self.images, self.labels, self.class_names, self.class_splits, self.image_splits
+        )  # fmt: skip
 
     def subset(self, split: str) -> "ImageSet":
         """The images of "train", "val" or "test" in their order, with only their classes; "all": self.
@@ -156,6 +164,7 @@ def describe(spec: str) -> dict[str, Any]:
     return {
         "spec": spec,
         "name": found.name,
+        "identity": found.identity,
         "description": DATASETS[found.name].description,
         "classes": len(found.class_names),
         "images": len(found.images),

@@ -78,6 +78,7 @@ def read_inputs(config: RunConfig) -> Inputs:
     loaded = {spec: datasets.load(spec) for spec in config.data}
     if not teachers and not loaded:
         raise UsageError(f"{config.name}: name a pool with --pool, or data with --data")
+    _check_different(loaded)
     image = learner_input(
         {card.id: card.image for card in teachers.cards} or {f"--data {spec}": _spec(loaded[spec]) for spec in loaded}
     )
@@ -93,7 +94,8 @@ def read_inputs(config: RunConfig) -> Inputs:
             part = one.subset(split)
             notes += _known(spec, split, {f"{one.name}/{name}" for name in part.class_names}, teachers.cards)
             check_episodes(part.labels, f"--data {spec}, split {split}", way, config.eval)
-            sets.append(Labelled(spec, split, fitted(part.images, image.shape, f"--data {spec}"), part.labels))
+            images = fitted(part.images, image.shape, f"--data {spec}")
+            sets.append(Labelled(one.identity, split, images, part.labels))
     if config.eval.icfil.steps:
         notes.append("scores are with our ICFIL, a reconstruction; `adapt` and `evaluate` leave it out")
     method = METHODS[config.name]
@@ -112,12 +114,22 @@ def read_inputs(config: RunConfig) -> Inputs:
     data = [
         {
             "spec": spec,
+            "data": one.identity,
             "md5": one.source.get("md5") or one.source.get("pixels_md5"),
             "licence": one.source.get("licence"),
         }
         for spec, one in loaded.items()
     ]
     return Inputs(world, sets, teachers, rejected, pools, data, notes + method.notes(config.method, world))
+
+
+def _check_different(loaded: Mapping[str, datasets.ImageSet]) -> None:
+    """Raises UsageError where two specs are the same images: their scores could not be told apart."""
+    first: dict[str, str] = {}
+    for spec, one in loaded.items():
+        if one.identity in first:
+            raise UsageError(f"--data {first[one.identity]} and --data {spec} are the same images; name one of them")
+        first[one.identity] = spec
 
 
 def _open(config: RunConfig) -> tuple[Teachers, dict[str, str], list[dict[str, Any]]]:

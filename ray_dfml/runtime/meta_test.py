@@ -30,7 +30,8 @@ def meta_test(
     Raises UsageError where the data's channels or `way` do not fit the learner.
     """
     learner = Learner.load(weights)
-    part = datasets.load(spec).subset(split)
+    whole = datasets.load(spec)
+    part = whole.subset(split)
     for note in part.notes:
         print(f"--data {spec}: {note}", file=sys.stderr)
     images = fitted(part.images, learner.image.shape, f"--data {spec}")
@@ -52,7 +53,7 @@ def meta_test(
     )  # fmt: skip
     fresh = untrained(world, steps=cfg.steps, lr=cfg.lr)
     known = {weights.digest: weights for weights in (learner.weights, fresh)}
-    labelled = Labelled(spec, split, images, part.labels)
+    labelled = Labelled(whole.identity, split, images, part.labels)
     if backend == "ray":
         from ray_dfml.runtime.cluster import shards_of
 
@@ -64,7 +65,7 @@ def meta_test(
         def ask(part: Part) -> np.ndarray:
             return accuracies(here, cfg, known[part.episodes.weights], part, labelled, way=way)
 
-        scorer = Scorer(cfg, way=way, head=world.head, val=(), test=[(spec, split)], ask=ask)
+        scorer = Scorer(cfg, way=way, head=world.head, val=(), test=[(whole.identity, split)], ask=ask)
         entries = [
             Entry(method=method, selection=selection, weights=weights.digest, readings=("finetune",))
             for method, selection, weights in (

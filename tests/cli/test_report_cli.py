@@ -41,9 +41,7 @@ def test_text_is_a_table_per_set_of_episodes(runs: list[Path], command: Command)
     done = command("report", *runs)
     assert done.code == 0, done.err
     lines = done.out.splitlines()
-    assert lines[0] == (
-        "glyphs test, 5-way 1-shot, transductive: 4 episodes of seed 0, 15 queries a class, md5 cdcdcdcd"
-    )
+    assert lines[0] == ("glyphs@cdcdcdcd test, 5-way 1-shot, transductive: 4 episodes of seed 0, 15 queries a class")
     assert lines[1] == f"Difference to average/last of {runs[2]}."
     head = lines[2]
     assert re.split(r"  +", head) == [

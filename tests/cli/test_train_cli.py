@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from ray_dfml.data import datasets
 from ray_dfml.learner import Learner
 from tests.runtime import toy
 
@@ -29,18 +30,31 @@ def test_without_data_the_last_weights_are_kept(tmp_path: Path, toy_pool: Path, 
 
 
 def test_json_is_alone_on_stdout_and_carries_the_scores(
-    tmp_path: Path, toy_pool: Path, toy_data: str, command: Command
+    tmp_path: Path, toy_pool: Path, toy_data: str, other_data: str, command: Command
 ) -> None:
-    """Two data specs: both are validated and tested, and `random` stands beside them."""
-    other = f"folder:{toy_data.partition(':')[2]}/."
-    words = ("--pool", toy_pool, "--data", toy_data, "--data", other, "--run-dir", tmp_path / "run", *HERE, "--json")
+    """Two data specs, both of a `folder`: both are validated and tested, and `random` stands beside them."""
+    words = (
+        "--pool",
+        toy_pool,
+        "--data",
+        toy_data,
+        "--data",
+        other_data,
+        "--run-dir",
+        tmp_path / "run",
+        *HERE,
+        "--json",
+    )
     done = command("train", "best-model", *words, *toy.flags("best-model"))
     assert done.code == 0, done.err
     found = json.loads(done.out)
     assert found["scores"] == json.loads((tmp_path / "run" / "scores.json").read_text())
     names = {"best-model-direct", "best-model-finetune", "best-model-assign", "random"}
-    for spec in (toy_data, other):
-        assert {row["method"] for row in found["scores"] if row["data"] == spec} == names
+    data = {datasets.load(spec).identity for spec in (toy_data, other_data)}
+    assert len(data) == 2
+    assert {row["data"] for row in found["scores"]} == data | {"pooled"}
+    for one in data:
+        assert {row["method"] for row in found["scores"] if row["data"] == one} == names
     assert {row["selection"] for row in found["scores"]} == {"val", "last"}
     assert "round 1/1" in done.err
     assert (tmp_path / "run" / "report.html").is_file()

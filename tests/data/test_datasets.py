@@ -1,4 +1,6 @@
 import os
+import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -278,3 +280,28 @@ def test_real_sets_have_their_published_counts(spec, images, classes):
     parts = describe(f"{name}:{Path(os.environ['RAY_DFML_DATA']) / file}")["splits"]
     assert [part["images"] for part in parts.values()] == images
     assert [part["classes"] for part in parts.values()] == classes
+
+
+def test_the_identity_is_of_the_content_and_not_of_the_place(tmp_path):
+    """The same images in a folder and in another have one; one pixel, label, name or split more has another."""
+    images = np.random.default_rng(0).integers(0, 256, (6, 1, 4, 4), dtype=np.uint8)
+    one = ImageSet(
+        name="folder", images=images, labels=np.array([0, 0, 1, 1, 2, 2]), class_names=("a", "b", "c"),
+        class_splits={"train": ("a",), "val": ("b",), "test": ("c",)}, image_splits=None, mean=(0.0,), std=(1.0,),
+        source={"path": "here"},
+    )  # fmt: skip
+    assert re.fullmatch("folder@[0-9a-f]{8}", one.identity)
+    same = replace(one, images=images.copy(), source={"path": "there", "md5": "0"}, mean=(0.5,))
+    assert same.identity == one.identity
+    parts = {"train": ("a",), "test": ("b",), "val": ("c",)}
+    numbers = np.array([0, 1, 2, 0, 1, 2], np.int8)
+    others = [
+        replace(one, images=images ^ (np.arange(6 * 16).reshape(images.shape) == 7).astype(np.uint8)),
+        replace(one, images=images.reshape(6, 1, 2, 8)),
+        replace(one, labels=np.array([0, 0, 1, 1, 2, 1])),
+        replace(one, class_names=("a", "b", "d")),
+        replace(one, class_splits=parts),
+        replace(one, class_splits=None, image_splits=numbers),
+        replace(one, class_splits=None, image_splits=numbers[::-1].copy()),
+    ]
+    assert len({one.identity, *(other.identity for other in others)}) == 8

@@ -1,6 +1,7 @@
 """What a run reads: the learner's shape from mixed teachers and data, images brought to it, teachers read on demand."""
 
 import re
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -112,7 +113,7 @@ def test_images_are_brought_to_the_input_of_the_learner(
     assert found.world.image.shape == (3, 20, 20)
     assert found.world.image.mean == pytest.approx((1 / 6,) * 3), "four teachers of mean 0, two of mean 0.5"
     assert [(one.data, one.split) for one in found.sets] == [
-        (spec, split) for spec in (toy_data, colour_data) for split in ("val", "test")
+        (datasets.load(spec).identity, split) for spec in (toy_data, colour_data) for split in ("val", "test")
     ]
     for one in found.sets[2:]:
         assert one.images.tobytes() == datasets.load(colour_data).subset(one.split).images.tobytes()
@@ -224,3 +225,13 @@ def test_what_scores_do_not_measure_is_noted(tmp_path: Path, toy_data: str) -> N
     ]
     calibrated = read_inputs(toy.config("free", pool, toy_data, "eval.icfil.steps=1")).notes
     assert calibrated[1:] == ["scores are with our ICFIL, a reconstruction; `adapt` and `evaluate` leave it out"]
+
+
+def test_the_same_images_twice_are_refused(tmp_path: Path, toy_pool: Path, toy_data: str, other_data: str) -> None:
+    """Wherever they are; their scores could not be told apart. Other images under the same name can."""
+    copy = f"folder:{shutil.copytree(toy_data.partition(':')[2], tmp_path / 'copy')}"
+    with pytest.raises(UsageError, match=f"--data {toy_data} and --data {copy} are the same images; name one of them"):
+        read_inputs(mixed("free", [toy_pool], [toy_data, copy]))
+    found = read_inputs(mixed("free", [toy_pool], [toy_data, other_data]))
+    assert len({one.data for one in found.sets}) == 2
+    assert [one["data"] for one in found.data] == list(dict.fromkeys(one.data for one in found.sets))
