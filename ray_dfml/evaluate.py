@@ -16,7 +16,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from ray_dfml.core import episodes, memory, scoring, seeds
+from ray_dfml.core import episodes, scoring, seeds
 from ray_dfml.core.images import normalise, to_pixels
 from ray_dfml.core.inner_loop import Head, adapted, adapted_each, plain_grad
 from ray_dfml.core.net import Net
@@ -158,7 +158,7 @@ def evaluate(worker: Worker, jobs: Sequence[Job], shared: Arrays) -> list[Arrays
         v = job.values
         indices, asked = range(v["start"], v["stop"]), {name: v[name] for name in ("way", "shot", "query", "seed")}
         drawn = [episodes.draw(shared["labels"], index=index, **asked) for index in indices]
-        labels, wanted = (memory.interleaved(v["way"], v[name]).to(device) for name in ("shot", "query"))
+        labels, wanted = (episodes.interleaved(v["way"], v[name]).to(device) for name in ("shot", "query"))
         supports = torch.stack([load(episode.support) for episode in drawn])
         queries = (load(episode.query) for episode in drawn)
         if shared["reading"] == "finetune":

@@ -92,7 +92,7 @@ def same(a: Any, b: Any) -> bool:
 def random_teacher(card: TeacherCard) -> FakeTeacher:
     """Weights and statistics drawn from the card's name."""
     network = Net(card.arch, card.image.shape, len(card.classes))
-    rng = seeds.generator("fake teacher", card.id)
+    rng = seeds.rng("fake teacher", card.id)
     theta = network.init(rng)
     _, stats = network.with_stats(theta, torch.rand(32, *card.image.shape, generator=rng) * 2 - 1)
     return FakeTeacher(card, network, theta, stats)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ray_dfml import evaluate
-from ray_dfml.core import episodes, memory, seeds
+from ray_dfml.core import episodes, seeds
 from ray_dfml.core.images import normalise, to_pixels
 from ray_dfml.core.net import Net
 from ray_dfml.evaluate import EvalConfig, adapt_to, finetune, query_logits
@@ -30,10 +30,10 @@ def drawn() -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     theta = NETWORK.init(torch.Generator().manual_seed(0)).double()
     theta = theta + 0.05 * normal(theta.numel(), seed=1)
     stats = NETWORK.with_stats(theta, normal(16, 3, 16, 16, seed=2))[1]
-    labels = memory.interleaved(WAY, 2)
+    labels = episodes.interleaved(WAY, 2)
     means = normal(WAY, 3, 1, 1, seed=3)
     support = means[labels] + normal(len(labels), 3, 16, 16, seed=4)
-    return theta, stats, support, labels, means[memory.interleaved(WAY, 5)] + normal(15, 3, 16, 16, seed=5)
+    return theta, stats, support, labels, means[episodes.interleaved(WAY, 5)] + normal(15, 3, 16, 16, seed=5)
 
 
 def by_definition(head: str, bn: str) -> Tensor:
@@ -142,10 +142,10 @@ def test_the_op_scores_each_episode_with_its_own_seed(head, icfil):
         episode = episodes.draw(LABELS, way=WAY, shot=2, query=3, seed=5, index=i)
         support, query = (normalise(to_pixels(IMAGES[rows]), mean, std) for rows in episode[:2])
         logits = finetune(
-            NETWORK, theta, stats, support, memory.interleaved(WAY, 2), query, steps=STEPS, lr=LR, bn=cfg.bn,
+            NETWORK, theta, stats, support, episodes.interleaved(WAY, 2), query, steps=STEPS, lr=LR, bn=cfg.bn,
             head=head, icfil=icfil, seed=seeds.derive(5, WAY, 2, 3, i, "icfil"),
         )  # fmt: skip
-        right = logits.argmax(1) == memory.interleaved(WAY, 3)
+        right = logits.argmax(1) == episodes.interleaved(WAY, 3)
         assert found[i] == pytest.approx(100 * float(right.float().mean()))
 
 

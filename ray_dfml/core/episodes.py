@@ -13,7 +13,6 @@ class Episode(NamedTuple):
 
     support: np.ndarray
     query: np.ndarray
-    classes: tuple[int, ...]
 
 
 def draw(labels: np.ndarray, *, way: int, shot: int, query: int, seed: int, index: int) -> Episode:
@@ -30,11 +29,16 @@ def draw(labels: np.ndarray, *, way: int, shot: int, query: int, seed: int, inde
             f"{shot} support and {query} query images per class need {shot + query}, "
             f"class {classes[counts.argmin()]} has {counts.min()}"
         )
-    rng = seeds.generator("episode", seed, way, shot, query, index)
+    rng = seeds.rng("episode", seed, way, shot, query, index)
     chosen = [int(classes[int(i)]) for i in torch.randperm(len(classes), generator=rng)[:way]]
     picks = []
     for label in chosen:
         members = np.flatnonzero(labels == label)
         picks.append(members[torch.randperm(len(members), generator=rng)[: shot + query].numpy()])
     both = np.stack(picks, axis=1).reshape(-1)
-    return Episode(both[: shot * way], both[shot * way :], tuple(chosen))
+    return Episode(both[: shot * way], both[shot * way :])
+
+
+def interleaved(way: int, per_class: int) -> torch.Tensor:
+    """Labels 0..way-1 repeated `per_class` times, int64 [way * per_class]."""
+    return torch.arange(way).repeat(per_class)

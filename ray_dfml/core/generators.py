@@ -78,7 +78,7 @@ class Generator:
         """Images [n c h w] in [0, 1] of codes [n d]; n >= 2. `first_order` is that of `net.Net`."""
         return self._network.images(Layers(self.layout.unflatten(theta), first_order=first_order), z)
 
-    def init(self, generator: torch.Generator) -> Tensor:
+    def init(self, rng: torch.Generator) -> Tensor:
         """Framework-default weights [p]: uniform by fan-in for linear and conv layers, batch norm 1 and 0."""
         parts: dict[str, Tensor] = {}
         fan_in = 1
@@ -88,15 +88,15 @@ class Generator:
                 continue
             if name.endswith("weight"):
                 fan_in = math.prod(shape[1:])
-            parts[name] = (torch.rand(shape, generator=generator) * 2 - 1) / math.sqrt(fan_in)
+            parts[name] = (torch.rand(shape, generator=rng) * 2 - 1) / math.sqrt(fan_in)
         return self.layout.flatten(parts)
 
-    def reset(self, generator: torch.Generator) -> Tensor:
+    def reset(self, rng: torch.Generator) -> Tensor:
         """Weights [p] as BiDf-MKD draws them anew for each inversion: N(0, 0.02), batch norm N(1, 0.02), biases 0."""
         parts: dict[str, Tensor] = {}
         for name, shape in self.layout.shapes.items():
             centre = 1.0 if name.startswith("norm") else 0.0
-            drawn = centre + 0.02 * torch.randn(shape, generator=generator)
+            drawn = centre + 0.02 * torch.randn(shape, generator=rng)
             parts[name] = drawn if name.endswith("weight") else torch.zeros(shape)
         return self.layout.flatten(parts)
 

@@ -40,9 +40,9 @@ def fit(x: Tensor, shape: tuple[int, int, int]) -> Tensor:
     return x
 
 
-def draw_view(generator: torch.Generator, *, pad: int, flip: bool) -> tuple[int, int, bool]:
+def draw_view(rng: torch.Generator, *, pad: int, flip: bool) -> tuple[int, int, bool]:
     """Offsets of a random crop after padding by `pad` pixels, each in 0..2 pad, and whether to mirror."""
-    dy, dx, mirror = (int(v) for v in torch.randint(0, 2**31 - 1, (3,), generator=generator))
+    dy, dx, mirror = (int(v) for v in torch.randint(0, 2**31 - 1, (3,), generator=rng))
     return dy % (2 * pad + 1), dx % (2 * pad + 1), flip and bool(mirror & 1)
 
 

@@ -60,18 +60,18 @@ class Net:
         logits = layers.linear("head", self.backbone.features(layers, x))
         return logits, self.stats_layout.flatten(layers.captured).to(x.device)
 
-    def init(self, generator: torch.Generator, *, zero_head_bias: bool = False) -> Tensor:
+    def init(self, rng: torch.Generator, *, zero_head_bias: bool = False) -> Tensor:
         """Fresh weights [p]: conv N(0, sqrt(2 / (9 fan_out))), batch norm 1 and 0, head uniform by fan-in."""
         parts: dict[str, Tensor] = {}
         for name, shape in self.layout.shapes.items():
             if len(shape) == 4:
                 std = math.sqrt(2.0 / (shape[2] * shape[3] * shape[0]))
-                parts[name] = torch.randn(shape, generator=generator) * std
+                parts[name] = torch.randn(shape, generator=rng) * std
             elif len(shape) == 2:
-                parts[name] = (torch.rand(shape, generator=generator) * 2 - 1) / math.sqrt(shape[1])
+                parts[name] = (torch.rand(shape, generator=rng) * 2 - 1) / math.sqrt(shape[1])
             elif name == "head.bias":
                 fan_in = self.layout.shapes["head.weight"][1]
-                parts[name] = (torch.rand(shape, generator=generator) * 2 - 1) / math.sqrt(fan_in)
+                parts[name] = (torch.rand(shape, generator=rng) * 2 - 1) / math.sqrt(fan_in)
                 if zero_head_bias:
                     parts[name] = torch.zeros(shape)
             else:

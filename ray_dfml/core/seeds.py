@@ -11,6 +11,6 @@ def derive(*parts: int | str) -> int:
     return int.from_bytes(digest, "big") >> 1
 
 
-def generator(*parts: int | str) -> torch.Generator:
-    """A CPU generator seeded by `derive(*parts)`; draws are made on the CPU and then moved, so devices agree."""
+def rng(*parts: int | str) -> torch.Generator:
+    """A random generator seeded by `derive(*parts)`. Draws are made on the CPU and then moved: devices agree."""
     return torch.Generator().manual_seed(derive(*parts))

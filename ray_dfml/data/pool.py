@@ -200,11 +200,11 @@ def _probe(entry: Entry, tensors: Mapping[str, Tensor]) -> list[str]:
     theta, stats = _flat(entry, tensors)
     spec, ways = entry.image, len(entry.classes)
     model = net(entry.arch, spec.shape, ways)
-    generator = torch.Generator().manual_seed(0)
+    rng = torch.Generator().manual_seed(0)
     mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (spec.mean, spec.std))
     try:
         count = int(min(256, max(4, PROBE_MACS / max(1, model.macs))))
-        images = torch.rand(count, *spec.shape, generator=generator) * torch.rand(count, 1, 1, 1, generator=generator)
+        images = torch.rand(count, *spec.shape, generator=rng) * torch.rand(count, 1, 1, 1, generator=rng)
         with torch.no_grad():
             logits = model(theta, (images - mean) / std, stats)
     except RuntimeError as error:

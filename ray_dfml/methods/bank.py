@@ -1,6 +1,8 @@
-"""Recovered tasks in the memory bank, and tasks drawn from it ([Wei2024] arXiv 2405.00984, section 4.2).
+"""The bank: recovered images per class, first in first out, and tasks drawn from it ([Wei2024] arXiv 2405.00984,
+section 4.2, cross task replay).
 
-The classes of a task are of one data set, as those of a test episode are, unless `mix_data` is set.
+A bank is a dict from class key to uint8 images [n c h w], oldest first. Adding gives a new bank; nothing changes in
+place. The classes of a task are of one data set, as those of a test episode are, unless `mix_data` is set.
 """
 
 from collections import Counter
@@ -10,13 +12,61 @@ from typing import Literal
 import numpy as np
 import torch
 
-from ray_dfml.core import memory
 from ray_dfml.errors import RejectedError, UsageError
 from ray_dfml.methods.base import MetaConfig, Metrics, World
 from ray_dfml.types import Arrays
 
+Bank = dict[str, np.ndarray]
+
 BankKey = Literal["class", "teacher"]
 """A bank class is a class name (side information of the cards), or a (teacher, class) pair."""
+
+
+def add(bank: Mapping[str, np.ndarray], key: str, images: np.ndarray, capacity: int) -> Bank:
+    """The bank with uint8 images [n c h w] appended to `key`; the oldest beyond `capacity` images are dropped."""
+    kept = np.concatenate([bank[key], images] if key in bank else [images])
+    return {**bank, key: np.ascontiguousarray(kept[-capacity:])}
+
+
+def one_group(key: str) -> str:
+    """The same group for every class: a task may then hold any of them."""
+    return ""
+
+
+def ready(
+    bank: Mapping[str, np.ndarray], per_class: int, *, way: int = 1, group: Callable[[str], str] = one_group
+) -> list[str]:
+    """Class keys, sorted, that hold at least `per_class` images, of groups that have `way` such classes."""
+    keys = sorted(key for key, images in bank.items() if len(images) >= per_class)
+    sizes = Counter(map(group, keys))
+    return [key for key in keys if sizes[group(key)] >= way]
+
+
+def draw_task(
+    bank: Mapping[str, np.ndarray], *, way: int, shot: int, query: int, rng: torch.Generator,
+    group: Callable[[str], str] = one_group,
+) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
+    """An interpolated task: `way` ready classes of one group, `shot` + `query` distinct images of each.
+
+    Groups are equally likely, whatever their number of classes. Returns uint8 support [shot*way c h w] and query
+    [query*way c h w], interleaved: the labels are 0..way-1 repeated. Raises ValueError if no group has `way` ready
+    classes.
+    """
+    keys = ready(bank, shot + query, way=way, group=group)
+    if not keys:
+        filled = len(ready(bank, shot + query))
+        raise ValueError(
+            f"a task needs {way} classes of one group with {shot + query} images or more; the bank has {filled} in all"
+        )
+    groups = sorted(set(map(group, keys)))
+    if len(groups) > 1:
+        chosen_group = groups[int(torch.randint(len(groups), (1,), generator=rng))]
+        keys = [key for key in keys if group(key) == chosen_group]
+    chosen = [keys[int(i)] for i in torch.randperm(len(keys), generator=rng)[:way]]
+    picks = [bank[k][torch.randperm(len(bank[k]), generator=rng)[: shot + query].numpy()] for k in chosen]
+    both = np.stack(picks, axis=1)
+    flat = both.reshape(-1, *both.shape[2:])
+    return flat[: shot * way], flat[shot * way :]
 
 
 def class_key(name: str, teacher: str, key: BankKey) -> str:
@@ -35,15 +85,14 @@ def of_pool(world: World, key: BankKey) -> set[str]:
 
 
 def _group(cfg: MetaConfig) -> Callable[[str], str]:
-    return memory.one_group if cfg.mix_data else data_set
+    return one_group if cfg.mix_data else data_set
 
 
 def draw(
-    cfg: MetaConfig, way: int, bank: Mapping[str, np.ndarray], generator: torch.Generator
+    cfg: MetaConfig, way: int, bank: Mapping[str, np.ndarray], rng: torch.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
-    """A task as `cfg` wants it: uint8 support and query, as `core.memory.draw_task`."""
-    task = memory.draw_task(bank, way=way, shot=cfg.shot, query=cfg.query, generator=generator, group=_group(cfg))
-    return task[1:]
+    """A task as `cfg` wants it: uint8 support and query, as `draw_task`."""
+    return draw_task(bank, way=way, shot=cfg.shot, query=cfg.query, rng=rng, group=_group(cfg))
 
 
 def _sizes(cfg: MetaConfig, keys: Iterable[str]) -> Counter[str]:
@@ -76,7 +125,7 @@ def check(method: str, field: str, cfg: MetaConfig, way: int, keys: Iterable[str
 def check_left(cfg: MetaConfig, world: World, bank: Mapping[str, np.ndarray], key: BankKey) -> None:
     """Raises RejectedError where no task can be drawn, now or later: the usable teachers and `bank` together have too
     few classes of every data set."""
-    known = of_pool(world, key) | set(memory.ready(bank, cfg.shot + cfg.query))
+    known = of_pool(world, key) | set(ready(bank, cfg.shot + cfg.query))
     if max(_sizes(cfg, known).values(), default=0) < world.way:
         kind = "" if cfg.mix_data else " of any one data set"
         raise RejectedError(
@@ -93,21 +142,19 @@ def check_capacity(method: str, cfg: MetaConfig, capacity: int) -> None:
         )
 
 
-def store(bank: Mapping[str, np.ndarray], task: Arrays, key: BankKey, capacity: int) -> memory.Bank:
+def store(bank: Mapping[str, np.ndarray], task: Arrays, key: BankKey, capacity: int) -> Bank:
     """The bank with the images of a recovered task (`inversion.Inversion.task`) under their classes."""
-    found: memory.Bank = dict(bank)
+    found: Bank = dict(bank)
     for local, name in enumerate(task["classes"]):
-        found = memory.add(
-            found, class_key(name, task["teacher"], key), task["images"][task["labels"] == local], capacity
-        )
+        found = add(found, class_key(name, task["teacher"], key), task["images"][task["labels"] == local], capacity)
     return found
 
 
 def figures(cfg: MetaConfig, world: World, bank: Mapping[str, np.ndarray], key: BankKey) -> Metrics:
     """How many classes have images for a task, how many of the pool have not, the images in all, and how many data sets
     tasks come from."""
-    filled = memory.ready(bank, cfg.shot + cfg.query)
-    drawable = memory.ready(bank, cfg.shot + cfg.query, way=world.way, group=_group(cfg))
+    filled = ready(bank, cfg.shot + cfg.query)
+    drawable = ready(bank, cfg.shot + cfg.query, way=world.way, group=_group(cfg))
     return {
         "bank/classes": len(filled),
         "bank/missing_classes": len(of_pool(world, key) - set(filled)),

@@ -89,7 +89,7 @@ class MetaConfig(BaseModel):
 
 
 class ReplayConfig(MetaConfig):
-    """Meta-updates on interpolated tasks of the memory bank, in bouts that end at a plateau ([Wei2024] section 4.2)."""
+    """Meta-updates on interpolated tasks of the bank, in bouts that end at a plateau ([Wei2024] section 4.2)."""
 
     patience: int = Field(
         default=10, ge=1, description="Stop after this many updates without a new best training accuracy."
@@ -209,7 +209,7 @@ def stacked(function: Callable[..., Any], *parts: Tensor, batched: bool) -> Any:
 
 def initial_learner(world: World, *, zero_head_bias: bool = False) -> State:
     """Fresh weights and batch-norm statistics of the learner, from the run's seed."""
-    theta = world.net.init(seeds.generator(world.seed, "theta"), zero_head_bias=zero_head_bias)
+    theta = world.net.init(seeds.rng(world.seed, "theta"), zero_head_bias=zero_head_bias)
     return {"theta": theta, "stats": world.net.initial_stats()}
 
 

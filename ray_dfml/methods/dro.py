@@ -112,7 +112,7 @@ def init(cfg: Config, world: World) -> State:
     check_same_network("dro", world)
     state = initial_learner(world, zero_head_bias=True)
     parts = layout(cfg, len(world.cards), len(state["theta"]))
-    rng = seeds.generator(world.seed, "psi")
+    rng = seeds.rng(world.seed, "psi")
     drawn = {name: torch.zeros(shape) for name, shape in parts.shapes.items()}
     for name, shape in parts.shapes.items():
         if not name.endswith("bias"):
@@ -141,7 +141,7 @@ def learn(cfg: Config, world: World, state: State, r: int, results: list[Arrays]
     psi, adam = _moved(state["psi"], optim.Adam(**state["adam"]), world.device)
     total = 0.0
     for _ in range(cfg.steps_per_round):
-        order = torch.randperm(len(rows), generator=seeds.generator(world.seed, "dro", adam.step))
+        order = torch.randperm(len(rows), generator=seeds.rng(world.seed, "dro", adam.step))
         picks = order[: cfg.teachers_per_step].tolist()
         loss, grad = gradient(cfg, parts, psi, [rows[i] for i in picks], target[picks])
         if not torch.isfinite(loss):
@@ -171,7 +171,7 @@ def shares(cfg: Config, seed: int, teachers: int) -> Tensor:
     """Weights [n] of the embeddings, their sum 1: equal, or uniform on the simplex, the same in every round."""
     if cfg.sample == "mean":
         return torch.full((teachers,), 1 / teachers)
-    draws = -torch.rand(teachers, generator=seeds.generator(seed, "convex")).clamp_min(1e-38).log()
+    draws = -torch.rand(teachers, generator=seeds.rng(seed, "convex")).clamp_min(1e-38).log()
     return draws / draws.sum()
 
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from ray_dfml.core import losses, memory, optim
+from ray_dfml.core import episodes, losses, optim
 from ray_dfml.core.inner_loop import Head, adapt, adapted, plain_grad
 from ray_dfml.core.net import Net
 
@@ -88,7 +88,7 @@ def calibrate(
     if not cfg.steps:
         return phi
     rng, way = torch.Generator().manual_seed(seed), int(labels.max()) + 1
-    made = memory.interleaved(way, cfg.images).to(labels.device)
+    made = episodes.interleaved(way, cfg.images).to(labels.device)
     with torch.no_grad():
         fixed = network.with_stats(phi, support)[1] if stats is None else stats
     images = invert(cfg, network, phi, fixed, made, rng)

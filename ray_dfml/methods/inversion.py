@@ -13,12 +13,11 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from ray_dfml.core import losses, memory
+from ray_dfml.core import episodes, losses
 from ray_dfml.core.generators import Generator, generator
 from ray_dfml.core.images import draw_view, fit, normalise, to_bytes, to_pixels, view
 from ray_dfml.core.net import net
-from ray_dfml.core.seeds import derive
-from ray_dfml.core.seeds import generator as generator_of
+from ray_dfml.core.seeds import derive, rng
 from ray_dfml.errors import UsageError
 from ray_dfml.methods.base import MethodConfig, Teacher, World, stacked
 from ray_dfml.types import Arrays, ImageSpec, TeacherCard
@@ -90,7 +89,7 @@ def chosen_units(card: TeacherCard, way: int, seed: int) -> list[int]:
     that nothing else draws from."""
     if len(card.classes) == way:
         return list(range(way))
-    return torch.randperm(len(card.classes), generator=generator_of(seed, "units"))[:way].tolist()
+    return torch.randperm(len(card.classes), generator=rng(seed, "units"))[:way].tolist()
 
 
 def as_teacher_sees(pixels: Tensor, image: ImageSpec) -> Tensor:
@@ -113,7 +112,7 @@ class Inversion:
         card = teachers[0].card
         self.cfg, self.net_g, self.teachers, self.device, self.batched = cfg, net_g, teachers, device, batched
         self.network, self.image, self.way = teachers[0].net, card.image, way
-        self.labels = memory.interleaved(way, cfg.images_per_class).to(device)
+        self.labels = episodes.interleaved(way, cfg.images_per_class).to(device)
         self.units = [
             torch.tensor(chosen_units(t.card, way, seed), device=device)
             for t, seed in zip(teachers, seeds, strict=True)

@@ -5,7 +5,6 @@
 
 from pydantic import Field
 
-from ray_dfml.core import memory
 from ray_dfml.methods import bank as bank_of
 from ray_dfml.methods import panels, replay
 from ray_dfml.methods.base import (
@@ -37,7 +36,7 @@ def notes(cfg: Config, world: World) -> list[str]:
 
 
 def _classes(cfg: Config, world: World) -> list[str]:
-    return memory.ready(world.real, cfg.replay.shot + cfg.replay.query)
+    return bank_of.ready(world.real, cfg.replay.shot + cfg.replay.query)
 
 
 def init(cfg: Config, world: World) -> State:

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import torch
 
-from ray_dfml.core import memory, optim, seeds
+from ray_dfml.core import episodes, optim, seeds
 from ray_dfml.core.images import normalise, to_pixels
 from ray_dfml.core.inner_loop import Task, meta_gradient
 from ray_dfml.core.net import net
@@ -35,7 +35,7 @@ def grad(worker: Worker, jobs: Sequence[Job], shared: Arrays) -> list[Arrays]:
                 parts[2 * i].append(normalise(to_pixels(images, worker.device), mean, std))
             else:
                 parts[2 * i].append(torch.tensor(images, device=worker.device))
-            parts[2 * i + 1].append(memory.interleaved(shared["way"], len(images) // shared["way"]).to(worker.device))
+            parts[2 * i + 1].append(episodes.interleaved(shared["way"], len(images) // shared["way"]).to(worker.device))
     tasks = Task(*(torch.stack(column) for column in parts))
     found = meta_gradient(
         network,
@@ -57,7 +57,7 @@ def draw(cfg: MetaConfig, world: World, bank: Mapping[str, np.ndarray], tag: tup
     """`cfg.tasks` tasks of the bank: uint8 `support` and `query`, interleaved. `tag` names the update for its seeds."""
     tasks: list[Arrays] = []
     for t in range(cfg.tasks):
-        rng = seeds.generator(world.seed, *tag, t)
+        rng = seeds.rng(world.seed, *tag, t)
         support, query = bank_of.draw(cfg, world.way, bank, rng)
         tasks.append({"support": support, "query": query})
     return tasks

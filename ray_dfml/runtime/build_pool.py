@@ -37,7 +37,7 @@ def plan(
     members = [np.flatnonzero(train.labels == c) for c in range(len(train.class_names))]
     planned = []
     for i in range(models):
-        rng = seeds.generator(seed, "classes", i)
+        rng = seeds.rng(seed, "classes", i)
         chosen = torch.randperm(len(members), generator=rng)[:way].tolist()
         rows = np.concatenate([members[c] for c in chosen])
         labels = np.concatenate([np.full(len(members[c]), local) for local, c in enumerate(chosen)])

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from ray_dfml.config import RunConfig
-from ray_dfml.core import memory
+from ray_dfml.core import episodes
 from ray_dfml.core.inner_loop import Task, meta_gradient
 from ray_dfml.evaluate import finetune
 from ray_dfml.methods import METHODS, UNTRAINED, cost
@@ -68,7 +68,7 @@ def _evaluation(config: RunConfig, inputs: Inputs) -> tuple[float, float]:
 
 def _images(world: World, per_class: int) -> tuple[torch.Tensor, torch.Tensor]:
     rng = torch.Generator().manual_seed(per_class)
-    return torch.rand(per_class * world.way, *world.image.shape, generator=rng), memory.interleaved(
+    return torch.rand(per_class * world.way, *world.image.shape, generator=rng), episodes.interleaved(
         world.way, per_class
     )
 

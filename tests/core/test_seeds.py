@@ -29,7 +29,7 @@ def test_parts_do_not_run_together():
 
 
 def test_generators_of_equal_parts_draw_equal_numbers():
-    first, again, other = (seeds.generator(*p) for p in ((1, "a"), (1, "a"), (1, "b")))
+    first, again, other = (seeds.rng(*p) for p in ((1, "a"), (1, "a"), (1, "b")))
     a, b, c = (torch.randn(5, generator=g) for g in (first, again, other))
     assert torch.equal(a, b)
     assert not torch.equal(a, c)

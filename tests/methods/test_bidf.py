@@ -160,7 +160,7 @@ def test_a_pass_without_a_finite_loss_is_never_the_best_and_moves_nothing(monkey
 
 def test_a_set_follows_the_framework_s_adam_from_a_fresh_generator():
     cfg = small_bidf(iterations=3, crop_pad=0, flip="off", conditional=False, lr_generator=0.01)
-    teacher, rng = FakeWorker(WORLD).teacher("conv4-0"), seeds.generator(3, "support")
+    teacher, rng = FakeWorker(WORLD).teacher("conv4-0"), seeds.rng(3, "support")
     net_g, labels = generator(WORLD.image.shape, 8, 4), torch.arange(2).repeat(4)
     theta_g = net_g.reset(rng).requires_grad_()
     z = torch.randn(8, 8, generator=rng).requires_grad_()

@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ray_dfml.core import losses
+from ray_dfml.core.episodes import interleaved
 from ray_dfml.core.generators import Generator
 from ray_dfml.core.images import normalise, to_bytes, to_pixels, view
-from ray_dfml.core.memory import interleaved
 from ray_dfml.methods.free import method as free
 from ray_dfml.methods.free.five import five
 from ray_dfml.types import Arrays, Job

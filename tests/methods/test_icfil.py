@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ray_dfml.core import losses, memory
+from ray_dfml.core import episodes, losses
 from ray_dfml.core.inner_loop import adapted, plain_grad
 from ray_dfml.core.net import Net
 from ray_dfml.methods import icfil
@@ -27,7 +27,7 @@ def weights() -> Tensor:
 
 def support(shot: int = 2) -> tuple[Tensor, Tensor]:
     """Noise around another mean for each of three classes, of the four that the network tells apart."""
-    labels = memory.interleaved(WAY, shot)
+    labels = episodes.interleaved(WAY, shot)
     means = normal(WAY, 3, 1, 1, seed=5)
     return (means[labels] + 0.3 * normal(len(labels), 3, 16, 16)).float(), labels
 
@@ -79,7 +79,7 @@ def test_the_inversion_loss_is_the_sum_of_its_terms():
 
 def test_inversion_reduces_its_loss_and_a_network_takes_the_images_for_their_class():
     phi, (images, _) = weights(), support()
-    stats, labels = NETWORK.with_stats(phi, images)[1], memory.interleaved(WAY, 4)
+    stats, labels = NETWORK.with_stats(phi, images)[1], episodes.interleaved(WAY, 4)
     rng = torch.Generator().manual_seed(3)
     start, end = (
         invert(config(inversion_steps=steps), NETWORK, phi, stats, labels, rng.manual_seed(3)) for steps in (0, 40)
@@ -93,7 +93,7 @@ def test_inversion_reduces_its_loss_and_a_network_takes_the_images_for_their_cla
 
 def test_the_first_image_step_follows_the_gradient_through_a_cyclic_shift():
     """Adam's first step is image_lr against the sign of the gradient, at the images shifted by the drawn offsets."""
-    phi, labels = weights().double(), memory.interleaved(WAY, 2)
+    phi, labels = weights().double(), episodes.interleaved(WAY, 2)
     stats = NETWORK.with_stats(phi, normal(9, 3, 16, 16, seed=2))[1]
     rng = torch.Generator().manual_seed(3)
     start = torch.randn(6, 3, 16, 16, generator=rng).double()
@@ -136,7 +136,7 @@ def test_contrastive_steps_move_the_backbone_downhill_and_leave_the_head(contras
     first, last = (losses.supervised_contrastive(*contrasts[i]) for i in (1, -1))
     assert last < first
     made = invert(
-        config(), NETWORK, phi, NETWORK.with_stats(phi, images)[1], memory.interleaved(WAY, 2),
+        config(), NETWORK, phi, NETWORK.with_stats(phi, images)[1], episodes.interleaved(WAY, 2),
         torch.Generator().manual_seed(7),
     )  # fmt: skip
     step = (one - phi).double()

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ray_dfml.core import memory, optim
+from ray_dfml.core import episodes, optim
 from ray_dfml.core.images import normalise, to_pixels
 from ray_dfml.core.inner_loop import Task, meta_gradient
 from ray_dfml.methods import replay
@@ -70,7 +70,7 @@ def test_the_op_returns_the_meta_gradient_of_each_job(batched, head):
     mean, std = torch.full((3,), 0.5), torch.full((3,), 0.25)
     for job, result in zip(jobs, found, strict=True):
         support, query = (normalise(to_pixels(job.values[k]), mean, std)[None] for k in ("support", "query"))
-        task = Task(support, memory.interleaved(2, 1)[None], query, memory.interleaved(2, 2)[None])
+        task = Task(support, episodes.interleaved(2, 1)[None], query, episodes.interleaved(2, 2)[None])
         expected = meta_gradient(
             WORLD.net, torch.tensor(shared["theta"]), task, lr=cfg.inner_lr, steps=cfg.inner_steps, batched=False,
             head=head,

@@ -69,7 +69,7 @@ def init(cfg: Config, world: World) -> State:
 
 def plan(cfg: Config, world: World, state: State, r: int) -> list[Job]:
     """One job per teacher drawn, with replacement."""
-    rng = seeds.generator(world.seed, r, "plan")
+    rng = seeds.rng(world.seed, r, "plan")
     picks = torch.randint(len(world.cards), (cfg.teachers_per_round,), generator=rng).tolist()
     return [
         teacher_job(world.cards[i], index=j, seed=seeds.derive(world.seed, r, "recover", j), values={})

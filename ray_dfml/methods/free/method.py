@@ -56,7 +56,7 @@ def init(cfg: Config, world: World) -> State:
     """
     bank_of.check_capacity("free", cfg.replay, cfg.bank_capacity)
     bank_of.check("free", "method.replay", cfg.replay, world.way, bank_of.of_pool(world, cfg.bank_key))
-    theta_g = checked_generator("free", cfg, world).init(seeds.generator(world.seed, "theta_g"))
+    theta_g = checked_generator("free", cfg, world).init(seeds.rng(world.seed, "theta_g"))
     learner = replay.with_optimiser(initial_learner(world))
     return learner | {
         "theta_g": theta_g,
@@ -72,7 +72,7 @@ def plan(cfg: Config, world: World, state: State, r: int) -> list[Job]:
 
 
 def _drawn(cfg: Config, world: World, r: int) -> list[Job]:
-    rng = seeds.generator(world.seed, r, "plan")
+    rng = seeds.rng(world.seed, r, "plan")
     picks = torch.randint(len(world.cards), (cfg.teachers_per_round,), generator=rng).tolist()
     return [
         teacher_job(world.cards[i], index=j, seed=seeds.derive(world.seed, r, "recover", j), values={})

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ray_dfml.core import losses, memory, optim
+from ray_dfml.core import episodes, losses, optim
 from ray_dfml.core.images import fit, normalise
 from ray_dfml.core.inner_loop import adapted, graph_grad
 from ray_dfml.core.net import net
@@ -40,7 +40,7 @@ def invert(
     """
     network, classes = teachers[0].net, len(teachers[0].card.classes)
     theta, stats = (torch.stack([getattr(t, name) for t in teachers]) for name in ("theta", "stats"))
-    labels = memory.interleaved(classes, cfg.images_per_class).to(device)
+    labels = episodes.interleaved(classes, cfg.images_per_class).to(device)
     x = torch.stack([torch.tensor(job.values["x"], device=device) for job in jobs])
     adams = [
         optim.Adam(
@@ -108,7 +108,7 @@ def grad(worker: Worker, jobs: Sequence[Job], shared: Arrays) -> list[Arrays]:
     results = []
     for job in jobs:
         parts = [torch.tensor(job.values[k], device=worker.device).requires_grad_() for k in ("support", "query")]
-        labels = [memory.interleaved(shared["way"], len(part) // shared["way"]).to(worker.device) for part in parts]
+        labels = [episodes.interleaved(shared["way"], len(part) // shared["way"]).to(worker.device) for part in parts]
         phi = adapted(
             network, theta.requires_grad_(), parts[0], labels[0], head=shared["head"], lr=shared["inner_lr"],
             steps=shared["inner_steps"], grad_of=graph_grad,

@@ -80,7 +80,7 @@ def _kind(world: World) -> tuple[str, tuple[int, int, int], int]:
 def fresh(cfg: Config, world: World, card: TeacherCard) -> State:
     """Images N(0, 1) of a teacher from the run's seed, with the moments of their optimiser."""
     shape = (cfg.images_per_class * len(card.classes), *card.image.shape)
-    x = torch.randn(shape, generator=seeds.generator(world.seed, "images", card.id))
+    x = torch.randn(shape, generator=seeds.rng(world.seed, "images", card.id))
     return {"x": x, "m": torch.zeros_like(x), "v": torch.zeros_like(x), "step": 0}
 
 
@@ -88,7 +88,7 @@ def plan(cfg: Config, world: World, state: State, r: int) -> list[Job]:
     """One job per teacher: its images, their moments, and what the curriculum pushes them by."""
     cards = list(world.cards)
     if 0 < cfg.teachers_per_round < len(cards):
-        rng = seeds.generator(world.seed, r, "plan")
+        rng = seeds.rng(world.seed, r, "plan")
         cards = [cards[i] for i in torch.randperm(len(cards), generator=rng)[: cfg.teachers_per_round].tolist()]
     jobs = []
     for j, card in enumerate(cards):
@@ -213,7 +213,7 @@ class _Store:
 
     def draw(self, *tag: int | str) -> dict[str, np.ndarray]:
         """A pseudo task as rows (teacher, image): support [s 2] and query [u 2], interleaved."""
-        meta, rng = self._meta, seeds.generator(*tag)
+        meta, rng = self._meta, seeds.rng(*tag)
         support, query = bank_of.draw(meta, self._world.way, self.classes, rng)
         return {"support": support, "query": query}
 
