@@ -28,7 +28,7 @@ from ray_dfml.data.pretrain import PretrainConfig
 from ray_dfml.methods.base import World
 from ray_dfml.pipeline import Trainer
 from ray_dfml.runtime import build_pool
-from ray_dfml.runtime.local import LocalBackend
+from ray_dfml.runtime.local import LocalBackend, no_teachers
 from ray_dfml.scorer import Entry, Scorer
 from ray_dfml.types import Labelled
 
@@ -52,8 +52,9 @@ def pool_of(spec: str, folder: Path, seed: int) -> Pool:
     image, planned = build_pool.plan(spec, models=20, archs=["conv4"], way=5, seed=seed)
     pool = Pool.create(folder)
     build_pool.build(
-        pool, spec, image, planned, PretrainConfig(), workers=1, seed=seed, on_teacher=lambda id, accuracy: None
-    )
+        pool, spec, image, planned, PretrainConfig(), backend=LocalBackend(no_teachers), seed=seed,
+        on_teacher=lambda id, accuracy: None,
+    )  # fmt: skip
     return pool
 
 

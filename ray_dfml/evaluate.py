@@ -9,7 +9,7 @@ query with the support's statistics; `running` uses the statistics kept from tra
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
@@ -127,9 +127,9 @@ def jobs(cfg: EvalConfig, *, way: int, shot: int, start: int = 0, stop: int) -> 
     ]
 
 
-def shared(cfg: EvalConfig, weights: LearnerWeights, *, reading: str, images: np.ndarray, labels: np.ndarray) -> Arrays:
-    """Values that all evaluate jobs read: the weights with their adaptation, the reading, uint8 images [n c h w] and
-    labels [n]."""
+def shared(cfg: EvalConfig, weights: LearnerWeights, *, reading: str, images: Any, labels: np.ndarray) -> Arrays:
+    """Values that all evaluate jobs read: the weights with their adaptation, the reading, uint8 images [n c h w], or
+    what `Backend.keep` made of them, and labels [n]."""
     return {
         "weights": weights.values(),
         "reading": reading,

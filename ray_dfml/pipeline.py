@@ -34,8 +34,8 @@ class Trainer:
     """A run in progress: configuration, state, and the backend that does its work. In a cluster it is the learner
     actor.
 
-    `round` and `keep` advance it, `score` answers what a `Scorer` asks about its weights. `snapshot` is all of it, and
-    a Trainer made from a snapshot goes on with the same bits.
+    `round` and `keep` advance it, `score` answers what a `Scorer` asks about its weights. `state` is all of it: what
+    a checkpoint holds, and a Trainer made from one goes on with the same bits.
     """
 
     def __init__(
@@ -60,9 +60,7 @@ class Trainer:
         return replace(self._world, cards=tuple(c for c in self._world.cards if c.id not in rejected))
 
     def round(self, r: int) -> Metrics:
-        """One outer iteration. Returns its numbers; teachers that failed are in `snapshot()["rejected"]` from now
-        on.
-        """
+        """One outer iteration. Returns its numbers; teachers that failed are in `state["rejected"]` from now on."""
         seconds: dict[str, float] = {}
         started = time.perf_counter()
 
@@ -102,10 +100,6 @@ class Trainer:
     def _reasons(self) -> str:
         """Why each rejected teacher is."""
         return "; ".join(f"{id}: {why}" for id, why in self.state["rejected"].items())
-
-    def snapshot(self) -> State:
-        """The state after the last round: what a checkpoint holds."""
-        return self.state
 
     def weights(self, selection: str) -> LearnerWeights:
         """The weights of a selection: `last`, `val`, `test-best`, or `random`, a fresh learner. KeyError: none yet."""

@@ -84,7 +84,12 @@ class Job:
 
 
 class Backend(Protocol):
-    """Where work is done. One verb."""
+    """Where work is done. One verb, and one for arrays that many calls share."""
+
+    def keep(self, value: np.ndarray) -> Any:
+        """An array that stays as it is, or a reference to it. It goes into `shared` of as many calls as one likes, at
+        its top level, and travels once; ops find the array in its place."""
+        ...
 
     def map(self, op: str, jobs: Sequence[Job], shared: Arrays) -> list[Arrays]:
         """Run `op` on every job with the same `shared` values; results in job order, whoever ran or re-ran them.
@@ -191,13 +196,15 @@ class LearnerWeights:
 
 @dataclass(frozen=True)
 class Labelled:
-    """Real images for episodes: uint8 [n c h w] and labels [n]. They validate and test; no method trains on them."""
+    """Real images for episodes, and their labels. They validate and test; no method trains on them."""
 
     data: str
     """Identity of the data set, NAME@HASH."""
     split: str
-    images: np.ndarray
+    images: Any
+    """uint8 [n c h w], or what `Backend.keep` made of them."""
     labels: np.ndarray
+    """int64 [n]."""
 
 
 @dataclass(frozen=True, kw_only=True)

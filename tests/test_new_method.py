@@ -92,12 +92,12 @@ teachers = {c.id: (c, random_teacher(c).theta.numpy(), random_teacher(c).stats.n
 config = resolve("noise", profile="paper")
 assert config.method.contrast == 1.0
 run = Trainer(config.model_dump(mode="json"), world, [], LocalBackend(teachers.__getitem__), None)
-begun = run.snapshot()["theta"].clone()
+begun = run.state["theta"].clone()
 rows = [run.round(r) for r in range(3)]
 assert [row["noise/images"] for row in rows] == [60] * 3
 assert all(np.isfinite(row["seconds/noise.recover"]) for row in rows)
 assert rows[-1]["bank/data_sets"] == 1
-assert (run.snapshot()["theta"] != begun).any()
+assert (run.state["theta"] != begun).any()
 """
     )
     python(program)

@@ -135,7 +135,7 @@ def test_weights_that_nothing_changed_are_no_candidate() -> None:
     assert not one.learned()
     one.round(0)
     assert not one.learned()
-    later = Trainer(one.config.model_dump(mode="json"), WORLD, sets(), Spoiled({}), one.snapshot())
+    later = Trainer(one.config.model_dump(mode="json"), WORLD, sets(), Spoiled({}), one.state)
     later.round(1)
     assert later.learned()
     later.state["theta"] = torch.full_like(later.state["theta"], float("inf"))
@@ -149,8 +149,8 @@ def test_the_parts_of_the_loop_survive_a_round() -> None:
     one.keep("val", 50.0, 0)
     best = one.state["best"]
     one.round(1)
-    assert one.snapshot()["best"] is best
-    assert one.snapshot()["began"] == began
+    assert one.state["best"] is best
+    assert one.state["began"] == began
 
 
 def test_a_trainer_from_a_snapshot_goes_on_in_the_same_bits() -> None:
@@ -158,10 +158,10 @@ def test_a_trainer_from_a_snapshot_goes_on_in_the_same_bits() -> None:
     for r in range(3):
         whole.round(r)
     first.round(0)
-    second = Trainer(first.config.model_dump(mode="json"), WORLD, sets(), Spoiled({}), first.snapshot())
+    second = Trainer(first.config.model_dump(mode="json"), WORLD, sets(), Spoiled({}), first.state)
     for r in (1, 2):
         second.round(r)
-    toy.assert_equal(whole.snapshot(), second.snapshot())
+    toy.assert_equal(whole.state, second.state)
 
 
 def test_the_scores_of_a_selection_are_those_of_its_weights() -> None:
@@ -184,7 +184,7 @@ def test_a_score_does_not_depend_on_who_asks_for_which_part() -> None:
         weights=one.candidates()["last"], reading="finetune", data="toy", split="test", shot=1, lr=0.1
     )  # fmt: skip
     whole = one.score(Part(episodes=of, start=0, stop=20))
-    again = Trainer(one.config.model_dump(mode="json"), WORLD, sets(), Spoiled({}), one.snapshot())
+    again = Trainer(one.config.model_dump(mode="json"), WORLD, sets(), Spoiled({}), one.state)
     parts = [again.score(Part(episodes=of, start=start, stop=start + 10)) for start in (0, 10)]
     assert np.concatenate(parts).tolist() == whole.tolist()
     other = one.score(Part(episodes=replace(of, lr=5.0), start=0, stop=20))

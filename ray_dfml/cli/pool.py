@@ -47,6 +47,8 @@ def build(
     from ray_dfml.core.backbones import known_arch
     from ray_dfml.data.pool import Pool
     from ray_dfml.runtime import build_pool
+    from ray_dfml.runtime.driver import Machine
+    from ray_dfml.runtime.place import opened
 
     names = [name.strip() for name in archs.split(",")]
     for name in names:
@@ -55,14 +57,16 @@ def build(
         except ValueError as error:
             raise UsageError(f"--arch: {error}") from None
     cfg = pretrain_config(sets)
-    image, planned = build_pool.plan(spec, models=models, archs=names, way=way, seed=seed)
-    target = Pool.open(out) if resume and out.exists() else Pool.create(out)
+    workers = min(workers, models)
     if workers > 1:
         options.need_ray()
-    accuracies = build_pool.build(
-        target, spec, image, planned, cfg, workers=min(workers, models), seed=seed,
-        on_teacher=lambda id, accuracy: options.say(f"{id}  held-out accuracy {accuracy:.1f} %"),
-    )  # fmt: skip
+    with opened(Machine(backend="ray" if workers > 1 else "local", workers=workers)) as place:
+        image, planned = build_pool.plan(spec, models=models, archs=names, way=way, seed=seed)
+        target = Pool.open(out) if resume and out.exists() else Pool.create(out)
+        accuracies = build_pool.build(
+            target, spec, image, planned, cfg, backend=place.backend(), at_once=2 * workers if workers > 1 else 1,
+            seed=seed, on_teacher=lambda id, accuracy: options.say(f"{id}  held-out accuracy {accuracy:.1f} %"),
+        )  # fmt: skip
     summary = {"pool": str(out), "teachers": len(accuracies), "accuracy_mean": sum(accuracies) / len(accuracies)}
     if json_out:
         options.print_json(summary)

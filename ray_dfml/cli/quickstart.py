@@ -29,7 +29,10 @@ def quickstart(run_dir: Path | None, backend: str, workers: int, sets: tuple[str
     from ray_dfml.runtime import build_pool
     from ray_dfml.runtime.driver import Machine
     from ray_dfml.runtime.launch import new_run
+    from ray_dfml.runtime.place import opened
 
+    if backend == "ray":
+        options.need_ray()
     run_dir = run_dir or resolved("runs") / time.strftime("quickstart-%Y%m%d-%H%M%S")
     if run_dir.exists():
         raise UsageError(f"{run_dir}: exists already; choose another --run-dir")
@@ -38,17 +41,23 @@ def quickstart(run_dir: Path | None, backend: str, workers: int, sets: tuple[str
     options.say("[1/4] pool: teachers on rendered characters; the images are not used again until the test")
     pool = Pool.create(run_dir.with_name(run_dir.name + "-pool"))
     cfg = pretrain_config(["pretrain.epochs=20", *own])
-    image, planned = build_pool.plan("glyphs", archs=["conv4"], **POOL)
-    accuracies = build_pool.build(pool, "glyphs", image, planned, cfg, workers=1, seed=0, on_teacher=_silent)
-    options.say(f"      {len(accuracies)} teachers, mean held-out accuracy {sum(accuracies) / len(accuracies):.1f} %")
-    refused = [row for row in pool.check() if not row["ok"]]
-    options.say(f"[2/4] check: {len(accuracies) - len(refused)} ok, {len(refused)} rejected")
-    config = resolve(
-        "free", preset="quickstart", sets=[text for text in sets if text not in own],
-        pool=(str(pool.path),), data=("glyphs",),
-    )  # fmt: skip
-    options.say(f"[3/4] train: FREE, {config.method.rounds} rounds, backend {backend}; [4/4] test follows")
-    rows = new_run(config, run_dir, Machine(backend=backend, workers=workers))
+    machine = Machine(backend=backend, workers=workers)
+    with opened(machine) as place:
+        image, planned = build_pool.plan("glyphs", archs=["conv4"], **POOL)
+        accuracies = build_pool.build(
+            pool, "glyphs", image, planned, cfg, backend=place.backend(), at_once=len(planned), seed=0,
+            on_teacher=_silent,
+        )  # fmt: skip
+        mean = sum(accuracies) / len(accuracies)
+        options.say(f"      {len(accuracies)} teachers, mean held-out accuracy {mean:.1f} %")
+        refused = [row for row in pool.check() if not row["ok"]]
+        options.say(f"[2/4] check: {len(accuracies) - len(refused)} ok, {len(refused)} rejected")
+        config = resolve(
+            "free", preset="quickstart", sets=[text for text in sets if text not in own],
+            pool=(str(pool.path),), data=("glyphs",),
+        )  # fmt: skip
+        options.say(f"[3/4] train: FREE, {config.method.rounds} rounds, backend {backend}; [4/4] test follows")
+        rows = new_run(config, run_dir, machine, cluster=place.cluster())
     seconds = time.monotonic() - began
     _report(rows, run_dir, seconds, json_out)
 

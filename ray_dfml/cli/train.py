@@ -34,6 +34,10 @@ Example:
     "--gpus-per-worker", type=click.FloatRange(min=0), default=0.0, show_default=True, help="Share of a GPU per shard."
 )
 @click.option(
+    "--gpus-per-learner", type=click.FloatRange(min=0), default=0.0, show_default=True,
+    help="Share of a GPU for the learner's own work, on the node of this command.",
+)  # fmt: skip
+@click.option(
     "--job-timeout", type=click.IntRange(1, 10**7), metavar="SECONDS", show_default="none",
     help="Restart a shard that works on one job, or one batch on a GPU, for longer; twice, and the job's teacher is "
     "rejected.",
@@ -51,6 +55,7 @@ def train(
 
     machine = Machine(
         backend=given["backend"], workers=given["workers"], gpus_per_worker=given["gpus_per_worker"],
+        gpus_per_learner=given["gpus_per_learner"],
         job_seconds=given["job_timeout"],
     )  # fmt: skip
     if machine.backend == "ray":

@@ -16,8 +16,7 @@ from ray_dfml.data import datasets
 from ray_dfml.data.pool import Pool
 from ray_dfml.data.pretrain import PretrainConfig
 from ray_dfml.errors import DfmlError, UsageError
-from ray_dfml.runtime.local import LocalBackend, no_teachers
-from ray_dfml.types import Arrays, ImageSpec, Job
+from ray_dfml.types import Arrays, Backend, ImageSpec, Job
 
 HELD_OUT = 0.2
 
@@ -69,9 +68,12 @@ def _held_out(count: int, name: str) -> np.ndarray:
 
 def build(
     path: Pool, spec: str, image: ImageSpec, planned: Sequence[tuple[str, str, tuple[str, ...], Job]],
-    cfg: PretrainConfig, *, workers: int, seed: int, on_teacher: Callable[[str, float], None],
+    cfg: PretrainConfig, *, backend: Backend, at_once: int = 1, seed: int, on_teacher: Callable[[str, float], None],
 ) -> list[float]:  # fmt: skip
-    """Train the planned teachers that the pool lacks, adding each when done. Returns held-out accuracies, percent."""
+    """Train the planned teachers that the pool lacks, adding each when done. Returns held-out accuracies, percent.
+
+    The backend is given `at_once` of them at a time.
+    """
     have = {card.id: card for card in path.cards}
     for id, _, classes, _ in planned:
         if id in have and have[id].classes != classes:
@@ -103,15 +105,7 @@ def build(
     def with_images(job: Job) -> Job:
         return replace(job, values={**job.values, "images": np.ascontiguousarray(images[job.values["rows"]])})
 
-    if workers == 1:
-        backend = LocalBackend(no_teachers)
-        for item in todo:
-            keep(backend.map("pretrain", [with_images(item[3])], shared), [item])
-        return accuracies
-    from ray_dfml.runtime.cluster import shards_of
-
-    with shards_of(workers) as cluster:
-        for start in range(0, len(todo), 2 * workers):
-            part = todo[start : start + 2 * workers]
-            keep(cluster.map("pretrain", [with_images(item[3]) for item in part], shared), part)
+    for start in range(0, len(todo), at_once):
+        part = todo[start : start + at_once]
+        keep(backend.map("pretrain", [with_images(item[3]) for item in part], shared), part)
     return accuracies

@@ -11,20 +11,23 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from ray_dfml.errors import LearnerLost, RejectedError, ResourceError
-from ray_dfml.methods.base import State, World
-from ray_dfml.pipeline import Trainer
+from ray_dfml.methods.base import World
 from ray_dfml.runtime import host
 from ray_dfml.runtime.dispatch import RayBackend, ShardActor, cause
+from ray_dfml.runtime.learning import Done, Learning
 from ray_dfml.runtime.local import no_teachers
-from ray_dfml.runtime.ray_environment import IMPORTED_BEFORE, exceptions, ray
-from ray_dfml.runtime.shard import Loaded, LoadWeights, pin
+from ray_dfml.runtime.ray_environment import IMPORTED_BEFORE, OnNode, exceptions, ray
+from ray_dfml.runtime.shard import Loaded, LoadWeights, pick_device, pin
 from ray_dfml.types import Labelled
 
 PLACEMENT_SECONDS = 180
@@ -33,15 +36,22 @@ PLACEMENT_SECONDS = 180
 ADDRESS_SECONDS = 20.0
 """Longest wait for somebody to answer at RAY_ADDRESS."""
 
-OBJECT_STORE_BYTES = 512 * 2**20
+STORE_BYTES = 512 * 2**20
+"""Object store of a private cluster for work without a pool, and room beside what a run is known to hold."""
+
+LEAST_STORE_BYTES = 80 * 2**20
+"""Ray takes no smaller one."""
 
 
-def connect(workers: int, gpus_per_worker: float) -> bool:
+def connect(
+    workers: int, gpus_per_worker: float, gpus_per_learner: float = 0.0, *, store_bytes: int = STORE_BYTES
+) -> bool:
     """Join the cluster of RAY_ADDRESS, or start a private one on this machine, unless this process is connected
     already.
 
-    Returns whether the connection is new, and so the caller's to close. What SIGTERM does here stays as it was. Raises
-    ResourceError if there is no cluster, or it is too small.
+    A private one has an object store of `store_bytes`, or as much as this machine can give. Returns whether the
+    connection is new, and so the caller's to close. What SIGTERM does here stays as it was. Raises ResourceError if
+    there is no cluster, or it is too small.
     """
     new = not ray.is_initialized()
     if new:
@@ -55,7 +65,7 @@ def connect(workers: int, gpus_per_worker: float) -> bool:
                 "address": "local",
                 "include_dashboard": False,
                 "num_cpus": host.processors(),
-                "object_store_memory": OBJECT_STORE_BYTES,
+                "object_store_memory": store_size(store_bytes),
             }
         before = signal.getsignal(signal.SIGTERM)
         try:
@@ -66,15 +76,43 @@ def connect(workers: int, gpus_per_worker: float) -> bool:
         finally:
             if threading.current_thread() is threading.main_thread():
                 signal.signal(signal.SIGTERM, before)  # Ray's own handler ends the process at once
-    have = ray.cluster_resources()
-    for name, wanted in (("CPU", float(workers)), ("GPU", workers * gpus_per_worker)):
-        if wanted > have.get(name, 0.0):
-            if new:
-                ray.shutdown()
-            raise ResourceError(
-                f"{workers} shards need {wanted:g} {name}, the cluster has {have.get(name, 0.0):g}; lower --workers"
-            )
+    try:
+        _check_size(workers, gpus_per_worker, gpus_per_learner)
+    except ResourceError:
+        if new:
+            ray.shutdown()
+        raise
     return new
+
+
+def store_size(wanted: int) -> int:
+    """Bytes of the object store of a private cluster: what is wanted, in at most 3/10 of the memory and 9/10 of what is
+    free where processes share arrays. It spills to disk what it cannot hold."""
+    return max(min(wanted, 3 * host.memory() // 10, 9 * host.shared_memory() // 10), LEAST_STORE_BYTES)
+
+
+def _check_size(workers: int, gpus_per_worker: float, gpus_per_learner: float) -> None:
+    """Raises ResourceError for a cluster that lacks what shards and learner ask for."""
+    have, gpus = ray.cluster_resources(), workers * gpus_per_worker + gpus_per_learner
+    learner = f" and a learner of {gpus_per_learner:g} GPU" if gpus_per_learner else ""
+    for name, wanted in (("CPU", float(workers)), ("GPU", gpus)):
+        if wanted > have.get(name, 0.0):
+            raise ResourceError(
+                f"{workers} shards{learner} need {wanted:g} {name}, the cluster has {have.get(name, 0.0):g}; "
+                "lower --workers"
+            )
+    if gpus_per_learner:
+        here = sum(node["Resources"].get("GPU", 0.0) for node in ray.nodes() if node["NodeID"] == _node())
+        if gpus_per_learner > here:
+            raise ResourceError(
+                f"--gpus-per-learner {gpus_per_learner:g}: the learner runs on the node of this command, which has "
+                f"{here:g} GPU; start the command on a node with one, or leave the option out"
+            )
+
+
+def _node() -> str:
+    """The node of this process."""
+    return ray.get_runtime_context().get_node_id()
 
 
 def _check_address(address: str) -> None:
@@ -153,15 +191,19 @@ class Cluster:
     When it ends, or cannot begin, nothing that it started is left.
     """
 
-    def __init__(self, *, workers: int, gpus_per_worker: float = 0.0, threads: int = 1) -> None:
-        self._workers, self._gpus, self._threads = workers, gpus_per_worker, threads
+    def __init__(
+        self, *, workers: int, gpus_per_worker: float = 0.0, gpus_per_learner: float = 0.0, threads: int = 1,
+        store_bytes: int = STORE_BYTES,
+    ) -> None:  # fmt: skip
+        self.gpus_per_learner, self.threads = gpus_per_learner, threads
+        self._workers, self._gpus, self._store_bytes = workers, gpus_per_worker, store_bytes
         self._connected = False
         self.shards: list[Any] = []
 
     def __enter__(self) -> "Cluster":
         try:
-            self._connected = connect(self._workers, self._gpus)
-            self.shards = start_shards(workers=self._workers, gpus_per_worker=self._gpus, threads=self._threads)
+            self._connected = connect(self._workers, self._gpus, self.gpus_per_learner, store_bytes=self._store_bytes)
+            self.shards = start_shards(workers=self._workers, gpus_per_worker=self._gpus, threads=self.threads)
         except BaseException:
             self.close()
             raise
@@ -186,19 +228,37 @@ class Cluster:
         return RayBackend(self.shards, ray.put(load), batched=self._gpus > 0, job_seconds=job_seconds)
 
 
-class LearnerActor(Trainer):
-    """The trainer in its own process, over the driver's shards."""
+@contextmanager
+def starting(cluster: Cluster) -> Iterator[Callable[[], Cluster]]:
+    """Start a cluster beside other work: what this gives waits until it is up, and raises what its start raised. It is
+    stopped at the end."""
+    with ThreadPoolExecutor(1) as thread:
+        start = thread.submit(cluster.__enter__)
+        try:
+            yield start.result
+        finally:
+            wait([start])
+            cluster.close()
+
+
+class LearnerActor(Learning):
+    """The learner in its own process, over the driver's shards."""
 
     def __init__(
-        self, config: dict[str, Any], world: World, sets: Sequence[Labelled], backend: RayBackend, threads: int,
-        state: State | None,
+        self, config: dict[str, Any], world: World, sets: Sequence[Labelled], backend: RayBackend, checkpoints: Path,
+        threads: int, on_device: bool,
     ) -> None:  # fmt: skip
         pin(threads)
-        super().__init__(config, world, sets, backend, state)
+        world = replace(world, device=str(pick_device())) if on_device else world
+        super().__init__(config, world, sets, backend, checkpoints)
 
 
 class RaySession:
-    """A trainer in the cluster, called by method name. LearnerLost: begin again from a checkpoint."""
+    """A learner in a cluster, called by method name. LearnerLost: start it again.
+
+    A cluster that is up already is used and left; another one is started, and closed with the session. The learner is
+    placed on the driver's node, so that a path means one place for both.
+    """
 
     def __init__(
         self,
@@ -206,45 +266,69 @@ class RaySession:
         world: World,
         sets: Sequence[Labelled],
         teachers: Mapping[str, Loaded],
+        checkpoints: Path,
         cluster: Cluster,
         *,
-        threads: int,
         job_seconds: float | None = None,
     ) -> None:
-        self._cluster = cluster
+        self._cluster, self._own = cluster, not cluster.shards
         self._learner: Any = None
-        cluster.__enter__()
+        if self._own:
+            cluster.__enter__()
         try:
             backend = cluster.backend(PoolStore(teachers), job_seconds=job_seconds)
-            self._arguments = (config, ray.put(world), ray.put(list(sets)), backend, threads)
+            kept = [replace(one, images=backend.keep(one.images)) for one in sets]
+            self._arguments = (
+                config, ray.put(world), kept, backend, checkpoints, cluster.threads, cluster.gpus_per_learner > 0
+            )  # fmt: skip
         except BaseException:
             self.close()
             raise
 
-    def start(self, state: State | None) -> None:
-        """A new learner actor, from a state or from the seed."""
+    def start(self) -> Done:
+        """A new learner actor, from the last checkpoint or from the seed. Raises ResourceError where there is no room
+        for it, RejectedError for a checkpoint that cannot be read."""
         if self._learner is not None:
             ray.kill(self._learner)
-        learner = ray.remote(num_cpus=0, max_restarts=0)(LearnerActor)
-        self._learner = learner.remote(*self._arguments, None if state is None else ray.put(state))
+        gpus = self._cluster.gpus_per_learner
+        learner: Any = ray.remote(num_cpus=0, num_gpus=gpus, max_restarts=0)(LearnerActor)
+        here = OnNode(_node(), soft=False)
+        self._learner = learner.options(scheduling_strategy=here).remote(*self._arguments)
+        try:
+            ray.get(self._learner.__ray_ready__.remote(), timeout=PLACEMENT_SECONDS)
+        except exceptions.GetTimeoutError:
+            raise ResourceError(
+                f"the learner, with {gpus:g} GPU on this node, did not start in {PLACEMENT_SECONDS} s; wait for other "
+                "work to end, or lower --gpus-per-learner"
+            ) from None
+        except exceptions.RayActorError as error:
+            raise LearnerLost(str(error).splitlines()[0]) from None
+        return self._ask("begin")
 
     def call(self, name: str, *args: Any) -> Any:
         """A trainer method's result. Raises LearnerLost if the actor died, and whatever the method raises."""
-        assert self._learner is not None
+        return self._ask("call", name, *args)
+
+    def save(self, rounds: int, row: dict[str, Any]) -> Done:
+        """See `Learning.save`. Raises LearnerLost if the actor died."""
+        return self._ask("save", rounds, row)
+
+    def _ask(self, verb: str, *args: Any) -> Any:
         try:
-            return ray.get(getattr(self._learner, name).remote(*args))
+            return ray.get(getattr(self._learner, verb).remote(*args))
         except (exceptions.RayActorError, exceptions.OutOfMemoryError, exceptions.ObjectLostError) as error:
             raise LearnerLost(str(error).splitlines()[0]) from None
         except exceptions.RayTaskError as error:
             raise cause(error) from error
 
     def close(self) -> None:
-        """Stop the actors, and the connection to Ray where it was made here."""
+        """Stop the learner, and the cluster where it was started here."""
         try:
             if self._learner is not None:
                 ray.kill(self._learner)
         finally:
-            self._cluster.close()
+            if self._own:
+                self._cluster.close()
 
 
 @contextmanager

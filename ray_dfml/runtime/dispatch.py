@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 from ray_dfml.errors import ResourceError
@@ -62,6 +63,10 @@ class RayBackend:
         self.batched = batched
         self.job_seconds = job_seconds
         self.waking: set[int] = set()
+
+    def keep(self, value: np.ndarray) -> "ray.ObjectRef":
+        """See `Backend.keep`. The process that calls it owns what is kept, and it is lost with that process."""
+        return ray.put(value)
 
     def map(self, op: str, jobs: Sequence[Job], shared: Arrays) -> list[Arrays]:
         """See `Backend.map`. Raises ResourceError when no shard is left, or none was up for LOST_SECONDS, and whatever

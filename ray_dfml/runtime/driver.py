@@ -1,53 +1,51 @@
-"""The driver: starts a session, watches it, logs, checkpoints, and begins again from a checkpoint where the learner
-died.
+"""The driver: starts a session, watches it, logs, and starts the learner again where it died.
 
-It holds no mathematics and takes under 1 % of a round. Whatever the session is, the sequence of calls is the same, so
-the final weights are the same bits.
+It holds no mathematics and no state, and takes under 1 % of a round. Whatever the session is, the sequence of calls is
+the same, so the final weights are the same bits.
 """
 
 import signal
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from ray_dfml import learner
 from ray_dfml.config import RunConfig
 from ray_dfml.errors import DfmlError, Interrupted, LearnerLost
 from ray_dfml.methods import METHODS
-from ray_dfml.methods.base import State, World
-from ray_dfml.runtime import checkpoint
 from ray_dfml.runtime.inputs import Inputs as Inputs
 from ray_dfml.runtime.inputs import read_inputs as read_inputs
+from ray_dfml.runtime.learning import Done
 from ray_dfml.runtime.local import LocalSession
 from ray_dfml.runtime.progress import Progress
 from ray_dfml.runtime.rundir import RunFolder
-from ray_dfml.runtime.shard import Loaded
 from ray_dfml.scorer import Entry, Scorer, Step
-from ray_dfml.types import Labelled, Score
+from ray_dfml.types import Score
+
+if TYPE_CHECKING:
+    from ray_dfml.runtime.cluster import Cluster
 
 LEARNER_LIVES = 3
 """Deaths of the learner's process in one round before the run fails."""
 
-CHEAP = 0.1
-"""A checkpoint that takes so many seconds or less is written after every round."""
-
-CHECKPOINT_SHARE = 0.05
-"""Of the time that a run may spend on larger ones: they wait until the rounds since the last took long enough."""
-
 
 class Session(Protocol):
-    """A trainer somewhere."""
+    """A learner somewhere. It keeps the state, and its checkpoints; the driver is told figures."""
 
-    def start(self, state: State | None) -> None:
-        """Make the trainer, from a state or from the seed."""
+    def start(self) -> Done:
+        """Make the learner, from its last checkpoint or from the seed; how far the run is."""
         ...
 
     def call(self, name: str, *args: Any) -> Any:
         """A trainer method's result; LearnerLost if its process died."""
+        ...
+
+    def save(self, rounds: int, row: dict[str, Any]) -> Done:
+        """Write a checkpoint of `rounds` rounds, the last with this line of metrics; LearnerLost as above."""
         ...
 
     def close(self) -> None:
@@ -62,6 +60,8 @@ class Machine:
     backend: str = "ray"
     workers: int = 1
     gpus_per_worker: float = 0.0
+    gpus_per_learner: float = 0.0
+    """Share of a GPU on which the learner does its own work."""
     threads: int = 1
     job_seconds: float | None = None
     """Longest time that one job, or one batch of them on a GPU, may take under Ray; None for any."""
@@ -71,17 +71,26 @@ class Machine:
         limit = self.job_seconds
         return [] if limit is None else [f"a job that takes over {limit:g} s counts as one that killed its process"]
 
-    def session(
-        self, config: RunConfig, world: World, sets: Sequence[Labelled], teachers: Mapping[str, Loaded]
-    ) -> Session:
-        """A session of this kind, not yet started. Ray is imported only if it is asked for."""
-        tree = config.model_dump(mode="json")
-        if self.backend == "local":
-            return LocalSession(tree, world, sets, teachers, threads=self.threads)
-        from ray_dfml.runtime.cluster import Cluster, RaySession
+    def cluster(self, store_bytes: int) -> "Cluster":
+        """The cluster that this asks for, not yet started. Ray is imported only if it is asked for."""
+        from ray_dfml.runtime.cluster import Cluster
 
-        cluster = Cluster(workers=self.workers, gpus_per_worker=self.gpus_per_worker, threads=self.threads)
-        return RaySession(tree, world, sets, teachers, cluster, threads=self.threads, job_seconds=self.job_seconds)
+        return Cluster(
+            workers=self.workers, gpus_per_worker=self.gpus_per_worker, gpus_per_learner=self.gpus_per_learner,
+            threads=self.threads, store_bytes=store_bytes,
+        )  # fmt: skip
+
+    def session(
+        self, config: RunConfig, inputs: Inputs, checkpoints: Path, cluster: "Cluster | None" = None
+    ) -> Session:
+        """A session of this kind, not yet started, in `cluster` if that is given."""
+        arguments = (config.model_dump(mode="json"), inputs.world, inputs.sets, inputs.teachers, checkpoints)
+        if self.backend == "local":
+            return LocalSession(*arguments, threads=self.threads, on_device=self.gpus_per_learner > 0)
+        from ray_dfml.runtime.cluster import STORE_BYTES, RaySession
+
+        cluster = cluster or self.cluster(STORE_BYTES + inputs.held_bytes())
+        return RaySession(*arguments, cluster, job_seconds=self.job_seconds)
 
 
 @contextmanager
@@ -101,16 +110,17 @@ def _interruptible() -> Iterator[None]:
 
 
 def run(
-    config: RunConfig, inputs: Inputs, folder: RunFolder, machine: Machine, progress: Progress
-) -> list[dict[str, Any]]:
+    config: RunConfig, inputs: Inputs, folder: RunFolder, machine: Machine, progress: Progress,
+    cluster: "Cluster | None" = None,
+) -> list[dict[str, Any]]:  # fmt: skip
     """Train to the end (from the last checkpoint, if there is one), test, export. Returns the rows of `scores.json`.
 
-    Raises Interrupted after Ctrl-C or SIGTERM (resumable), LearnerLost when the learner keeps dying, and whatever a
-    method raises; `status.json` says which.
+    Under Ray that is in `cluster`, or in one of its own. Raises Interrupted after Ctrl-C or SIGTERM (resumable),
+    LearnerLost when the learner keeps dying, and whatever a method raises; `status.json` says which.
     """
     with folder.locked(), _interruptible():
         try:
-            return _run(config, inputs, folder, machine, progress)
+            return _run(config, inputs, folder, machine, progress, cluster)
         except KeyboardInterrupt:
             folder.status(state="interrupted", last_error="stopped by the user")
             raise Interrupted(
@@ -122,103 +132,74 @@ def run(
 
 
 def _run(
-    config: RunConfig, inputs: Inputs, folder: RunFolder, machine: Machine, progress: Progress
-) -> list[dict[str, Any]]:
-    rounds = config.method.rounds
+    config: RunConfig, inputs: Inputs, folder: RunFolder, machine: Machine, progress: Progress,
+    cluster: "Cluster | None",
+) -> list[dict[str, Any]]:  # fmt: skip
     notes = [*inputs.notes, *machine.notes()]
-    folder.status(state="starting", rounds=rounds, rejected=inputs.rejected, notes=notes)
+    folder.status(state="starting", rounds=config.method.rounds, rejected=inputs.rejected, notes=notes)
     for line in notes:
         progress.note(line)
-    saved = _Saved(folder)
-    session = machine.session(config, inputs.world, inputs.sets, inputs.teachers)
+    session = machine.session(config, inputs, folder.checkpoints, cluster)
     scorer = Scorer(
         config.eval, way=inputs.world.way, head=inputs.world.head, ask=lambda part: session.call("score", part),
         val=[(one.data, one.split) for one in inputs.sets if one.split == "val"],
         test=[(one.data, one.split) for one in inputs.sets if one.split == "test"],
     )  # fmt: skip
     try:
-        session.start(saved.state)
-        r = saved.rounds
-        folder.truncate_log(r)
-        began, first, lives = time.perf_counter(), r, LEARNER_LIVES
-        busy = 0.0
-        progress.start(rounds, r)
-        while r < rounds:
-            try:
-                called = time.perf_counter()
-                row: dict[str, Any] = {"round": r} | session.call("round", r)
-                row["validation"] = _validate(config, session, scorer, r) if config.validates(r) else None
-                busy += time.perf_counter() - called
-                snapshot = session.call("snapshot")
-            except LearnerLost as error:
-                lives -= 1
-                if not lives:
-                    raise
-                folder.status(last_error=f"learner restarted in round {r}: {error}")
-                session.start(saved.state)
-                continue
-            lives = LEARNER_LIVES
-            folder.log(row)
-            r += 1
-            saved.keep(r, snapshot, last=r == rounds)
-            elapsed = time.perf_counter() - began
-            eta = elapsed / (r - first) * (rounds - r)
-            folder.status(
-                state="running", round=r, seconds=round(elapsed, 3), eta_seconds=round(eta, 1),
-                driver_share=round(1 - busy / elapsed, 5), rejected=inputs.rejected | snapshot["rejected"],
-            )  # fmt: skip
-            progress.round(r, eta, row)
+        done = _train(config, inputs, folder, session, scorer, progress)
         progress.note("testing")
         try:
             scores, steps = _finish(config, folder.path, session, scorer)
         except LearnerLost:
-            session.start(saved.state)
+            done = session.start()
             scores, steps = _finish(config, folder.path, session, scorer)
         rows = folder.write_scores(scores, config.profile)
         folder.status(
-            state="done", last_error=None, rejected=inputs.rejected | session.call("snapshot")["rejected"],
+            state="done", last_error=None, rejected=inputs.rejected | done.rejected,
             test_step=[asdict(step) for step in steps],
         )  # fmt: skip
         return rows
-    except (KeyboardInterrupt, DfmlError, FloatingPointError):
-        with suppress(OSError):  # a full disk costs these rounds; what ended the run is the news
-            saved.write()
-        raise
     finally:
         progress.stop()
         session.close()
 
 
-class _Saved:
-    """The state after the last round, in memory, and on disk as often as CHEAP and CHECKPOINT_SHARE allow."""
-
-    def __init__(self, folder: RunFolder) -> None:
-        self._folder = folder.checkpoints
-        self.rounds, self.state = _last(folder)
-        self._written, self._at, self._took = self.rounds, time.perf_counter(), 0.0
-
-    def keep(self, rounds: int, state: State, *, last: bool) -> None:
-        """The state after so many rounds; the last one is always written."""
-        self.rounds, self.state = rounds, state
-        if last or self._took <= CHEAP or time.perf_counter() - self._at >= self._took / CHECKPOINT_SHARE:
-            self.write()
-
-    def write(self) -> None:
-        """Write the state unless it is on disk already."""
-        if self.state is None or self._written == self.rounds:
-            return
-        began = time.perf_counter()
-        checkpoint.save(self._folder, self.rounds - 1, self.state)
-        self._written, self._at = self.rounds, time.perf_counter()
-        self._took = self._at - began
-
-
-def _last(folder: RunFolder) -> tuple[int, State | None]:
-    path = checkpoint.latest(folder.checkpoints)
-    if path is None:
-        return 0, None
-    done, state = checkpoint.load(path)
-    return done + 1, state
+def _train(
+    config: RunConfig, inputs: Inputs, folder: RunFolder, session: Session, scorer: Scorer, progress: Progress
+) -> Done:
+    """The rounds that are not done. The state is on disk after each of them, so that whatever ends the run, one round
+    is repeated at most."""
+    rounds, lives, busy = config.method.rounds, LEARNER_LIVES, 0.0
+    done = session.start()
+    folder.resume_log(done.rounds, done.row)
+    began, first = time.perf_counter(), done.rounds
+    progress.start(rounds, first)
+    while done.rounds < rounds:
+        r, called = done.rounds, time.perf_counter()
+        try:
+            row: dict[str, Any] = {"round": r} | session.call("round", r)
+            row["validation"] = _validate(config, session, scorer, r) if config.validates(r) else None
+            done = session.save(r + 1, row)
+        except LearnerLost as error:
+            lives -= 1
+            if not lives:
+                raise
+            folder.status(last_error=f"learner restarted in round {r}: {error}")
+            done = session.start()
+            folder.resume_log(done.rounds, done.row)
+            continue
+        lives = LEARNER_LIVES
+        busy += time.perf_counter() - called
+        folder.log(row)
+        elapsed = time.perf_counter() - began
+        eta = elapsed / (done.rounds - first) * (rounds - done.rounds)
+        folder.status(
+            state="running", round=done.rounds, seconds=round(elapsed, 3), eta_seconds=round(eta, 1),
+            driver_share=round(1 - busy / elapsed, 5), rejected=inputs.rejected | done.rejected,
+            checkpoint=asdict(done.saved) if done.saved else None,
+        )  # fmt: skip
+        progress.round(done.rounds, eta, row)
+    return done
 
 
 def _validate(config: RunConfig, session: Session, scorer: Scorer, r: int) -> float | None:

@@ -15,7 +15,7 @@ from ray_dfml.data.pool import Pool
 from ray_dfml.errors import RejectedError, UsageError
 from ray_dfml.evaluate import EvalConfig
 from ray_dfml.methods import METHODS
-from ray_dfml.methods.base import World
+from ray_dfml.methods.base import World, teacher_job
 from ray_dfml.runtime.shard import Loaded
 from ray_dfml.types import ImageSpec, Labelled, TeacherCard, size_text
 
@@ -67,6 +67,15 @@ class Inputs:
     pools: list[dict[str, Any]]
     data: list[dict[str, Any]]
     notes: list[str]
+    state_bytes: int
+    """Of the state that a method begins with."""
+
+    def held_bytes(self) -> int:
+        """What an object store holds of a run at once: teachers, real images, and twice the state for what goes to the
+        shards and comes back."""
+        teachers = sum(teacher_job(card, index=0, seed=0, values={}).memory for card in self.world.cards)
+        real = sum(one.nbytes for one in self.world.real.values())
+        return teachers + real + sum(one.images.nbytes for one in self.sets) + 2 * self.state_bytes
 
 
 def read_inputs(config: RunConfig) -> Inputs:
@@ -110,7 +119,7 @@ def read_inputs(config: RunConfig) -> Inputs:
         cards=teachers.cards, arch=config.learner.arch, image=image, way=way, seed=config.seed,
         head=config.learner.head, real=real,
     )  # fmt: skip
-    method.init(config.method, world)  # refuses here, in the driver, what it cannot start from
+    state = method.init(config.method, world)  # refuses here, in the driver, what it cannot start from
     data = [
         {
             "spec": spec,
@@ -120,7 +129,8 @@ def read_inputs(config: RunConfig) -> Inputs:
         }
         for spec, one in loaded.items()
     ]
-    return Inputs(world, sets, teachers, rejected, pools, data, notes + method.notes(config.method, world))
+    notes += method.notes(config.method, world)
+    return Inputs(world, sets, teachers, rejected, pools, data, notes, _bytes(state))
 
 
 def _check_different(loaded: Mapping[str, datasets.ImageSet]) -> None:
@@ -154,6 +164,13 @@ def _open(config: RunConfig) -> tuple[Teachers, dict[str, str], list[dict[str, A
             f"no usable teacher in {', '.join(config.pool)}: {next(iter(rejected.values()), 'it is empty')}"
         )
     return Teachers(members), rejected, pools
+
+
+def _bytes(value: Any) -> int:
+    """Of the tensors and arrays in a state."""
+    if isinstance(value, dict):
+        return sum(_bytes(item) for item in value.values())
+    return getattr(value, "nbytes", 0)
 
 
 def check_episodes(labels: np.ndarray, what: str, way: int, cfg: EvalConfig) -> None:

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ray_dfml import report
 from ray_dfml.config import RunConfig, resolve
@@ -13,6 +13,9 @@ from ray_dfml.runtime import driver, rundir
 from ray_dfml.runtime.driver import Machine
 from ray_dfml.runtime.progress import Progress
 from ray_dfml.runtime.rundir import RunFolder
+
+if TYPE_CHECKING:
+    from ray_dfml.runtime.cluster import Cluster
 
 
 def train(
@@ -41,15 +44,20 @@ def train(
     return new_run(config, resolved(run_dir), Machine(backend=backend, workers=workers, job_seconds=job_seconds))
 
 
-def new_run(config: RunConfig, path: Path, machine: Machine, *, quiet: bool = False) -> list[dict[str, Any]]:
-    """Make the run folder, train, test, report. Returns the rows of `scores.json`. UsageError: `path` exists."""
+def new_run(
+    config: RunConfig, path: Path, machine: Machine, *, quiet: bool = False, cluster: "Cluster | None" = None
+) -> list[dict[str, Any]]:
+    """Make the run folder, train, test, report. Returns the rows of `scores.json`. UsageError: `path` exists.
+
+    Under Ray that is in `cluster`, or in one that is started for it.
+    """
     path = resolved(path)
     if path.exists():
         raise UsageError(f"{path}: exists already; add --resume to continue that run, or choose another --run-dir")
     inputs = driver.read_inputs(config)
     manifest = rundir.manifest(config, pools=inputs.pools, data=inputs.data)
     folder = RunFolder.create(path, config, manifest)
-    return _finish(config, inputs, folder, machine, quiet)
+    return _finish(config, inputs, folder, machine, quiet, cluster)
 
 
 def continue_run(path: Path, method: str, machine: Machine, *, quiet: bool = False) -> list[dict[str, Any]]:
@@ -77,8 +85,9 @@ def continue_run(path: Path, method: str, machine: Machine, *, quiet: bool = Fal
 
 
 def _finish(
-    config: RunConfig, inputs: driver.Inputs, folder: RunFolder, machine: Machine, quiet: bool
-) -> list[dict[str, Any]]:
-    rows = driver.run(config, inputs, folder, machine, Progress(METHODS[config.name].shown, quiet=quiet))
+    config: RunConfig, inputs: driver.Inputs, folder: RunFolder, machine: Machine, quiet: bool,
+    cluster: "Cluster | None" = None,
+) -> list[dict[str, Any]]:  # fmt: skip
+    rows = driver.run(config, inputs, folder, machine, Progress(METHODS[config.name].shown, quiet=quiet), cluster)
     report.write(folder.path)
     return rows

@@ -1,13 +1,17 @@
 """The backend of one process, and a session on it with the interface of the cluster's."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ray_dfml.errors import DfmlError
-from ray_dfml.methods.base import State, World
-from ray_dfml.pipeline import Trainer
+from ray_dfml.methods.base import World
 from ray_dfml.runtime import balance
-from ray_dfml.runtime.shard import CACHE_BYTES, Loaded, LoadWeights, Shard
+from ray_dfml.runtime.learning import Done, Learning
+from ray_dfml.runtime.shard import CACHE_BYTES, Loaded, LoadWeights, Shard, pick_device
 from ray_dfml.types import Arrays, Job, Labelled
 
 
@@ -21,6 +25,10 @@ class LocalBackend:
 
     def __init__(self, load: LoadWeights, *, threads: int = 1) -> None:
         self._shard = Shard(load, threads=threads)
+
+    def keep(self, value: np.ndarray) -> np.ndarray:
+        """See `Backend.keep`: it is here already."""
+        return value
 
     def map(self, op: str, jobs: Sequence[Job], shared: Arrays) -> list[Arrays]:
         """See `Backend.map`."""
@@ -42,18 +50,27 @@ class LocalSession:
         world: World,
         sets: Sequence[Labelled],
         teachers: Mapping[str, Loaded],
+        checkpoints: Path,
         *,
         threads: int,
+        on_device: bool = False,
     ) -> None:
-        self._arguments = (config, world, sets, LocalBackend(teachers.__getitem__, threads=threads))
+        world = replace(world, device=str(pick_device())) if on_device else world
+        backend = LocalBackend(teachers.__getitem__, threads=threads)
+        self._arguments = (config, world, sets, backend, checkpoints)
 
-    def start(self, state: State | None) -> None:
-        """A new trainer, from a state or from the seed."""
-        self._trainer = Trainer(*self._arguments, state)
+    def start(self) -> Done:
+        """A new trainer, from the last checkpoint or from the seed."""
+        self._learning = Learning(*self._arguments)
+        return self._learning.begin()
 
     def call(self, name: str, *args: Any) -> Any:
         """A trainer method's result."""
-        return getattr(self._trainer, name)(*args)
+        return self._learning.call(name, *args)
+
+    def save(self, rounds: int, row: dict[str, Any]) -> Done:
+        """See `Learning.save`."""
+        return self._learning.save(rounds, row)
 
     def close(self) -> None:
         """Nothing to stop."""

@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -61,9 +62,10 @@ def meta_test(
     else:
         place = nullcontext(LocalBackend(no_teachers))
     with place as here:
+        kept = replace(labelled, images=here.keep(labelled.images))
 
         def ask(part: Part) -> np.ndarray:
-            return accuracies(here, cfg, known[part.episodes.weights], part, labelled, way=way)
+            return accuracies(here, cfg, known[part.episodes.weights], part, kept, way=way)
 
         scorer = Scorer(cfg, way=way, head=world.head, val=(), test=[(whole.identity, split)], ask=ask)
         entries = [

@@ -122,8 +122,11 @@ class RunFolder:
         with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as handle:
             handle.write(json.dumps(row) + "\n")
 
-    def truncate_log(self, rounds: int) -> None:
-        """Keep the metrics of rounds 0..rounds-1: a resumed run writes the others again."""
+    def resume_log(self, rounds: int, last: Mapping[str, Any]) -> None:
+        """Keep the metrics of rounds 0..rounds-1: a resumed run writes the others again.
+
+        `last` are those of round rounds-1, which is added if a process died between its checkpoint and its line.
+        """
         path = self.path / "metrics.jsonl"
         kept = []
         for line in path.read_text().splitlines():
@@ -132,6 +135,8 @@ class RunFolder:
                     kept.append(line + "\n")
             except (json.JSONDecodeError, KeyError, TypeError):
                 continue
+        if last and not any(json.loads(line)["round"] == last["round"] for line in kept[-1:]):
+            kept.append(json.dumps(last) + "\n")
         write_text(path, "".join(kept))
 
     def write_scores(self, scores: Sequence[Score], profile: str) -> list[dict[str, Any]]:

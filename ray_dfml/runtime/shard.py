@@ -91,10 +91,21 @@ class Shard:
         return self._hosted[id]
 
     def run(self, op: str, jobs: Sequence[Job], shared: Arrays) -> list[Arrays]:
-        """Results of `op` in job order. A job whose teacher is found bad gives `{"rejected": reason}`."""
+        """Results of `op` in job order. A job whose teacher is found bad gives `{"rejected": reason}`.
+
+        A batch that the device has no memory for is done in halves. Raises torch.OutOfMemoryError where one job alone
+        is too much.
+        """
         try:
             return OPS[op](self, jobs, shared)
         except RejectedError as error:
             if len(jobs) == 1:
                 return [{"rejected": str(error)}]
-            return [result for job in jobs for result in self.run(op, [job], shared)]
+            parts = [[job] for job in jobs]
+        except torch.OutOfMemoryError:
+            if len(jobs) == 1:
+                raise
+            parts = [jobs[: len(jobs) // 2], jobs[len(jobs) // 2 :]]
+        if self.batched:
+            torch.cuda.empty_cache()  # of what the batch left behind; here its tensors are gone
+        return [result for part in parts for result in self.run(op, part, shared)]

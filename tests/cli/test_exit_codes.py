@@ -113,10 +113,23 @@ def test_a_damaged_checkpoint_is_named(tmp_path: Path, toy_pool: Path, toy_data:
     run = tmp_path / "run"
     toy.train(toy.config("random", None, toy_data), run)
     (run / "status.json").write_text('{"state": "interrupted"}')
-    (run / "checkpoints" / "round-000000.safetensors").write_bytes(b"cut")
-    one_line(command("train", "random", "--run-dir", run, "--resume", *HERE), 3, "round-000000", "delete it to go on")
-    (run / "checkpoints" / "round-000000.safetensors").unlink()
+    (run / "checkpoints" / "round-000000.json").write_bytes(b"cut")
+    words = ("round-000000.json: not a whole checkpoint", "to go on from the start, move it elsewhere")
+    one_line(command("train", "random", "--run-dir", run, "--resume", *HERE), 3, *words)
+    (run / "checkpoints" / "round-000000.json").rename(tmp_path / "elsewhere")
     assert command("train", "random", "--run-dir", run, "--resume", *HERE).code == 0
+
+
+def test_a_run_of_an_older_version_is_refused(tmp_path: Path, toy_pool: Path, toy_data: str, command: Command) -> None:
+    run = tmp_path / "run"
+    toy.train(toy.config("random", None, toy_data), run)
+    (run / "status.json").write_text('{"state": "interrupted"}')
+    for file in (run / "checkpoints").iterdir():
+        file.unlink()
+    (run / "checkpoints" / "round-000000.safetensors").write_bytes(b"the first format")
+    done = command("train", "random", "--run-dir", run, "--resume", *HERE)
+    one_line(done, 3, "another version of ray_dfml wrote this checkpoint", "start a new run")
+    assert (run / "checkpoints" / "round-000000.safetensors").exists()
 
 
 @pytest.mark.parametrize("parent", ["/proc/none", "file"])

@@ -12,7 +12,8 @@ from torch import Tensor
 from ray_dfml.core.weights import Layout
 from ray_dfml.methods import METHODS, baselines, dro
 from ray_dfml.methods.base import State, World
-from ray_dfml.runtime import checkpoint
+from ray_dfml.runtime.checkpoint import Checkpoints
+from ray_dfml.runtime.storage import Folder
 from ray_dfml.types import Arrays, Job
 from tests.runtime import toy
 from tests.support import FakeWorker, normal, slope, small_world
@@ -168,10 +169,10 @@ def test_a_run_cut_anywhere_has_the_same_bits(tmp_path: Path) -> None:
     """Two rounds of five, the second from the checkpoint of the first; one round of ten takes the same steps."""
     cfg = config(sample="convex")
     whole = train(cfg, WORLD, 2)
-    checkpoint.save(tmp_path, 0, train(cfg, WORLD, 1))
-    path = checkpoint.latest(tmp_path)
-    assert path is not None
-    toy.assert_equal(train(cfg, WORLD, 1, checkpoint.load(path)[1], first=1), whole)
+    Checkpoints(Folder(tmp_path)).save(1, train(cfg, WORLD, 1))
+    found = Checkpoints(Folder(tmp_path)).load()
+    assert found is not None
+    toy.assert_equal(train(cfg, WORLD, 1, found[1], first=1), whole)
     toy.assert_equal(train(config(sample="convex", steps_per_round=10), WORLD, 1), whole)
     assert not whole["theta"].equal(train(cfg, replace(WORLD, seed=1), 2)["theta"])
 

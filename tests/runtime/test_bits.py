@@ -139,9 +139,10 @@ def test_the_learner_killed_within_a_round(
     pids: list[int] = []
     plain = cluster.RaySession.start
 
-    def start(session: cluster.RaySession, state: Any) -> None:
-        plain(session, state)
+    def start(session: cluster.RaySession) -> Any:
+        done = plain(session)
         pids.append(cluster.ray.get(session._learner.__ray_call__.remote(lambda _: os.getpid())))
+        return done
 
     monkeypatch.setattr(cluster.RaySession, "start", start)
     said: list[str] = []

@@ -8,13 +8,16 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from ray_dfml.errors import ResourceError
-from ray_dfml.runtime import cluster
+from ray_dfml.runtime import cluster, host
 from ray_dfml.runtime.cluster import Cluster
+
+MB = 10**6
 
 
 class Actor:
@@ -119,7 +122,7 @@ def test_a_store_that_cannot_be_filled_leaves_nothing(ray: Callable[..., StandIn
     one = ray()
     one.put = failing(OSError(28, "No space left on device"))  # type: ignore[method-assign]
     with pytest.raises(OSError, match="No space"):
-        cluster.RaySession({}, None, [], {}, Cluster(workers=2), threads=1)  # type: ignore[arg-type]
+        cluster.RaySession({}, None, [], {}, Path(), Cluster(workers=2))  # type: ignore[arg-type]
     assert (one.up, one.killed) == (False, 2)
 
 
@@ -160,6 +163,74 @@ def test_a_cluster_may_start_in_a_thread(ray: Callable[..., StandIn]) -> None:
     thread.start()
     thread.join()
     assert (one.up, failed) == (True, [])
+
+
+def test_a_cluster_that_starts_beside_other_work_is_waited_for_and_stopped(ray: Callable[..., StandIn]) -> None:
+    go = threading.Event()
+    one = ray(lambda *_, **__: go.wait(30))
+    with cluster.starting(Cluster(workers=2)) as ready:
+        assert not go.is_set(), "the block is entered at once"
+        go.set()
+        assert len(ready().shards) == 2
+        assert one.up
+    assert (one.up, one.killed) == (False, 2)
+
+
+def test_a_start_that_fails_beside_other_work_says_so_when_it_is_needed(ray: Callable[..., StandIn]) -> None:
+    one = ray(failing(cluster.exceptions.GetTimeoutError("late")))
+    with cluster.starting(Cluster(workers=2)) as ready, pytest.raises(ResourceError, match="did not start"):
+        ready()
+    assert (one.up, one.killed) == (False, 2)
+
+
+def test_work_that_fails_beside_a_start_stops_it(ray: Callable[..., StandIn]) -> None:
+    one = ray()
+    with pytest.raises(ZeroDivisionError), cluster.starting(Cluster(workers=2)):
+        raise ZeroDivisionError
+    assert (one.up, one.killed) == (False, 2)
+
+
+def test_a_session_leaves_a_cluster_that_was_lent_to_it(ray: Callable[..., StandIn]) -> None:
+    one = ray()
+    with Cluster(workers=2) as place:
+        cluster.RaySession({}, None, [], {}, Path(), place).close()  # type: ignore[arg-type]
+        assert (one.up, one.killed) == (True, 0)
+    assert (one.up, one.killed) == (False, 2)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "memory", "shared", "size"),
+    [
+        (600 * MB, 10_000 * MB, 8000 * MB, 600 * MB),
+        (6000 * MB, 10_000 * MB, 8000 * MB, 3000 * MB),
+        (6000 * MB, 40_000 * MB, 2000 * MB, 1800 * MB),
+        (600 * MB, 10_000 * MB, 64 * MB, cluster.LEAST_STORE_BYTES),
+    ],
+)
+def test_the_object_store_is_as_large_as_the_run_needs_and_the_machine_has(
+    monkeypatch: pytest.MonkeyPatch, ray: Callable[..., StandIn], wanted: int, memory: int, shared: int, size: int
+) -> None:
+    one, given = ray(), []
+    one.init = lambda **options: given.append(options)  # type: ignore[method-assign]
+    monkeypatch.setattr(host, "memory", lambda: memory)
+    monkeypatch.setattr(host, "shared_memory", lambda: shared)
+    cluster.connect(1, 0.0, store_bytes=wanted)
+    assert given[0]["object_store_memory"] == size
+
+
+def test_a_learner_on_a_device_needs_one_where_the_command_runs(ray: Callable[..., StandIn]) -> None:
+    one = ray()
+    with pytest.raises(ResourceError, match=r"1 shards and a learner of 0.5 GPU need 0.5 GPU, the cluster has 0; "):
+        cluster.connect(1, 0.0, 0.5)
+    one.cluster_resources = lambda: {"CPU": 2.0, "GPU": 1.0}  # type: ignore[method-assign]
+    nodes = [{"NodeID": "other", "Resources": {"GPU": 1.0}}, {"NodeID": "here", "Resources": {}}]
+    one.nodes, one.get_runtime_context = lambda: nodes, lambda: one  # type: ignore[attr-defined]
+    one.get_node_id = lambda: "here"  # type: ignore[attr-defined]
+    with pytest.raises(ResourceError, match=r"--gpus-per-learner 0.5: the learner runs on the node of this command"):
+        cluster.connect(1, 0.0, 0.5)
+    assert not one.up
+    nodes[1]["Resources"] = {"GPU": 1.0}
+    assert cluster.connect(1, 0.0, 0.5)
 
 
 @pytest.mark.parametrize(

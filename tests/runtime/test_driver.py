@@ -1,16 +1,21 @@
 """The driver: a learner that keeps dying, teachers that are bad, and inputs that do not fit each other."""
 
 import json
+import pickle
 import re
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from ray_dfml.errors import Interrupted, LearnerLost, RejectedError, UsageError
 from ray_dfml.pipeline import Trainer
 from ray_dfml.runtime import driver
+from ray_dfml.runtime.checkpoint import Saved
+from ray_dfml.runtime.learning import Done
+from ray_dfml.runtime.local import LocalSession
 from ray_dfml.runtime.progress import Progress
 from ray_dfml.runtime.rundir import RunFolder
 from ray_dfml.scorer import Part, Scorer
@@ -18,76 +23,143 @@ from tests.runtime import toy
 
 
 class Dying:
-    """A session whose learner dies in round `last`, each time; what it was started from is in `starts`."""
+    """A session whose learner dies in round `last`, each time; `starts` are the rounds that were done when it was
+    started."""
 
     def __init__(self, last: int) -> None:
         self.last = last
         self.starts: list[Any] = []
+        self.done = Done()
 
-    def start(self, state: Any) -> None:
-        self.starts.append(state)
+    def start(self) -> Done:
+        self.starts.append(self.done.rounds)
+        return self.done
 
     def call(self, name: str, *args: Any) -> Any:
         if name == "round" and args[0] == self.last:
             raise LearnerLost("its process ended")
-        return {"round": {}, "learned": False, "snapshot": {"rejected": {}, "round": args}}[name]
+        return {"round": {}, "learned": False}[name]
+
+    def save(self, rounds: int, row: dict[str, Any]) -> Done:
+        self.done = Done(Saved(f"round-{rounds}", "", rounds), row)
+        return self.done
 
     def close(self) -> None:
         self.starts.append("closed")
 
 
+@pytest.mark.parametrize(("method", "last"), [("random", 0), ("free", 2)])
 def test_a_learner_that_keeps_dying_fails_the_run(
-    tmp_path: Path, toy_data: str, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, toy_pool: Path, toy_data: str, monkeypatch: pytest.MonkeyPatch, method: str, last: int
 ) -> None:
-    session = Dying(0)
+    """It is started again from the last round each time."""
+    session = Dying(last)
     monkeypatch.setattr(driver.Machine, "session", lambda *_: session)
     with pytest.raises(LearnerLost):
-        toy.train(toy.config("random", None, toy_data), tmp_path / "run")
-    assert session.starts == [None] * driver.LEARNER_LIVES + ["closed"]
+        toy.train(toy.config(method, toy_pool, toy_data), tmp_path / "run")
+    assert session.starts == [0, *[last] * (driver.LEARNER_LIVES - 1), "closed"]
     assert toy.status(tmp_path / "run")["state"] == "failed"
     assert "its process ended" in toy.status(tmp_path / "run")["last_error"]
+    assert [row["round"] for row in rows(tmp_path / "run")] == list(range(last))
 
 
-@pytest.mark.parametrize(("stop", "left"), [(KeyboardInterrupt, [0, 2]), (MemoryError, [0])], ids=["stopped", "failed"])
-def test_dear_checkpoints_are_rare_and_cost_no_bits(
+def rows(run: Path) -> list[dict[str, Any]]:
+    """`metrics.jsonl`."""
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize(
+    "stop",
+    [
+        KeyboardInterrupt(), MemoryError(), ValueError("shapes"), RuntimeError("no room on the device"),
+        torch.OutOfMemoryError("CUDA out of memory"),
+    ],
+    ids=lambda error: type(error).__name__,
+)  # fmt: skip
+def test_whatever_ends_a_run_the_rounds_before_are_on_disk(
     tmp_path: Path, toy_pool: Path, toy_data: str, free_run: Path, monkeypatch: pytest.MonkeyPatch,
-    stop: type[BaseException], left: list[int],
+    stop: BaseException,
 ) -> None:  # fmt: skip
-    """Of six rounds the first and the last are saved, and the third when the user stops the run in the fourth."""
-    monkeypatch.setattr(driver, "CHEAP", -1.0)
-    monkeypatch.setattr(driver, "CHECKPOINT_SHARE", 1e-9)
-    config, run, stops = toy.config("free", toy_pool, toy_data), tmp_path / "run", [3]
+    """It ends in the fourth of six rounds; the three before are not repeated, and the bits are those of a quiet run."""
+    config, run, computed, stops = toy.config("free", toy_pool, toy_data), tmp_path / "run", [], [3]
     compute = Trainer.round
 
     def stop_once(self: Trainer, r: int) -> Any:
+        computed.append(r)
         if r in stops:
             stops.remove(r)
             raise stop
         return compute(self, r)
 
-    def found() -> list[int]:
-        return sorted(int(path.stem.removeprefix("round-")) for path in (run / "checkpoints").iterdir())
-
     monkeypatch.setattr(Trainer, "round", stop_once)
-    with pytest.raises((Interrupted, MemoryError)):
+    with pytest.raises(Interrupted if isinstance(stop, KeyboardInterrupt) else type(stop)):
         toy.train(config, run)
-    assert found() == left
+    assert toy.last_state(run).keys() >= {"theta", "bank"}
+    assert toy.status(run)["state"] == ("interrupted" if isinstance(stop, KeyboardInterrupt) else "failed")
     driver.run(config, driver.read_inputs(config), RunFolder(run), toy.LOCAL, Progress(quiet=True))
-    assert found() == [left[-1] + 1, 5]
+    assert computed == [0, 1, 2, 3, 3, 4, 5]
+    assert [row["round"] for row in rows(run)] == list(range(6))
     toy.assert_same_run(run, free_run)
 
 
-def test_a_learner_that_dies_in_the_same_round_again_fails_the_run(
-    tmp_path: Path, toy_pool: Path, toy_data: str, monkeypatch: pytest.MonkeyPatch
+def test_a_death_between_a_checkpoint_and_its_line_of_metrics_costs_nothing(
+    tmp_path: Path, toy_pool: Path, toy_data: str, free_run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It is begun again from the last round, which need not be on disk."""
-    monkeypatch.setattr(driver.checkpoint, "save", lambda *_: None)
-    session = Dying(2)
-    monkeypatch.setattr(driver.Machine, "session", lambda *_: session)
-    with pytest.raises(LearnerLost):
-        toy.train(toy.config("free", toy_pool, toy_data), tmp_path / "run")
-    assert session.starts == [None, *[{"rejected": {}, "round": ()}] * (driver.LEARNER_LIVES - 1), "closed"]
-    assert toy.status(tmp_path / "run")["round"] == 2
+    """The line is in the checkpoint too: the learner may die before it answers, or the driver before it writes."""
+    plain, deaths = LocalSession.save, [2, 4]
+
+    def save(self: LocalSession, rounds: int, row: dict[str, Any]) -> Done:
+        done = plain(self, rounds, row)
+        if rounds in deaths:
+            deaths.remove(rounds)
+            raise LearnerLost("its process ended") if rounds == 2 else KeyboardInterrupt
+        return done
+
+    monkeypatch.setattr(LocalSession, "save", save)
+    config, run = toy.config("free", toy_pool, toy_data), tmp_path / "run"
+    with pytest.raises(Interrupted):
+        toy.train(config, run)
+    assert [row["round"] for row in rows(run)] == [0, 1, 2]
+    driver.run(config, driver.read_inputs(config), RunFolder(run), toy.LOCAL, Progress(quiet=True))
+    wanted = [{k: v for k, v in row.items() if not k.startswith("seconds/")} for row in rows(free_run)]
+    found = [{k: v for k, v in row.items() if not k.startswith("seconds/")} for row in rows(run)]
+    assert found == wanted
+    toy.assert_same_run(run, free_run)
+
+
+@pytest.mark.parametrize("method", ["free", "purer"])
+def test_what_the_learner_tells_the_driver_does_not_grow_with_the_bank(
+    tmp_path: Path, toy_pool: Path, toy_data: str, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    """Bytes of all questions and answers of each round, whatever the images of the state are."""
+    answers: list[int] = []
+    for name in ("start", "call", "save"):
+        plain = getattr(LocalSession, name)
+
+        def ask(self: LocalSession, *words: Any, plain: Any = plain) -> Any:
+            answer = plain(self, *words)
+            answers.append(len(pickle.dumps((answer, words))))
+            return answer
+
+        monkeypatch.setattr(LocalSession, name, ask)
+    counts: list[int] = []
+
+    def stop(self: driver.RunFolder, row: Any) -> None:
+        counts.append(sum(answers))
+        answers.clear()
+
+    monkeypatch.setattr(RunFolder, "log", stop)
+    monkeypatch.setattr(driver, "_finish", lambda *_: ([], []))
+    toy.train(toy.config(method, toy_pool, toy_data, "method.images_per_class=150"), tmp_path / "run")
+    state = toy.last_state(tmp_path / "run")
+    held = (
+        state["bank"]
+        if method == "free"
+        else {f"{id}{k}": own[k] for id, own in state["images"].items() for k in "xmv"}
+    )
+    assert sum(array.nbytes for array in held.values()) > 20 * max(counts)
+    assert len(counts) == (6 if method == "free" else 4)
+    assert max(counts) < 20_000, "bound: 1 MB a round"
 
 
 def test_a_teacher_with_nan_weights_is_quarantined_before_the_run(

@@ -68,7 +68,7 @@ def test_images_and_updates_are_those_of_a_run(inputs: Inputs, monkeypatch: pyte
     run = Trainer(toy.config(name, None, None).model_dump(mode="json"), inputs.world, [], backend, None)
     rounds = [run.round(r) for r in range(found["rounds"])]
     assert found["meta-updates"] == str(sum(row.get("replay/updates") or 0 for row in rounds))
-    images = run.snapshot()["images"] if name == "purer" else None
+    images = run.state["images"] if name == "purer" else None
     made = sum(len(own["x"]) for own in images.values()) if images else rounds[-1]["bank/images"]
     assert found["recovered images"] == made
 

@@ -8,8 +8,9 @@ import pytest
 
 from ray_dfml.errors import Interrupted
 from ray_dfml.methods import METHODS
-from ray_dfml.runtime import checkpoint, cluster, driver
+from ray_dfml.runtime import cluster, driver
 from ray_dfml.runtime.driver import Machine
+from ray_dfml.runtime.local import LocalSession
 from ray_dfml.runtime.progress import Progress
 from ray_dfml.runtime.rundir import RunFolder
 from tests.runtime import toy
@@ -70,13 +71,13 @@ def test_a_run_that_resumes_after_every_round(
     """Nothing outside the checkpoint survives a round: images, moments, switch and bank are all in it."""
     method, reference = local_run
     config = toy.config(method, toy_pool, toy_data)
-    save = checkpoint.save
+    save = LocalSession.save
 
-    def save_and_stop(folder: Path, r: int, state: dict) -> None:
-        save(folder, r, state)
+    def save_and_stop(session: LocalSession, rounds: int, row: dict) -> None:
+        save(session, rounds, row)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(checkpoint, "save", save_and_stop)
+    monkeypatch.setattr(LocalSession, "save", save_and_stop)
     inputs = driver.read_inputs(config)
     folder = RunFolder.create(tmp_path / "run", config, {"pool": inputs.pools, "data": inputs.data})
     for _ in range(config.method.rounds):

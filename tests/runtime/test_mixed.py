@@ -12,6 +12,7 @@ from ray_dfml.learner import Learner
 from ray_dfml.methods.free import method as free
 from ray_dfml.runtime import build_pool, driver
 from ray_dfml.runtime.driver import Machine
+from ray_dfml.runtime.local import LocalBackend, no_teachers
 from tests.runtime import toy
 
 
@@ -70,7 +71,7 @@ def test_a_residual_network_learns_in_few_epochs(tmp_path: Path, toy_data: str) 
     assert planned[1][3].cost > 10 * planned[0][3].cost
     pool, recipe = Pool.create(tmp_path / "pool"), PretrainConfig(epochs=3, batch=8)
     found = build_pool.build(
-        pool, toy_data, image, planned, recipe, workers=1, seed=0, on_teacher=lambda *_: None
+        pool, toy_data, image, planned, recipe, backend=LocalBackend(no_teachers), seed=0, on_teacher=lambda *_: None
     )  # fmt: skip
     assert min(found) >= 75
     assert [card.accuracy for card in pool.cards] == found

@@ -1,5 +1,6 @@
 """The run folder: made whole, never overwritten, and true to what happened."""
 
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -78,16 +79,25 @@ def test_status_keeps_what_it_is_not_told(folder: RunFolder) -> None:
     assert found["updated"].endswith("+00:00")
 
 
-def test_truncation_drops_later_rounds_and_half_lines(folder: RunFolder) -> None:
+@pytest.mark.parametrize("last", [{}, {"round": 1, "loss": 0.5}])
+def test_a_log_that_goes_on_drops_later_rounds_and_half_lines(folder: RunFolder, last: dict) -> None:
     for r in range(4):
         folder.log({"round": r, "loss": r / 2})
     with (folder.path / "metrics.jsonl").open("a") as handle:
         handle.write('[1]\n{"loss": 2}\n{"round": 1, "lo')
-    folder.truncate_log(2)
+    folder.resume_log(2, last)
     lines = (folder.path / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line) for line in lines] == [{"round": 0, "loss": 0.0}, {"round": 1, "loss": 0.5}]
     folder.log({"round": 2})
     assert json.loads((folder.path / "metrics.jsonl").read_text().splitlines()[-1]) == {"round": 2}
+
+
+def test_a_log_gets_the_line_that_its_checkpoint_has(folder: RunFolder) -> None:
+    folder.log({"round": 0})
+    folder.resume_log(2, {"round": 1, "loss": 0.5})
+    assert (folder.path / "metrics.jsonl").read_text() == '{"round": 0}\n{"round": 1, "loss": 0.5}\n'
+    folder.resume_log(0, {})
+    assert (folder.path / "metrics.jsonl").read_text() == ""
 
 
 def test_scores_and_episodes_agree(folder: RunFolder) -> None:
@@ -165,7 +175,11 @@ def test_a_finished_run_holds_its_record(free_run: Path) -> None:
     found = toy.status(free_run)
     assert set(found) == {
         "state", "round", "rounds", "seconds", "eta_seconds", "driver_share", "rejected", "notes", "test_step",
-        "last_error", "updated",
+        "last_error", "updated", "checkpoint",
+    }  # fmt: skip
+    file = free_run / "checkpoints" / found["checkpoint"]["name"]
+    assert found["checkpoint"] == {
+        "name": "round-000005.json", "sha256": hashlib.sha256(file.read_bytes()).hexdigest(), "rounds": 6,
     }  # fmt: skip
     assert (found["state"], found["round"], found["rounds"], found["rejected"]) == ("done", 6, 6, {})
     assert found["last_error"] is None

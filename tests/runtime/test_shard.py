@@ -1,12 +1,13 @@
 """A shard's cache of teachers: bounded in bytes, the longest unused go first, each loaded when it is asked for."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pytest
 import torch
 
 from ray_dfml.core.net import net
+from ray_dfml.ops import OPS
 from ray_dfml.runtime import local, shard
 from ray_dfml.runtime.local import LocalBackend
 from ray_dfml.runtime.shard import Loaded, Shard
@@ -85,3 +86,30 @@ def test_a_pool_larger_than_the_bound_is_worked_through(monkeypatch: pytest.Monk
     assert sorted(source.loads) == ["0", "1", "2", "3", "4"]
     assert sorted(calls) == ([1, 2, 2] if batched else [1] * 5)
     assert len(held(backend._shard)) == 2
+
+
+def crowded(room: int, calls: list[int]) -> Callable[..., list[Arrays]]:
+    """An op on a device that has room for so many jobs at once."""
+
+    def op(worker: Shard, jobs: Sequence[Job], shared: Arrays) -> list[Arrays]:
+        calls.append(len(jobs))
+        if len(jobs) > room:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return [{"index": job.index} for job in jobs]
+
+    return op
+
+
+def test_a_batch_without_room_is_done_in_halves(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+    monkeypatch.setitem(OPS, "weights", crowded(2, calls))
+    one = Shard(Source(), device=torch.device("cpu"))
+    jobs = [Job(index=i, seed=0) for i in range(7)]
+    assert one.run("weights", jobs, {}) == [{"index": i} for i in range(7)]
+    assert calls == [7, 3, 1, 2, 4, 2, 2]
+
+
+def test_a_job_without_room_for_itself_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(OPS, "weights", crowded(0, []))
+    with pytest.raises(torch.OutOfMemoryError):
+        Shard(Source(), device=torch.device("cpu")).run("weights", [Job(index=i, seed=0) for i in range(3)], {})

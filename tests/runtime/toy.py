@@ -18,10 +18,13 @@ from ray_dfml.data.pool import Pool
 from ray_dfml.data.pretrain import PretrainConfig
 from ray_dfml.pipeline import Trainer
 from ray_dfml.runtime import build_pool as builder
-from ray_dfml.runtime import checkpoint, driver
+from ray_dfml.runtime import driver
+from ray_dfml.runtime.checkpoint import Checkpoints
 from ray_dfml.runtime.driver import Machine
+from ray_dfml.runtime.local import LocalBackend, no_teachers
 from ray_dfml.runtime.progress import Progress
 from ray_dfml.runtime.rundir import RunFolder
+from ray_dfml.runtime.storage import Folder
 from ray_dfml.scorer import Entry, Scorer
 from ray_dfml.types import Score
 
@@ -94,7 +97,10 @@ def build_pool(path: Path, spec: str, *, models: int, way: int, archs: tuple[str
     """A pool of quickly trained teachers."""
     image, planned = builder.plan(spec, models=models, archs=archs, way=way, seed=0)
     recipe = PretrainConfig(epochs=4, batch=16)
-    builder.build(Pool.create(path), spec, image, planned, recipe, workers=1, seed=0, on_teacher=lambda *_: None)
+    builder.build(
+        Pool.create(path), spec, image, planned, recipe, backend=LocalBackend(no_teachers), seed=0,
+        on_teacher=lambda *_: None,
+    )  # fmt: skip
     return path
 
 
@@ -139,9 +145,9 @@ def scores_of(trainer: Trainer, *selections: str) -> list[Score]:
 
 def last_state(run: Path) -> dict[str, Any]:
     """The state in the last checkpoint."""
-    path = checkpoint.latest(run / "checkpoints")
-    assert path is not None, f"{run}: no checkpoint"
-    return checkpoint.load(path)[1]
+    found = Checkpoints(Folder(run / "checkpoints")).load()
+    assert found is not None, f"{run}: no checkpoint"
+    return found[1]
 
 
 def status(run: Path) -> dict[str, Any]:

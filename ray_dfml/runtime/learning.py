@@ -1,0 +1,56 @@
+"""What the learner's process does, wherever that is: it trains, and writes its own checkpoints.
+
+The state stays here. What it answers, round by round, is figures.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ray_dfml.methods.base import World
+from ray_dfml.pipeline import Trainer
+from ray_dfml.runtime.checkpoint import Checkpoints, Saved
+from ray_dfml.runtime.storage import Folder
+from ray_dfml.types import Backend, Labelled
+
+
+@dataclass(frozen=True)
+class Done:
+    """How far a run is: its last checkpoint, that round's line of metrics, and the teachers found bad, with reasons."""
+
+    saved: Saved | None = None
+    row: dict[str, Any] = field(default_factory=dict)
+    rejected: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def rounds(self) -> int:
+        """Rounds that are done."""
+        return self.saved.rounds if self.saved else 0
+
+
+class Learning:
+    """A trainer and the checkpoints of its run, in the folder `checkpoints`."""
+
+    def __init__(
+        self, config: dict[str, Any], world: World, sets: Sequence[Labelled], backend: Backend, checkpoints: Path
+    ) -> None:
+        self._arguments = (config, world, sets, backend)
+        self._checkpoints = Checkpoints(Folder(checkpoints))
+
+    def begin(self) -> Done:
+        """Make the trainer, from the last checkpoint or from the seed. Raises RejectedError for one that cannot be
+        read."""
+        found = self._checkpoints.load()
+        saved, state, row = found or (None, None, {})
+        self._trainer = Trainer(*self._arguments, state)
+        return Done(saved, row, self._trainer.state["rejected"])
+
+    def call(self, name: str, *args: Any) -> Any:
+        """A trainer method's result."""
+        return getattr(self._trainer, name)(*args)
+
+    def save(self, rounds: int, row: dict[str, Any]) -> Done:
+        """Write a checkpoint of the state after `rounds` rounds; `row` is the last one's line of metrics."""
+        state = self._trainer.state
+        return Done(self._checkpoints.save(rounds, state, row), row, state["rejected"])

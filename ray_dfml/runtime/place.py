@@ -1,0 +1,41 @@
+"""Where all the work of a command is done: in this process, or in one cluster that starts while the command goes on."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from ray_dfml.runtime.driver import Machine
+from ray_dfml.runtime.local import LocalBackend, no_teachers
+from ray_dfml.types import Backend
+
+if TYPE_CHECKING:
+    from ray_dfml.runtime.cluster import Cluster
+
+
+class Place:
+    """A machine at work. The first question waits until its cluster is up, and raises what its start raised."""
+
+    def __init__(self, machine: Machine, cluster: "Callable[[], Cluster] | None") -> None:
+        self._machine, self._cluster = machine, cluster
+
+    def cluster(self) -> "Cluster | None":
+        """The cluster; None where this process does the work."""
+        return self._cluster() if self._cluster else None
+
+    def backend(self) -> Backend:
+        """A backend for work that needs no pool."""
+        cluster = self.cluster()
+        return cluster.backend(no_teachers) if cluster else LocalBackend(no_teachers, threads=self._machine.threads)
+
+
+@contextmanager
+def opened(machine: Machine) -> Iterator[Place]:
+    """The place of a machine. Its cluster, if it has one, starts beside the work of the `with` block, and is stopped at
+    its end."""
+    if machine.backend == "local":
+        yield Place(machine, None)
+        return
+    from ray_dfml.runtime.cluster import STORE_BYTES, starting
+
+    with starting(machine.cluster(STORE_BYTES)) as ready:
+        yield Place(machine, ready)
