@@ -21,7 +21,7 @@ from ray_dfml.methods.free import bell
 from ray_dfml.methods.free import method as free
 from ray_dfml.ops import OPS
 from ray_dfml.runtime.shard import Loaded, Shard
-from ray_dfml.types import Arrays, Job
+from ray_dfml.types import Arrays, Job, LearnerWeights
 from tests.fake_device import faked, find_device
 from tests.support import (
     FakeWorker,
@@ -124,7 +124,7 @@ def episodes() -> Work:
     world, shot = small_world(), 2
     labels = np.arange(4).repeat(5)
     images = np.zeros((len(labels), *world.image.shape), np.uint8)
-    theta, stats = (t.numpy() for t in (world.net.init(torch.Generator().manual_seed(0)), world.net.initial_stats()))
+    theta, stats = world.net.init(torch.Generator().manual_seed(0)), world.net.initial_stats()
     for bn, head, steps, reading in [
         ("transductive", "maml", 0, "finetune"), ("support", "maml", 0, "finetune"), ("running", "maml", 0, "finetune"),
         ("transductive", "anil", 0, "finetune"), ("support", "protonet", 0, "finetune"),
@@ -134,10 +134,11 @@ def episodes() -> Work:
         cfg = evaluate.EvalConfig(
             bn=bn, steps=2, query=3, icfil=icfil.IcfilConfig(steps=steps, inversion_steps=2, images=2, head="fresh")
         )  # fmt: skip
-        yield evaluate.jobs(cfg, way=2, shot=shot, count=1), evaluate.shared(
-            cfg, arch="conv4", image=world.image, outputs=2, theta=theta, stats=stats, reading=reading, lr=None,
-            head=head, images=images, labels=labels,
-        )  # fmt: skip
+        learner = LearnerWeights(
+            arch="conv4", image=world.image, outputs=2, theta=theta, stats=stats, head=head, steps=cfg.steps, lr=cfg.lr
+        )
+        shared = evaluate.shared(cfg, learner, reading=reading, images=images, labels=labels)
+        yield evaluate.jobs(cfg, way=2, shot=shot, stop=1), shared
 
 
 def weights() -> Work:
