@@ -240,31 +240,53 @@ def test_every_generator_runs_forward_and_backward(classes: int, first_order: bo
         assert all(part.device.type == DEVICE.type for part in found)
 
 
+def on_the_cpu(value: Any) -> bool:
+    """Whether every tensor of a tree is on the CPU."""
+    if isinstance(value, dict):
+        return all(map(on_the_cpu, value.values()))
+    return not isinstance(value, Tensor) or value.device.type == "cpu"
+
+
+@pytest.mark.parametrize("outer", ["adam", "interpolate", "shared-adam"])
 @pytest.mark.parametrize("changes", [{}, {"learner_update": "erm"}, {"bell_inner": "sgd", "distill": "hard"}])
-def test_the_learner_may_distil_on_the_device(changes: dict[str, Any]) -> None:
-    world, cfg = small_world(), small_config(alignment_every=1, **changes)
-    state = free.init(cfg, world)
-    with faked():
-        moved = {name: state[name].to(DEVICE) for name in ("theta", "stats")}
-        moved["adam_bell"] = {k: v.to(DEVICE) if isinstance(v, Tensor) else v for k, v in state["adam_bell"].items()}
+def test_the_learner_distils_on_its_device_and_keeps_its_state_on_the_cpu(changes: dict[str, Any], outer: str) -> None:
+    world, seen = replace(small_world(), device=DEVICE.type), []
+    cfg = small_config(alignment_every=1, bell_outer=outer, **changes)
+    state, original = free.init(cfg, world), bell.distill_loss
+
+    def spy(net: Any, task: bell.DistillSet, form: str) -> Any:
+        seen.extend(part.device.type for part in task)
+        return original(net, task, form)
+
+    with pytest.MonkeyPatch.context() as patch, faked():
+        patch.setattr(bell, "distill_loss", spy)
         tasks = [
-            bell.DistillSet(
-                torch.zeros(4, *world.image.shape, device=DEVICE), torch.zeros(4, 2, device=DEVICE),
-                torch.zeros(4, dtype=torch.long, device=DEVICE),
-            )
+            bell.DistillSet(torch.zeros(4, *world.image.shape), torch.zeros(4, 2), torch.zeros(4, dtype=torch.long))
             for _ in range(2)
-        ]  # fmt: skip
-        new, _ = bell.update(cfg, world, moved, tasks, 1)
-        assert new["theta"].device.type == DEVICE.type
+        ]
+        new, _ = bell.update(cfg, world, state, tasks, 1)
+    assert set(seen) == {DEVICE.type}
+    assert on_the_cpu(new)
 
 
-def test_the_learner_may_fit_the_hyper_network_on_the_device() -> None:
-    cfg = dro.Config(embedding=4, hidden=8, chunk=16)
-    parts = dro.layout(cfg, 3, 40)
-    with faked():
-        psi, target = torch.zeros(parts.numel, device=DEVICE), torch.zeros(2, 40, device=DEVICE)
-        _, grad = dro.gradient(cfg, parts, psi, [0, 2], target)
-        assert grad.device.type == DEVICE.type
+def test_the_learner_fits_the_hyper_network_on_its_device_and_keeps_its_state_on_the_cpu() -> None:
+    world, seen, original = replace(small_world(), device=DEVICE.type), [], dro.gradient
+    cfg = dro.Config(embedding=4, hidden=8, chunk=2048, steps_per_round=2)
+    state = dro.init(cfg, world)
+    state |= {"centre": torch.zeros_like(state["theta"]), "spread": torch.ones_like(state["theta"])}
+    found = FakeWorker(world).send(
+        "weights", [Job(index=i, seed=0, teacher=c.id) for i, c in enumerate(world.cards)], {}
+    )
+
+    def spy(cfg: dro.Config, parts: Any, psi: Tensor, rows: list[int], target: Tensor) -> Any:
+        seen.extend([psi.device.type, target.device.type])
+        return original(cfg, parts, psi, rows, target)
+
+    with pytest.MonkeyPatch.context() as patch, faked():
+        patch.setattr(dro, "gradient", spy)
+        new, _ = dro.learn(cfg, world, state, 0, [], lambda *_: found)
+    assert set(seen) == {DEVICE.type}
+    assert on_the_cpu(new)
 
 
 def leaves_a_mask(worker: Shard, jobs: list[Job], shared: Arrays) -> list[Arrays]:
