@@ -18,8 +18,9 @@ import numpy as np
 import torch
 
 from ray_dfml.config import resolve
-from ray_dfml.core import memory, seeds
+from ray_dfml.core import seeds
 from ray_dfml.methods import METHODS
+from ray_dfml.methods import bank as bank_of
 from ray_dfml.methods.base import State, World
 from ray_dfml.runtime.learning import Learning
 from ray_dfml.runtime.local import LocalBackend, no_teachers
@@ -60,7 +61,7 @@ def of_free(state: State, of: World, rounds: int) -> Iterator[State]:
     for _ in range(rounds):
         for i in rng.choice(TEACHERS, VISITED):
             for name in of.cards[i].classes:
-                bank = memory.add(bank, name, rng.integers(0, 256, (ADDED, *shape), dtype=np.uint8), CAPACITY)
+                bank = bank_of.add(bank, name, rng.integers(0, 256, (ADDED, *shape), dtype=np.uint8), CAPACITY)
         state = moved(state, ("theta", "stats", "adam", "theta_g", "adam_g", "adam_bell")) | {"bank": bank}
         yield state
 

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from safetensors import safe_open
 
-from ray_dfml.core import memory
 from ray_dfml.errors import RejectedError
+from ray_dfml.methods import bank as bank_of
 from ray_dfml.runtime.checkpoint import Checkpoints
 from ray_dfml.runtime.storage import Folder
 from tests.runtime import toy
@@ -89,7 +89,7 @@ def test_a_bank_comes_back_whatever_was_added_and_dropped(
     for rounds, (key, count) in enumerate(steps, 1):
         for part in (count, rounds % 3):
             if part:
-                bank = memory.add(bank, key, images(made, part), capacity)
+                bank = bank_of.add(bank, key, images(made, part), capacity)
                 made += part
         if restart:
             writer = open_(folder)
@@ -114,7 +114,7 @@ def test_a_checkpoint_writes_what_is_new(tmp_path: Path) -> None:
         before = {p.name for p in tmp_path.iterdir()}
         for i in range(touched):
             key = f"c/{(i + 7 * r) % 64:02d}"
-            bank = memory.add(bank, key, images(10**6 * r + 100 * i, new), rows)
+            bank = bank_of.add(bank, key, images(10**6 * r + 100 * i, new), rows)
         writer.save(r, {"bank": bank, "theta": torch.full((1000,), float(r))})
         fresh = [p for p in tmp_path.iterdir() if p.name not in before]
         assert sorted(p.name.split("-")[0] for p in fresh) == ["bank", "round", "theta"]
