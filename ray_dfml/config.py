@@ -5,11 +5,12 @@ Order: defaults (profile `fixed`), then the profile, the preset, and each `--set
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError, field_validator
 
+from ray_dfml import yaml_text
 from ray_dfml.core.backbones import known_arch
 from ray_dfml.core.inner_loop import Head
 from ray_dfml.data import specs
@@ -84,10 +85,8 @@ def parse_set(text: str) -> tuple[list[str], Any]:
     key, equals, value = text.partition("=")
     if not equals or not key.strip():
         raise UsageError(f"--set {text}: expected key=value, for example --set method.rounds=100")
-    if value.strip().lower() in ("on", "off", "yes", "no"):  # booleans in YAML 1.1, but words of our settings
-        return key.strip().split("."), value.strip()
     try:
-        return key.strip().split("."), yaml.safe_load(value)
+        return key.strip().split("."), yaml_text.load(value)
     except yaml.YAMLError:
         return key.strip().split("."), value
 
@@ -121,6 +120,7 @@ def resolve(
         path, value = parse_set(text)
         if path[0] in RunConfig.model_fields and path[0] not in SECTIONS:
             raise UsageError(f"--set {text}: {path[0]} has an option of its own; --set takes {', '.join(SECTIONS)}")
+        value = _listed({"method": METHODS[name].Config}.get(path[0], RunConfig), path, value)
         for key in reversed(path):
             value = {key: value}
         _merge(tree, value)
@@ -152,11 +152,25 @@ def pretrain_config(sets: Sequence[str]) -> PretrainConfig:
         path, value = parse_set(text)
         if path[0] != "pretrain" or len(path) != 2:
             raise UsageError(f"--set {text}: pool build takes pretrain.* only")
-        tree[path[1]] = value
+        tree[path[1]] = _listed(PretrainConfig, path, value)
     try:
         return PretrainConfig.model_validate(tree)
     except ValidationError as error:
         raise UsageError(_one_line(error, PretrainConfig, "pretrain")) from None
+
+
+def _listed(model: type[BaseModel], path: Sequence[str], value: Any) -> Any:
+    """The value of the setting at `path`, as a list where that is one: of one value, or of several with commas.
+
+    `model` is that of the first part of the path, or one that has it as a field.
+    """
+    fields, annotation = model.model_fields, None
+    for key in path if path[0] in fields else path[1:]:
+        annotation = fields[key].annotation if key in fields else None
+        fields = getattr(annotation, "model_fields", {})
+    if get_origin(annotation) is not tuple or value is None or isinstance(value, list | dict):
+        return value
+    return [yaml_text.load(part) for part in value.split(",")] if isinstance(value, str) else [value]
 
 
 def _merge(into: dict[str, Any], values: Mapping[str, Any]) -> None:

@@ -4,7 +4,12 @@ A message is one line: what is wrong, where, what to do.
 """
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+
+
+def first_of(names: Sequence[str], most: int = 5) -> str:
+    """`a, b, c and 4 more`: names for one line of a message."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

@@ -61,7 +61,7 @@ def build(
     if workers > 1:
         options.need_ray()
     with opened(Machine(backend="ray" if workers > 1 else "local", workers=workers)) as place:
-        image, planned = build_pool.plan(spec, models=models, archs=names, way=way, seed=seed)
+        image, planned = build_pool.plan(spec, models=models, archs=names, way=way, seed=seed, note=options.say)
         target = Pool.open(out) if resume and out.exists() else Pool.create(out)
         accuracies = build_pool.build(
             target, spec, image, planned, cfg, backend=place.backend(), at_once=2 * workers if workers > 1 else 1,

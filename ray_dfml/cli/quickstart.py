@@ -43,7 +43,7 @@ def quickstart(run_dir: Path | None, backend: str, workers: int, sets: tuple[str
     cfg = pretrain_config(["pretrain.epochs=20", *own])
     machine = Machine(backend=backend, workers=workers)
     with opened(machine) as place:
-        image, planned = build_pool.plan("glyphs", archs=["conv4"], **POOL)
+        image, planned = build_pool.plan("glyphs", archs=["conv4"], note=options.say, **POOL)
         accuracies = build_pool.build(
             pool, "glyphs", image, planned, cfg, backend=place.backend(), at_once=len(planned), seed=0,
             on_teacher=_silent,

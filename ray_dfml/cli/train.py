@@ -51,7 +51,7 @@ def train(
 ) -> None:
     """Train METHOD on a pool of teachers; with --data, validate, test and score `random` beside it."""
     from ray_dfml.runtime.driver import Machine, read_inputs
-    from ray_dfml.runtime.launch import continue_run, new_run
+    from ray_dfml.runtime.launch import continue_run, left_out, new_run
 
     machine = Machine(
         backend=given["backend"], workers=given["workers"], gpus_per_worker=given["gpus_per_worker"],
@@ -73,7 +73,10 @@ def train(
         if dry_run:
             from ray_dfml.runtime.estimate import estimate
 
-            plan = estimate(config, read_inputs(config), machine)
+            inputs = read_inputs(config)
+            for line in (*left_out(inputs.rejected, len(inputs.teachers)), *inputs.notes):
+                options.say(line)
+            plan = estimate(config, inputs, machine)
             options.print_json(plan) if json_out else click.echo("\n".join(f"{k:<28} {v}" for k, v in plan.items()))
             return
         rows = new_run(config, run_dir, machine)

@@ -15,19 +15,23 @@ class Episode(NamedTuple):
     query: np.ndarray
 
 
+def usable(labels: np.ndarray, per_class: int) -> np.ndarray:
+    """The labels, ascending, that at least `per_class` of `labels` [n] are equal to: the classes of episodes."""
+    classes, counts = np.unique(labels, return_counts=True)
+    return classes[counts >= per_class]
+
+
 def draw(labels: np.ndarray, *, way: int, shot: int, query: int, seed: int, index: int) -> Episode:
     """Episode number `index`: `way` random classes of `labels` [n], `shot` support and `query` query images of each.
 
-    The stream depends on (seed, way, shot, query, index) alone. Raises ValueError if a class is too small, or classes
-    are too few.
+    Classes with fewer images take no part. The stream depends on (seed, way, shot, query, index) alone. Raises
+    ValueError if fewer than `way` classes are left.
     """
-    classes, counts = np.unique(labels, return_counts=True)
+    classes = usable(labels, shot + query)
     if len(classes) < way:
-        raise ValueError(f"{way}-way episodes need {way} classes, the split has {len(classes)}")
-    if counts.min() < shot + query:
         raise ValueError(
-            f"{shot} support and {query} query images per class need {shot + query}, "
-            f"class {classes[counts.argmin()]} has {counts.min()}"
+            f"{way}-way episodes of {shot} support and {query} query images need {way} classes with {shot + query} "
+            f"images, there are {len(classes)}"
         )
     rng = seeds.rng("episode", seed, way, shot, query, index)
     chosen = [int(classes[int(i)]) for i in torch.randperm(len(classes), generator=rng)[:way]]

@@ -9,9 +9,11 @@ from typing import Annotated, Literal
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
+from ray_dfml import yaml_text
 from ray_dfml.core.backbones import known_arch
 from ray_dfml.data import weights_file
 from ray_dfml.errors import RejectedError, UsageError
+from ray_dfml.files import is_readable, shown
 from ray_dfml.types import ImageSpec, TeacherCard
 
 MANIFEST = "pool.yaml"
@@ -19,13 +21,11 @@ MANIFEST_BYTES = 64 << 20
 """Largest manifest that is parsed."""
 
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
-_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-_DUMPER = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
 
 
-def _printable(text: str) -> str:
-    if not text.isprintable():
-        raise ValueError("expected one line of printable text")
+def _readable(text: str) -> str:
+    if not is_readable(text):
+        raise ValueError(f"expected one line of printable text, got '{shown(text)}'")
     return text
 
 
@@ -48,7 +48,7 @@ def _inside(path: str) -> str:
     return path
 
 
-Text = Annotated[str, AfterValidator(_printable)]
+Text = Annotated[str, AfterValidator(_readable)]
 Percent = Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)]
 
 
@@ -111,6 +111,9 @@ class Entry(_Strict):
             raise ValueError(f"expected finite numbers, got {value}")
         if info.field_name == "std" and not all(number > 0 for number in value):
             raise ValueError(f"expected positive numbers, got {value}")
+        if any(abs(number) > 1 for number in value):
+            right = ", ".join(f"{number / 255:.4g}" for number in value)
+            raise ValueError(f"{value} is not of pixels in [0, 1]; if it is of pixels in 0-255, write {right}")
         return value
 
     @field_validator("classes")
@@ -186,7 +189,7 @@ def read_manifest(folder: Path) -> list[Entry]:
         raise UsageError(f"{folder}: no pool here (no {MANIFEST})")
     try:
         data = weights_file.read_bytes(file, limits=weights_file.Limits(file_bytes=MANIFEST_BYTES))
-        content = yaml.load(data, Loader=_LOADER)
+        content = yaml_text.load(data)
     except RejectedError as error:
         raise RejectedError(f"{MANIFEST}: {error}") from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:
@@ -210,8 +213,7 @@ def read_manifest(folder: Path) -> list[Entry]:
 def write_manifest(folder: Path, entries: Sequence[Entry]) -> None:
     """Replace the manifest of a folder in one step."""
     content = {"version": 1, "teachers": [entry.model_dump(mode="json") for entry in entries]}
-    text = yaml.dump(content, Dumper=_DUMPER, sort_keys=False, allow_unicode=True, width=120, default_flow_style=None)
-    weights_file.write_bytes(folder / MANIFEST, text.encode())
+    weights_file.write_bytes(folder / MANIFEST, yaml_text.dump(content).encode())
 
 
 def _first_fault(error: ValidationError) -> str:

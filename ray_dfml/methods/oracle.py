@@ -5,6 +5,7 @@
 
 from pydantic import Field
 
+from ray_dfml.errors import first_of
 from ray_dfml.methods import bank as bank_of
 from ray_dfml.methods import panels, replay
 from ray_dfml.methods.base import (
@@ -31,8 +32,16 @@ class Config(MethodConfig):
 
 
 def notes(cfg: Config, world: World) -> list[str]:
-    """Data sets with too few classes for a task."""
-    return bank_of.notes(cfg.replay, world.way, _classes(cfg, world))
+    """Classes with too few images, and data sets with too few classes, for a task."""
+    ready = _classes(cfg, world)
+    small = [f"{name} has {len(images)}" for name, images in world.real.items() if name not in ready]
+    said = bank_of.notes(cfg.replay, world.way, ready)
+    if small:
+        said.append(
+            f"maml-oracle: {len(small)} of {len(world.real)} training classes have fewer than the "
+            f"{cfg.replay.shot + cfg.replay.query} images of a task and are left out: {first_of(small)}"
+        )
+    return said
 
 
 def _classes(cfg: Config, world: World) -> list[str]:

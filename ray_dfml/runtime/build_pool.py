@@ -13,34 +13,53 @@ import torch
 from ray_dfml.core import seeds
 from ray_dfml.core.net import net
 from ray_dfml.data import datasets
+from ray_dfml.data.manifest import make_entry
 from ray_dfml.data.pool import Pool
 from ray_dfml.data.pretrain import PretrainConfig
-from ray_dfml.errors import DfmlError, UsageError
+from ray_dfml.errors import DfmlError, UsageError, first_of
 from ray_dfml.types import Arrays, Backend, ImageSpec, Job
 
 HELD_OUT = 0.2
+LEAST = 2
+"""Images of a class that a teacher can learn: one to train, one to hold out."""
 
 
 def plan(
-    spec: str, *, models: int, archs: Sequence[str], way: int, seed: int
+    spec: str, *, models: int, archs: Sequence[str], way: int, seed: int, note: Callable[[str], None] | None = None
 ) -> tuple[ImageSpec, list[tuple[str, str, tuple[str, ...], Job]]]:
     """The teachers of a pool: their input, and per teacher (id, architecture, class names, pretrain job).
 
-    Raises UsageError where the data's training split has fewer than `way` classes or a class too few images.
+    `note` is called with a line for each thing that a reader must know of the data. Raises UsageError where the data's
+    training split has fewer than `way` classes with enough images, or where a pool could not hold such a teacher.
     """
     train = datasets.load(spec).subset("train")
+    lines = list(train.notes)
     channels, height, width = train.shape
     image = ImageSpec(channels=channels, height=height, width=width, mean=train.mean, std=train.std)
-    if len(train.class_names) < way:
-        raise UsageError(f"--way {way}: the training split of {spec} has {len(train.class_names)} classes")
-    members = [np.flatnonzero(train.labels == c) for c in range(len(train.class_names))]
+    members = {c: np.flatnonzero(train.labels == c) for c in range(len(train.class_names))}
+    small = [train.class_names[c] for c, rows in members.items() if len(rows) < LEAST]
+    members = {c: rows for c, rows in members.items() if len(rows) >= LEAST}
+    if small:
+        lines.append(
+            f"{len(small)} of {len(train.class_names)} training classes have one image, too few to train and to hold "
+            f"out, and are left out: {first_of(small)}"
+        )
+    if len(members) < way:
+        raise UsageError(
+            f"--way {way}: the training split of {spec} has {len(members)} classes of {LEAST} images or more"
+            + (f"; {lines[-1]}" if small else "")
+        )
+    if note is not None:
+        for line in lines:
+            note(f"--data {spec}: {line}")
+    usable = list(members)
     planned = []
     for i in range(models):
         rng = seeds.rng(seed, "classes", i)
-        chosen = torch.randperm(len(members), generator=rng)[:way].tolist()
+        chosen = [usable[n] for n in torch.randperm(len(usable), generator=rng)[:way].tolist()]
         rows = np.concatenate([members[c] for c in chosen])
         labels = np.concatenate([np.full(len(members[c]), local) for local, c in enumerate(chosen)])
-        held = np.concatenate([_held_out(len(members[c]), train.class_names[c]) for c in chosen])
+        held = np.concatenate([_held_out(len(members[c])) for c in chosen])
         arch = archs[i % len(archs)]
         values: Arrays = {
             "arch": arch,
@@ -55,15 +74,18 @@ def plan(
         cost = float(len(rows) * net(arch, image.shape, way).macs)
         job = Job(index=i, seed=seeds.derive(seed, "pretrain", i), values=values, cost=cost)
         names = tuple(f"{train.name}/{train.class_names[c]}" for c in chosen)
-        planned.append((f"{train.name}-{arch}-{i:04d}", arch, names, job))
+        id = f"{train.name}-{arch}-{i:04d}"
+        make_entry(id, arch, image, names, "weights", None, _source(spec, seed), "")  # refuses before training
+        planned.append((id, arch, names, job))
     return image, planned
 
 
-def _held_out(count: int, name: str) -> np.ndarray:
-    first = int(count * (1 - HELD_OUT))
-    if first < 1 or first == count:
-        raise UsageError(f"class {name!r} has {count} images; a teacher needs at least 2, to train and to hold out")
-    return np.arange(count) >= first
+def _held_out(count: int) -> np.ndarray:
+    return np.arange(count) >= int(count * (1 - HELD_OUT))
+
+
+def _source(spec: str, seed: int) -> str:
+    return f"pool build {spec.split(':')[0]} seed {seed}"
 
 
 def build(
@@ -92,7 +114,7 @@ def build(
             tensors = network.layout.unflatten(torch.tensor(result["theta"]))
             tensors |= network.stats_layout.unflatten(torch.tensor(result["stats"]))
             best, last = result["accuracy_best"], result["accuracy_last"]
-            source = f"pool build {spec.split(':')[0]} seed {seed} epochs {cfg.epochs}"
+            source = f"{_source(spec, seed)} epochs {cfg.epochs}"
             path.add(
                 id, tensors, arch=arch, image=image, classes=classes,
                 accuracy={"reported": best, "best": best, "last": last}, source=source,

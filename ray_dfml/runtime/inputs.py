@@ -12,7 +12,7 @@ from ray_dfml.core import episodes
 from ray_dfml.core.images import fit, to_bytes, to_pixels
 from ray_dfml.data import datasets
 from ray_dfml.data.pool import Pool
-from ray_dfml.errors import RejectedError, UsageError
+from ray_dfml.errors import RejectedError, UsageError, first_of
 from ray_dfml.evaluate import EvalConfig
 from ray_dfml.methods import METHODS
 from ray_dfml.methods.base import World, teacher_job
@@ -102,7 +102,7 @@ def read_inputs(config: RunConfig) -> Inputs:
         for split in ("val", "test"):
             part = one.subset(split)
             notes += _known(spec, split, {f"{one.name}/{name}" for name in part.class_names}, teachers.cards)
-            check_episodes(part.labels, f"--data {spec}, split {split}", way, config.eval)
+            notes += small_classes(part, f"--data {spec}, split {split}", way, config.eval)
             images = fitted(part.images, image.shape, f"--data {spec}")
             sets.append(Labelled(one.identity, split, images, part.labels))
     if config.eval.icfil.steps:
@@ -173,13 +173,29 @@ def _bytes(value: Any) -> int:
     return getattr(value, "nbytes", 0)
 
 
-def check_episodes(labels: np.ndarray, what: str, way: int, cfg: EvalConfig) -> None:
-    """Raises UsageError where the labels [n] of a split cannot make the episodes that the configuration asks for."""
+def small_classes(part: datasets.ImageSet, what: str, way: int, cfg: EvalConfig) -> list[str]:
+    """A line, which begins with `what`, for each shot at which classes of a split are too small to be in episodes.
+
+    Raises UsageError, which names such classes, where those that are left cannot make the episodes.
+    """
+    notes = []
     for shot in cfg.shots:
-        try:
-            episodes.draw(labels, way=way, shot=shot, query=cfg.query, seed=cfg.seed, index=0)
-        except ValueError as error:
-            raise UsageError(f"{what}: {error}; change eval.shots or eval.query, or the way") from None
+        needed = shot + cfg.query
+        usable = set(episodes.usable(part.labels, needed).tolist())
+        small = [n for n in range(len(part.class_names)) if n not in usable]
+        named = first_of([f"{part.class_names[n]} has {(part.labels == n).sum()}" for n in small])
+        if len(usable) < way:
+            raise UsageError(
+                f"{what}: {way}-way {shot}-shot episodes need {way} classes with {needed} images ({shot} support, "
+                f"{cfg.query} query), there are {len(usable)}{f'; {named}' if small else ''}; change eval.shots or "
+                "eval.query, or the way"
+            )
+        if small:
+            notes.append(
+                f"{what}: {len(small)} of {len(part.class_names)} classes have fewer than the {needed} images of "
+                f"{shot}-shot episodes and are left out of them: {named}"
+            )
+    return notes
 
 
 def resizing(spec: str, found: Sequence[int], wanted: Sequence[int]) -> str:

@@ -1,12 +1,12 @@
 """From a configuration, or an existing run folder, to a finished run: behind the command line and `ray_dfml.train`."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ray_dfml import report
 from ray_dfml.config import RunConfig, resolve
-from ray_dfml.errors import UsageError
+from ray_dfml.errors import UsageError, first_of
 from ray_dfml.files import resolved
 from ray_dfml.methods import METHODS
 from ray_dfml.runtime import driver, rundir
@@ -88,6 +88,21 @@ def _finish(
     config: RunConfig, inputs: driver.Inputs, folder: RunFolder, machine: Machine, quiet: bool,
     cluster: "Cluster | None" = None,
 ) -> list[dict[str, Any]]:  # fmt: skip
-    rows = driver.run(config, inputs, folder, machine, Progress(METHODS[config.name].shown, quiet=quiet), cluster)
+    progress = Progress(METHODS[config.name].shown, quiet=quiet)
+    for line in left_out(inputs.rejected, len(inputs.teachers)):
+        progress.note(line)
+    rows = driver.run(config, inputs, folder, machine, progress, cluster)
     report.write(folder.path)
+    rejected = folder.read_status().get("rejected", {})
+    for line in left_out(rejected, len(inputs.teachers) + len(inputs.rejected) - len(rejected)):
+        progress.note(line)
     return rows
+
+
+def left_out(rejected: Mapping[str, str], used: int) -> list[str]:
+    """One line that names the teachers that cannot be used, and why, if there are any."""
+    if not rejected:
+        return []
+    # a reason may begin with the id already
+    reasons = [f"{id}: {why.removeprefix(f'{id}: ')}" for id, why in rejected.items()]
+    return [f"{len(rejected)} of {len(rejected) + used} teachers left out: {first_of(reasons, 3)}"]

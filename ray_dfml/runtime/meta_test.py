@@ -15,7 +15,7 @@ from ray_dfml.evaluate import EvalConfig
 from ray_dfml.learner import Learner
 from ray_dfml.methods.base import World
 from ray_dfml.methods.baselines import untrained
-from ray_dfml.runtime.inputs import check_episodes, fitted, resizing
+from ray_dfml.runtime.inputs import fitted, resizing, small_classes
 from ray_dfml.runtime.local import LocalBackend, no_teachers
 from ray_dfml.scorer import Entry, Part, Scorer, accuracies
 from ray_dfml.scores import as_row
@@ -47,7 +47,8 @@ def meta_test(
         {"episodes": episodes, "shots": tuple(shots), "bn": bn or learner.bn, "seed": seed,
          "steps": learner.weights.steps, "lr": learner.weights.lr}
     )  # fmt: skip
-    check_episodes(part.labels, f"--data {spec}, split {split}", way, cfg)
+    for note in small_classes(part, f"--data {spec}, split {split}", way, cfg):
+        print(note, file=sys.stderr)
     world = World(
         cards=(), arch=learner.weights.arch, image=learner.image, way=learner.way, seed=learner.seed,
         head=learner.weights.head,

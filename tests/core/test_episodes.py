@@ -49,11 +49,21 @@ def test_all_classes_and_images_are_drawn_in_time():
 
 
 def test_too_few_classes_or_images_are_errors():
-    with pytest.raises(ValueError, match="5-way episodes need 5 classes, the split has 4"):
+    with pytest.raises(ValueError, match=r"5-way episodes of 1 support .* need 5 classes with 16 images, there are 4"):
         episodes.draw(split(4, 20), way=5, shot=1, query=15, seed=0, index=0)
-    with pytest.raises(ValueError, match="need 16, class 10 has 15"):
+    with pytest.raises(ValueError, match="need 5 classes with 16 images, there are 0"):
         episodes.draw(split(6, 15), way=5, shot=1, query=15, seed=0, index=0)
 
 
 def test_interleaved_labels_repeat_the_ways():
     assert episodes.interleaved(3, 2).tolist() == [0, 1, 2, 0, 1, 2]
+
+
+def test_classes_that_are_too_small_take_no_part_and_change_nothing_else():
+    """The episodes are those of the set without them."""
+    labels, kind = split(6, 5), {"way": 3, "shot": 2, "query": 3, "seed": 0}
+    more = np.concatenate([labels, [3, 3, 3, 3, 99]])
+    assert episodes.usable(more, 5).tolist() == list(range(10, 16))
+    assert episodes.usable(more, 4).tolist() == [3, *range(10, 16)]
+    for index in range(10):
+        assert same(episodes.draw(more, **kind, index=index), episodes.draw(labels, **kind, index=index))

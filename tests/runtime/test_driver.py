@@ -219,7 +219,10 @@ def test_no_other_method_sees_real_training_images(toy_pool: Path, toy_data: str
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ("eval.shots=[30]", "30 support and 3 query images per class need 33"),
+        (
+            "eval.shots=[30]",
+            "2-way 30-shot episodes need 2 classes with 33 images (30 support, 3 query), there are 0; ",
+        ),
         ("learner.arch=foo", "unknown architecture"),
         ("eval.shots=[]", "eval.shots"),
         ("eval.shots=[0]", "eval.shots"),

@@ -1,0 +1,43 @@
+"""YAML as people write it, for pools and settings.
+
+A number looks as in JSON or YAML 1.2, so `1e-4` is one. Everything else that YAML 1.1 makes of plain text stays text:
+`on`, `no`, `010` (not 8), `12:30` (not 750), and `2024-01-31`.
+"""
+
+import re
+from typing import Any
+
+import yaml
+
+_INT = r"[-+]?(?:0|[1-9][0-9]*)"
+_FLOAT = rf"(?:{_INT}(?:\.[0-9]*)?|[-+]?\.[0-9]+)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)"
+_KINDS = {
+    "null": (r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+    "bool": (r"true|True|TRUE|false|False|FALSE", list("tTfF")),
+    "int": (_INT, list("-+0123456789")),
+    "float": (_FLOAT, list("-+.0123456789")),
+    "merge": (r"<<", ["<"]),
+}
+
+
+class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # pyright: ignore[reportGeneralTypeIssues]
+    yaml_implicit_resolvers = {}  # none of those of YAML 1.1  # noqa: RUF012
+
+
+class _Dumper(getattr(yaml, "CSafeDumper", yaml.SafeDumper)):  # pyright: ignore[reportGeneralTypeIssues]
+    """Puts text in quotes that is a number or a word to this reader, or to one of YAML 1.1."""
+
+
+for _class in (_Loader, _Dumper):
+    for _kind, (_pattern, _first) in _KINDS.items():
+        _class.add_implicit_resolver(f"tag:yaml.org,2002:{_kind}", re.compile(rf"^(?:{_pattern})$"), _first)
+
+
+def load(text: str | bytes) -> Any:
+    """The value of a YAML text, of plain types only. Raises yaml.YAMLError."""
+    return yaml.load(text, Loader=_Loader)
+
+
+def dump(value: Any) -> str:
+    """The text of a value of plain types, keys in their order; `load` gives the value back."""
+    return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120, default_flow_style=None)
