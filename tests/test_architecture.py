@@ -17,7 +17,7 @@ PACKAGE = ROOT / "ray_dfml"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 
 ALLOWED = {
-    "pyproject.toml", "README.md", "LICENSE", "ray_dfml", "cluster", "tune_configs", "tests", "benchmarks", "docs",
+    "pyproject.toml", "README.md", "LICENSE", "ray_dfml", "tests", "benchmarks", "docs",
 }  # fmt: skip
 MADE = {"ray_dfml.egg-info", "build", "dist", "runs", "pools", "uv.lock"}
 """What tools and runs leave; git ignores it."""

@@ -127,10 +127,9 @@ def test_exit_codes_are_those_of_the_errors():
     assert used == {0} | below(errors.DfmlError)
 
 
-def test_python_of_readme_is_five_lines_and_imports_what_exists():
+def test_python_of_readme_imports_what_exists():
     (block,) = fences(README, "python")
     tree = ast.parse(block)
-    assert len(tree.body) == 5
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom):
             module = importlib.import_module(str(node.module))

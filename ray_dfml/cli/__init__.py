@@ -35,20 +35,18 @@ class _Commands(click.Group):
 
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(importlib.metadata.version("ray-dfml"), prog_name="ray-dfml")
-@click.option("--debug", is_flag=True, help="Show a traceback when something fails.")
-@click.pass_context
-def cli(ctx: click.Context, debug: bool) -> None:
+@click.option("--debug", is_flag=True, expose_value=False, help="Show a traceback when something fails.")
+def cli() -> None:
     """From a pool of classifiers whose training data nobody has, to one few-shot learner.
 
     Start with: ray-dfml quickstart
     """
-    ctx.obj = {"debug": debug}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of the console script. Exits with 0, or with the exit code of `ray_dfml.errors`."""
     words = list(sys.argv[1:] if arguments is None else arguments)
-    debug = "--debug" in words
+    debug = "--debug" in words  # wherever it stands; the option of the group is there for --help
     words = [word for word in words if word != "--debug"]
     try:
         result: Any = cli.main(words, prog_name="ray-dfml", standalone_mode=False)

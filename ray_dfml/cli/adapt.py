@@ -19,7 +19,7 @@ def adapt(run: Path, support: Path, query: Path, background: str, json_out: bool
     from ray_dfml.learner import Learner
     from ray_dfml.runtime.shard import pin
 
-    pin(1)
+    pin()
     learner = Learner.load(run)
     shown = read_folder(support, learner.image, background=background)
     unknown = read_folder(query, learner.image, background=background)

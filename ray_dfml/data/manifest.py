@@ -155,7 +155,6 @@ def make_entry(
     arch: str,
     image: ImageSpec,
     classes: Sequence[str],
-    access: str,
     accuracy: Mapping[str, float | None] | None,
     source: str,
     authorization: str,
@@ -163,7 +162,7 @@ def make_entry(
     """The entry of a teacher whose file has yet to be written (`sha256` is all zeros). Raises UsageError."""
     fields = {
         "id": id,
-        "access": access,
+        "access": "weights",
         "weights": "weights/unwritten.safetensors",
         "sha256": "0" * 64,
         "arch": arch,

@@ -115,7 +115,6 @@ class Pool:
         arch: str,
         image: ImageSpec,
         classes: Sequence[str],
-        access: str = "weights",
         accuracy: Mapping[str, float | None] | None,
         source: str,
         authorization: str = "",
@@ -127,7 +126,7 @@ class Pool:
         `accuracy` has any of `reported`, `best`, `last` in percent. Raises UsageError for a value that the manifest
         cannot hold or an id that is taken, RejectedError for tensors that `load` would refuse.
         """
-        entry = make_entry(id, arch, image, classes, access, accuracy, source, authorization)
+        entry = make_entry(id, arch, image, classes, accuracy, source, authorization)
         self._add(entry, tensors)
 
     def _add(self, entry: Entry, tensors: Mapping[str, Tensor], *, run: bool = False) -> None:
@@ -256,6 +255,6 @@ def add_file(
     if head is not None and head.dim() == 2 and head.shape[0] != len(classes):
         raise UsageError(f"weights have {head.shape[0]} outputs, --classes names {len(classes)}")
     reported = {} if accuracy is None else {"reported": float(accuracy)}
-    entry = make_entry(id, arch, image, classes, "weights", reported, source, authorization)
+    entry = make_entry(id, arch, image, classes, reported, source, authorization)
     pool._add(entry, tensors, run=True)
     return id

@@ -75,7 +75,7 @@ def plan(
         job = Job(index=i, seed=seeds.derive(seed, "pretrain", i), values=values, cost=cost)
         names = tuple(f"{train.name}/{train.class_names[c]}" for c in chosen)
         id = f"{train.name}-{arch}-{i:04d}"
-        make_entry(id, arch, image, names, "weights", None, _source(spec, seed), "")  # refuses before training
+        make_entry(id, arch, image, names, None, _source(spec, seed), "")  # refuses before training
         planned.append((id, arch, names, job))
     return image, planned
 

@@ -159,7 +159,7 @@ class PoolStore:
         return ray.get(self._refs[id])
 
 
-def start_shards(*, workers: int, gpus_per_worker: float, threads: int) -> list[Any]:
+def start_shards(*, workers: int, gpus_per_worker: float) -> list[Any]:
     """Shard actors that Ray restarts for ever; their calls are retried by the dispatcher, which knows what to blame.
 
     Raises ResourceError where they are not up in time. None is left where they are not, or the wait is broken off.
@@ -168,7 +168,7 @@ def start_shards(*, workers: int, gpus_per_worker: float, threads: int) -> list[
     device = None if gpus_per_worker else torch.device("cpu")  # Ray hides no GPU from an actor that asks for none
     shards: list[Any] = []
     try:
-        shards += [shard.remote(threads=threads, device=device) for _ in range(workers)]
+        shards += [shard.remote(device=device) for _ in range(workers)]
         ray.get([one.__ray_ready__.remote() for one in shards], timeout=PLACEMENT_SECONDS)
     except BaseException as error:
         for one in shards:
@@ -192,10 +192,10 @@ class Cluster:
     """
 
     def __init__(
-        self, *, workers: int, gpus_per_worker: float = 0.0, gpus_per_learner: float = 0.0, threads: int = 1,
+        self, *, workers: int, gpus_per_worker: float = 0.0, gpus_per_learner: float = 0.0,
         store_bytes: int = STORE_BYTES,
     ) -> None:  # fmt: skip
-        self.gpus_per_learner, self.threads = gpus_per_learner, threads
+        self.gpus_per_learner = gpus_per_learner
         self._workers, self._gpus, self._store_bytes = workers, gpus_per_worker, store_bytes
         self._connected = False
         self.shards: list[Any] = []
@@ -203,7 +203,7 @@ class Cluster:
     def __enter__(self) -> "Cluster":
         try:
             self._connected = connect(self._workers, self._gpus, self.gpus_per_learner, store_bytes=self._store_bytes)
-            self.shards = start_shards(workers=self._workers, gpus_per_worker=self._gpus, threads=self.threads)
+            self.shards = start_shards(workers=self._workers, gpus_per_worker=self._gpus)
         except BaseException:
             self.close()
             raise
@@ -246,9 +246,9 @@ class LearnerActor(Learning):
 
     def __init__(
         self, config: dict[str, Any], world: World, sets: Sequence[Labelled], backend: RayBackend, checkpoints: Path,
-        threads: int, on_device: bool,
+        on_device: bool,
     ) -> None:  # fmt: skip
-        pin(threads)
+        pin()
         world = replace(world, device=str(pick_device())) if on_device else world
         super().__init__(config, world, sets, backend, checkpoints)
 
@@ -279,7 +279,7 @@ class RaySession:
             backend = cluster.backend(PoolStore(teachers), job_seconds=job_seconds)
             kept = [replace(one, images=backend.keep(one.images)) for one in sets]
             self._arguments = (
-                config, ray.put(world), kept, backend, checkpoints, cluster.threads, cluster.gpus_per_learner > 0
+                config, ray.put(world), kept, backend, checkpoints, cluster.gpus_per_learner > 0
             )  # fmt: skip
         except BaseException:
             self.close()

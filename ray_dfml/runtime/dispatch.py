@@ -36,9 +36,9 @@ class ShardActor(Shard):
     """A shard in a process of its own. How it gets teachers comes with each message, so that one that was restarted
     needs nothing else."""
 
-    def __init__(self, *, threads: int, device: torch.device | None) -> None:
+    def __init__(self, *, device: torch.device | None) -> None:
         self._where: ray.ObjectRef | None = None
-        super().__init__(no_teachers, threads=threads, device=device)
+        super().__init__(no_teachers, device=device)
 
     def run_for(self, load: "Sequence[ray.ObjectRef]", op: str, jobs: Sequence[Job], shared: Arrays) -> list[Arrays]:
         """`run` with the teachers of `load[0]`, and with arrays that stand in `shared` by reference."""

@@ -62,7 +62,6 @@ class Machine:
     gpus_per_worker: float = 0.0
     gpus_per_learner: float = 0.0
     """Share of a GPU on which the learner does its own work."""
-    threads: int = 1
     job_seconds: float | None = None
     """Longest time that one job, or one batch of them on a GPU, may take under Ray; None for any."""
 
@@ -77,7 +76,7 @@ class Machine:
 
         return Cluster(
             workers=self.workers, gpus_per_worker=self.gpus_per_worker, gpus_per_learner=self.gpus_per_learner,
-            threads=self.threads, store_bytes=store_bytes,
+            store_bytes=store_bytes,
         )  # fmt: skip
 
     def session(
@@ -86,7 +85,7 @@ class Machine:
         """A session of this kind, not yet started, in `cluster` if that is given."""
         arguments = (config.model_dump(mode="json"), inputs.world, inputs.sets, inputs.teachers, checkpoints)
         if self.backend == "local":
-            return LocalSession(*arguments, threads=self.threads, on_device=self.gpus_per_learner > 0)
+            return LocalSession(*arguments, on_device=self.gpus_per_learner > 0)
         from ray_dfml.runtime.cluster import STORE_BYTES, RaySession
 
         cluster = cluster or self.cluster(STORE_BYTES + inputs.held_bytes())

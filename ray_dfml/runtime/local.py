@@ -23,8 +23,8 @@ def no_teachers(id: str) -> Loaded:
 class LocalBackend:
     """Runs every job here, in order, on one shard: the reference that all other backends equal bit for bit on a CPU."""
 
-    def __init__(self, load: LoadWeights, *, threads: int = 1) -> None:
-        self._shard = Shard(load, threads=threads)
+    def __init__(self, load: LoadWeights) -> None:
+        self._shard = Shard(load)
 
     def keep(self, value: np.ndarray) -> np.ndarray:
         """See `Backend.keep`: it is here already."""
@@ -52,11 +52,10 @@ class LocalSession:
         teachers: Mapping[str, Loaded],
         checkpoints: Path,
         *,
-        threads: int,
         on_device: bool = False,
     ) -> None:
         world = replace(world, device=str(pick_device())) if on_device else world
-        backend = LocalBackend(teachers.__getitem__, threads=threads)
+        backend = LocalBackend(teachers.__getitem__)
         self._arguments = (config, world, sets, backend, checkpoints)
 
     def start(self) -> Done:

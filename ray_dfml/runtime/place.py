@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 class Place:
     """A machine at work. The first question waits until its cluster is up, and raises what its start raised."""
 
-    def __init__(self, machine: Machine, cluster: "Callable[[], Cluster] | None") -> None:
-        self._machine, self._cluster = machine, cluster
+    def __init__(self, cluster: "Callable[[], Cluster] | None") -> None:
+        self._cluster = cluster
 
     def cluster(self) -> "Cluster | None":
         """The cluster; None where this process does the work."""
@@ -25,7 +25,7 @@ class Place:
     def backend(self) -> Backend:
         """A backend for work that needs no pool."""
         cluster = self.cluster()
-        return cluster.backend(no_teachers) if cluster else LocalBackend(no_teachers, threads=self._machine.threads)
+        return cluster.backend(no_teachers) if cluster else LocalBackend(no_teachers)
 
 
 @contextmanager
@@ -33,9 +33,9 @@ def opened(machine: Machine) -> Iterator[Place]:
     """The place of a machine. Its cluster, if it has one, starts beside the work of the `with` block, and is stopped at
     its end."""
     if machine.backend == "local":
-        yield Place(machine, None)
+        yield Place(None)
         return
     from ray_dfml.runtime.cluster import STORE_BYTES, starting
 
     with starting(machine.cluster(STORE_BYTES)) as ready:
-        yield Place(machine, ready)
+        yield Place(ready)

@@ -37,9 +37,9 @@ def accelerators() -> list[str]:
     return [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
 
 
-def pin(threads: int) -> None:
-    """One reduction order in every process: fix the number of threads and refuse lower precision in products."""
-    torch.set_num_threads(threads)
+def pin() -> None:
+    """One reduction order in every process: one thread, and no lower precision in products."""
+    torch.set_num_threads(1)
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.allow_tf32 = False
     torch.backends.cudnn.benchmark = False
@@ -61,10 +61,10 @@ class HostedTeacher:
 
 
 class Shard:
-    """Runs ops. `threads` are torch's; `load` brings a teacher's weights from wherever they are kept."""
+    """Runs ops. `load` brings a teacher's weights from wherever they are kept."""
 
-    def __init__(self, load: LoadWeights, *, threads: int = 1, device: torch.device | None = None) -> None:
-        pin(threads)
+    def __init__(self, load: LoadWeights, *, device: torch.device | None = None) -> None:
+        pin()
         self.device = pick_device() if device is None else device
         self.batched = self.device.type != "cpu"
         self._load = load

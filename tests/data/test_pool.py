@@ -315,8 +315,9 @@ def test_check_survives_any_file(pool):
 
 
 def test_other_access_is_listed_but_not_loaded(pool):
-    add(pool, "c", access="probs")
+    add(pool, "c")
     edit(pool, 1, access="label", weights=None, sha256=None)
+    edit(pool, 2, access="probs")
     found = Pool.open(pool.path)
     assert [card.access for card in found.cards] == ["weights", "label", "probs"]
     assert [result["reason"] for result in found.check()][1:] == [

@@ -147,7 +147,7 @@ def test_at_most_two_chunks_are_queued_per_shard(shards: list[Shard], monkeypatc
 
     monkeypatch.setattr(StandIn, "wait", staticmethod(watch))
     backend_of(both_up, batched=False).map("op", costing(9, 9, *[1] * 8), {})
-    assert queued == [4, 4, 4, 4, 4, 4, 4, 3, 2, 1]
+    assert max(queued) == 2 * len(both_up)
 
 
 def test_chunks_of_an_accelerator_cost_the_same(shards: list[Shard]) -> None:
@@ -423,13 +423,13 @@ def test_arrays_by_reference_and_teachers_come_with_each_message(monkeypatch: py
     monkeypatch.setitem(OPS, "weights", lambda worker, jobs, shared: seen.append(shared) or weights(worker, jobs, {}))
     where, images = [Ref(load)], np.arange(3)
     job = [Job(index=0, seed=0, teacher="a")]
-    one = dispatch.ShardActor(threads=1, device=torch.device("cpu"))
+    one = dispatch.ShardActor(device=torch.device("cpu"))
     for _ in range(2):
         one.run_for(where, "weights", job, {"images": Ref(images), "steps": 3})
     assert seen[0]["images"] is images
     assert seen[0]["steps"] == 3
     assert asked == ["a"]
-    restarted = dispatch.ShardActor(threads=1, device=torch.device("cpu"))
+    restarted = dispatch.ShardActor(device=torch.device("cpu"))
     assert restarted.run_for(where, "weights", job, {})[0]["theta"].tolist() == [97.0] * 3
     one.run_for([Ref(load)], "weights", job, {})
     assert asked == ["a"] * 3, "another pool under the same name is another pool"
