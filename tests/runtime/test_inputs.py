@@ -235,3 +235,15 @@ def test_the_same_images_twice_are_refused(tmp_path: Path, toy_pool: Path, toy_d
     found = read_inputs(mixed("free", [toy_pool], [toy_data, other_data]))
     assert len({one.data for one in found.sets}) == 2
     assert [one["data"] for one in found.data] == list(dict.fromkeys(one.data for one in found.sets))
+
+
+def test_what_a_run_holds_counts_teachers_real_images_and_the_state(toy_pool: Path, toy_data: str) -> None:
+    """PURER's state has the images and moments of all teachers, which go to the shards and come back."""
+    free, purer = (driver.read_inputs(toy.config(name, toy_pool, toy_data)) for name in ("free", "purer"))
+    teachers = sum(theta.nbytes + stats.nbytes for _, theta, stats in free.teachers.values())
+    real = sum(one.images.nbytes for one in free.sets)
+    assert real == (120 + 160) * 16 * 16
+    images = 4 * 2 * 5 * 16 * 16 * 4 * 3
+    for one in (free, purer):
+        assert one.held_bytes() == teachers + real + 2 * one.state_bytes
+    assert purer.state_bytes > images
