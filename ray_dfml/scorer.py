@@ -6,6 +6,7 @@ are. What it has been told once it does not ask again: equal weights are scored 
 """
 
 import math
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -46,6 +47,9 @@ class Part:
     start: int
     stop: int
 
+
+PART_SECONDS = 2.0
+"""How long a part should take: short enough to see progress, long enough to be worth a call."""
 
 Set = tuple[str, str]
 """A data set of a run: (data, split)."""
@@ -94,16 +98,22 @@ def accuracies(
 class Scorer:
     """Chooses step sizes and scores weights, through `ask`, which answers one part at a time.
 
-    `val` and `test` are the data sets, as (data, split) pairs, that steps are chosen on and that are tested.
+    `val` and `test` are the data sets, as (data, split) pairs, that steps are chosen on and that are tested. A part has
+    jobs for `shards` shards, or a multiple of that, so as to take about PART_SECONDS. `on_work` is told the `work` of
+    each part that is answered.
     """
 
     def __init__(
-        self, cfg: EvalConfig, *, way: int, head: Head, val: Sequence[Set], test: Sequence[Set], ask: Ask
-    ) -> None:
-        self._cfg, self._way, self._ask = cfg, way, ask
+        self, cfg: EvalConfig, *, way: int, head: Head, val: Sequence[Set], test: Sequence[Set], ask: Ask,
+        shards: int = 1, on_work: Callable[[float], object] = lambda work: None,
+    ) -> None:  # fmt: skip
+        self._on_work = on_work
+        self._cfg, self._way, self._ask, self._shards = cfg, way, ask, shards
+        self._head: Head = head
         self._val, self._test = list(val), list(test)
         self._choices = cfg.lrs if val and head != "protonet" else ()
         self._known: dict[Episodes, np.ndarray] = {}
+        self._at_once = EPISODES_PER_JOB * shards
 
     def validate(self, weights: str, reading: str, *, on_test: bool = False) -> float | None:
         """Mean accuracy in percent at the largest shot on `eval.val_episodes` episodes of every validation set, or of
@@ -142,6 +152,26 @@ class Scorer:
             for entry in entries if "finetune" in entry.readings
             for data, _ in self._test
         ]  # fmt: skip
+
+    def total(self, plan: Callable[["Scorer"], object]) -> float:
+        """The work that `plan` makes for this scorer: it is run on one that is told zeros.
+
+        A step that is not known yet does not change how much is asked.
+        """
+        spent: list[float] = []
+        other = Scorer(
+            self._cfg, way=self._way, head=self._head, val=self._val, test=self._test, on_work=spent.append,
+            ask=lambda part: np.zeros(part.stop - part.start),
+        )  # fmt: skip
+        other._known = dict(self._known)
+        plan(other)
+        return sum(spent)
+
+    def work(self, part: Part) -> float:
+        """How long a part takes, relative to others: image passes through the network, a gradient counted as two."""
+        of, cfg = part.episodes, self._cfg
+        passes = 3 * cfg.steps if of.reading == "finetune" and self._head != "protonet" else 1
+        return (part.stop - part.start) * self._way * (passes * of.shot + cfg.query)
 
     def _best(self, weights: str, sets: Sequence[Set], shots: Sequence[int], count: int) -> float:
         """The best step on so many episodes of each shot of each set; one whose accuracy is NaN is never it."""
@@ -182,11 +212,21 @@ class Scorer:
         data, split = one
         of = Episodes(weights=weights, reading=reading, data=data, split=split, shot=shot, lr=lr)
         known = self._known.get(of, np.zeros(0))
-        if len(known) < count:
+        while len(known) < count:
             start = len(known) // EPISODES_PER_JOB * EPISODES_PER_JOB
-            known = np.concatenate([known[:start], self._ask(Part(episodes=of, start=start, stop=count))])
+            part, began = Part(episodes=of, start=start, stop=min(start + self._at_once, count)), time.monotonic()
+            known = np.concatenate([known[:start], self._ask(part)])
             self._known[of] = known
+            self._adjust(part, time.monotonic() - began)
+            self._on_work(self.work(part))
         return known[:count]
+
+    def _adjust(self, part: Part, took: float) -> None:
+        """Ask for more at once, or for less, where a part was quick, or slow. No accuracy depends on it."""
+        if took < PART_SECONDS / 2 and part.stop - part.start == self._at_once:
+            self._at_once *= 2
+        elif took > 2 * PART_SECONDS:
+            self._at_once = max(self._at_once // 2, EPISODES_PER_JOB * self._shards)
 
 
 def _whole_jobs(episodes: float) -> int:

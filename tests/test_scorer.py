@@ -2,15 +2,15 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 
+from ray_dfml import scorer as module
 from ray_dfml.evaluate import EvalConfig
-from ray_dfml.scorer import POOLED, Entry, Episodes, Part, Scorer, Step
-
-TOY, OTHER = ("toy", "val"), ("other", "val")
+from ray_dfml.scorer import POOLED, Ask, Entry, Episodes, Part, Scorer, Step
 
 
 class Told:
@@ -30,11 +30,15 @@ class Told:
         return sum(part.stop - part.start for part in kinds)
 
 
-def scorer(told: Told, *, data: tuple[str, ...] = ("toy",), head: Any = "maml", **cfg: Any) -> Scorer:
+def scorer(
+    ask: Ask, *, data: tuple[str, ...] = ("toy",), head: Any = "maml", shards: int = 1,
+    on_work: Callable[[float], object] = lambda work: None, **cfg: Any,
+) -> Scorer:  # fmt: skip
     """A two-way scorer of these data sets, each with validation and test episodes."""
     return Scorer(
         EvalConfig(**({"episodes": 40, "shots": (1, 2), "lrs": (0.1, 0.5, 0.9)} | cfg)), way=2, head=head,
-        val=[(one, "val") for one in data], test=[(one, "test") for one in data], ask=told,
+        val=[(one, "val") for one in data], test=[(one, "test") for one in data], ask=ask,
+        shards=shards, on_work=on_work,
     )  # fmt: skip
 
 
@@ -147,3 +151,48 @@ def test_parts_begin_where_jobs_do(count: int) -> None:
     one.step("a")
     assert {part.start % 10 for part in told.asked} == {0}
     assert {len(found) for found in one._known.values()} == {count}
+
+
+def test_the_work_is_told_before_it_is_done() -> None:
+    """Of the test, and of what is left of it after a validation; a 2-shot episode is the dearer one."""
+    told, done = Told(by_step({0.1: 30.0, 0.5: 60.0, 0.9: 50.0})), list[float]()
+    one = scorer(told, on_work=done.append)
+
+    def plan(scorer: Scorer) -> object:
+        return scorer.step("a"), scorer.test([entry("a"), entry("a", method="random"), entry("b")])
+
+    whole = one.total(plan)
+    assert told.asked == done == []
+    one.validate("a", "finetune")
+    spent, rest = sum(done), one.total(plan)
+    assert rest == whole - spent
+    plan(one)
+    assert sum(done) == spent + rest
+    assert one.total(plan) == 0
+    of = told.asked[0].episodes
+    small, large = (one.work(Part(episodes=replace(of, shot=shot), start=0, stop=10)) for shot in (1, 2))
+    assert large > small > one.work(Part(episodes=replace(of, reading="direct"), start=0, stop=10)) > 0
+
+
+def test_parts_grow_while_they_are_quick_and_shrink_where_they_are_slow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By whole rounds of jobs for all shards, and to no less than one."""
+    now, pace = [0.0], [0.001]
+    monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
+
+    def ask(part: Part) -> np.ndarray:
+        now[0] += pace[0] * (part.stop - part.start)
+        told(part)
+        return np.full(part.stop - part.start, 50.0)
+
+    told = Told(lambda _: 50.0)
+    one = scorer(ask, shards=3, episodes=4000, lrs=(), shots=(1,))
+    one.test([entry("a")])
+    sizes = [part.stop - part.start for part in told.asked]
+    assert sizes[:6] == [30, 60, 120, 240, 480, 960]
+    pace[0] = 1.0
+    told.asked.clear()
+    one.test([entry("b")])
+    sizes = [part.stop - part.start for part in told.asked]
+    assert all(size % 30 == 0 for size in sizes[:-1])
+    assert sizes[-2] == 30
+    assert {len(found) for found in one._known.values()} == {4000}

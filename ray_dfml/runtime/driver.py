@@ -7,24 +7,21 @@ the same, so the final weights are the same bits.
 import signal
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from ray_dfml import learner
 from ray_dfml.config import RunConfig
-from ray_dfml.errors import DfmlError, Interrupted, LearnerLost
-from ray_dfml.methods import METHODS
+from ray_dfml.errors import Interrupted, LearnerLost
+from ray_dfml.runtime.assess import Assessment
 from ray_dfml.runtime.inputs import Inputs as Inputs
 from ray_dfml.runtime.inputs import read_inputs as read_inputs
 from ray_dfml.runtime.learning import Done
 from ray_dfml.runtime.local import LocalSession
 from ray_dfml.runtime.progress import Progress
 from ray_dfml.runtime.rundir import RunFolder
-from ray_dfml.scorer import Entry, Scorer, Step
-from ray_dfml.types import Score
 
 if TYPE_CHECKING:
     from ray_dfml.runtime.cluster import Cluster
@@ -139,19 +136,17 @@ def _run(
     for line in notes:
         progress.note(line)
     session = machine.session(config, inputs, folder.checkpoints, cluster)
-    scorer = Scorer(
-        config.eval, way=inputs.world.way, head=inputs.world.head, ask=lambda part: session.call("score", part),
-        val=[(one.data, one.split) for one in inputs.sets if one.split == "val"],
-        test=[(one.data, one.split) for one in inputs.sets if one.split == "test"],
-    )  # fmt: skip
+    shards = machine.workers if machine.backend == "ray" else 1
+    assessment = Assessment(config, inputs, session.call, progress, shards=shards)
     try:
-        done = _train(config, inputs, folder, session, scorer, progress)
+        done = _train(config, inputs, folder, session, assessment, progress)
+        folder.status(state="testing")
         progress.note("testing")
         try:
-            scores, steps = _finish(config, folder.path, session, scorer)
+            scores, steps = assessment.finish(folder.path)
         except LearnerLost:
             done = session.start()
-            scores, steps = _finish(config, folder.path, session, scorer)
+            scores, steps = assessment.finish(folder.path)
         rows = folder.write_scores(scores, config.profile)
         folder.status(
             state="done", last_error=None, rejected=inputs.rejected | done.rejected,
@@ -164,7 +159,7 @@ def _run(
 
 
 def _train(
-    config: RunConfig, inputs: Inputs, folder: RunFolder, session: Session, scorer: Scorer, progress: Progress
+    config: RunConfig, inputs: Inputs, folder: RunFolder, session: Session, assessment: Assessment, progress: Progress
 ) -> Done:
     """The rounds that are not done. The state is on disk after each of them, so that whatever ends the run, one round
     is repeated at most."""
@@ -177,7 +172,7 @@ def _train(
         r, called = done.rounds, time.perf_counter()
         try:
             row: dict[str, Any] = {"round": r} | session.call("round", r)
-            row["validation"] = _validate(config, session, scorer, r) if config.validates(r) else None
+            row["validation"] = assessment.validate(r) if config.validates(r) else None
             done = session.save(r + 1, row)
         except LearnerLost as error:
             lives -= 1
@@ -199,43 +194,3 @@ def _train(
         )  # fmt: skip
         progress.round(done.rounds, eta, row)
     return done
-
-
-def _validate(config: RunConfig, session: Session, scorer: Scorer, r: int) -> float | None:
-    """Accuracy of the weights of round `r` on validation episodes; the best so far are kept. None without data, and for
-    weights that are no candidate."""
-    if not config.data or not session.call("learned"):
-        return None
-    last, reading = session.call("candidates")["last"], METHODS[config.name].READINGS[-1]
-    accuracy = scorer.validate(last, reading)
-    session.call("keep", "val", accuracy, r)
-    if config.eval.test_best:
-        session.call("keep", "test-best", scorer.validate(last, reading, on_test=True), r)
-    return accuracy
-
-
-def _finish(config: RunConfig, folder: Path, session: Session, scorer: Scorer) -> tuple[list[Score], list[Step]]:
-    """Export the selected weights with the step size chosen for them, then test. Scores, and the steps they are of."""
-    candidates = session.call("candidates")
-    selection = "val" if "val" in candidates else "last"
-    chosen = session.call("weights", selection)
-    if not chosen.finite:
-        raise DfmlError(f"{folder}: the learner's weights are not finite; lower the learning rates")
-    learner.export(
-        folder, replace(chosen, lr=scorer.step(chosen.digest)), method=config.name, bn=config.eval.bn,
-        selection=selection, profile=config.profile, seed=config.seed,
-    )  # fmt: skip
-    entries = _entries(config.name, candidates)
-    return scorer.test(entries), scorer.steps(entries)
-
-
-def _entries(method: str, candidates: Mapping[str, str]) -> list[Entry]:
-    """What is tested: the selected weights, the last ones, on request the best on test; then `random`."""
-    own = [name for name in ("val", "last", "test-best") if name in candidates]
-    entries = [
-        Entry(method=method, selection=name, weights=candidates[name], readings=METHODS[method].READINGS)
-        for name in own
-    ]  # fmt: skip
-    if method != "random":
-        entries.append(Entry(method="random", selection="last", weights=candidates["random"], readings=("finetune",)))
-    return entries

@@ -1,8 +1,7 @@
 """`evaluate`: an exported learner on real episodes, and `random` on the same ones."""
 
-import sys
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,16 +9,21 @@ from typing import Any
 import numpy as np
 
 from ray_dfml.data import datasets
-from ray_dfml.errors import UsageError
+from ray_dfml.errors import RejectedError, UsageError
 from ray_dfml.evaluate import EvalConfig
 from ray_dfml.learner import Learner
+from ray_dfml.methods import UNTRAINED
 from ray_dfml.methods.base import World
 from ray_dfml.methods.baselines import untrained
 from ray_dfml.runtime.inputs import fitted, resizing, small_classes
 from ray_dfml.runtime.local import LocalBackend, no_teachers
-from ray_dfml.scorer import Entry, Part, Scorer, accuracies
+from ray_dfml.runtime.progress import Progress
+from ray_dfml.scorer import Entry, Part, Scorer, Set, accuracies
 from ray_dfml.scores import as_row
-from ray_dfml.types import Labelled
+from ray_dfml.types import Backend, Labelled
+
+READINGS = ("finetune",)
+"""How an exported learner is read."""
 
 
 def meta_test(
@@ -28,53 +32,87 @@ def meta_test(
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Rows as in `scores.json`. Images of another size are brought to the learner's, with a line on stderr.
 
-    Raises UsageError where the data's channels or `way` do not fit the learner.
+    The learner adapts with its own step. `random` gets the best of the default `eval.lrs` on validation episodes, as in
+    `train`, or the learner's step where the data have none; a line says which. Raises UsageError where the data's
+    channels or `way` do not fit the learner.
     """
-    learner = Learner.load(weights)
-    whole = datasets.load(spec)
-    part = whole.subset(split)
-    for note in part.notes:
-        print(f"--data {spec}: {note}", file=sys.stderr)
-    images = fitted(part.images, learner.image.shape, f"--data {spec}")
-    if part.shape != learner.image.shape:
-        print(resizing(spec, part.shape, learner.image.shape), file=sys.stderr)
+    learner, progress = Learner.load(weights), Progress()
     way = way or learner.way
     if way > learner.way:
         raise UsageError(f"--way {way}: the learner has {learner.way} outputs")
     if not shots:
         raise UsageError("--shot: name at least one")
+    of = learner.weights
     cfg = EvalConfig.model_validate(
-        {"episodes": episodes, "shots": tuple(shots), "bn": bn or learner.bn, "seed": seed,
-         "steps": learner.weights.steps, "lr": learner.weights.lr}
+        {"episodes": episodes, "shots": tuple(shots), "bn": bn or learner.bn, "seed": seed, "steps": of.steps,
+         "lr": of.lr, "lrs": ()}
     )  # fmt: skip
-    for note in small_classes(part, f"--data {spec}, split {split}", way, cfg):
-        print(note, file=sys.stderr)
-    world = World(
-        cards=(), arch=learner.weights.arch, image=learner.image, way=learner.way, seed=learner.seed,
-        head=learner.weights.head,
-    )  # fmt: skip
+    sets = _sets(spec, split, learner, way, cfg, progress)
+    world = World(cards=(), arch=of.arch, image=of.image, way=of.outputs, seed=learner.seed, head=of.head)
     fresh = untrained(world, steps=cfg.steps, lr=cfg.lr)
-    known = {weights.digest: weights for weights in (learner.weights, fresh)}
-    labelled = Labelled(whole.identity, split, images, part.labels)
-    if backend == "ray":
-        from ray_dfml.runtime.cluster import shards_of
-
-        place = shards_of(workers)
-    else:
-        place = nullcontext(LocalBackend(no_teachers))
-    with place as here:
-        kept = replace(labelled, images=here.keep(labelled.images))
+    known = {one.digest: one for one in (of, fresh)}
+    with _shards(backend, workers) as here:
+        kept = {one.split: replace(one, images=here.keep(one.images)) for one in sets}
 
         def ask(part: Part) -> np.ndarray:
-            return accuracies(here, cfg, known[part.episodes.weights], part, kept, way=way)
+            of_part = part.episodes
+            return accuracies(here, cfg, known[of_part.weights], part, kept[of_part.split], way=way)
 
-        scorer = Scorer(cfg, way=way, head=world.head, val=(), test=[(whole.identity, split)], ask=ask)
-        entries = [
-            Entry(method=method, selection=selection, weights=weights.digest, readings=("finetune",))
-            for method, selection, weights in (
-                (learner.method, learner.selection, learner.weights), ("random", "last", fresh)
-            )
-        ]  # fmt: skip
-        scores = [scorer.test([entry]) for entry in entries]
+        def scorer(lrs: tuple[float, ...], val: list[Set]) -> Scorer:
+            return Scorer(
+                cfg.model_copy(update={"lrs": lrs}), way=way, head=of.head, val=val, test=[(sets[0].data, split)],
+                ask=ask, shards=workers if backend == "ray" else 1, on_work=progress.advance,
+            )  # fmt: skip
+
+        choice = [(one.data, one.split) for one in sets if one.split == "val"]
+        own, other = scorer((), []), scorer(EvalConfig().lrs, choice)
+        tests = [
+            (own, Entry(method=learner.method, selection=learner.selection, weights=of.digest, readings=READINGS)),
+            (other, Entry(method=UNTRAINED, selection="last", weights=fresh.digest, readings=READINGS)),
+        ]
+        total = sum(one.total(lambda ghost, entry=entry: ghost.test([entry])) for one, entry in tests)
+        try:
+            with progress.stage("evaluation", total):
+                scores = [one.test([entry]) for one, entry in tests]
+        finally:
+            progress.stop()
+        for step in other.steps([tests[1][1]]):
+            progress.note(f"{UNTRAINED} adapts with steps of {step.lr:g}, chosen on validation episodes of these data")
     profiles = (learner.profile, "fixed")
-    return [as_row(score, profile) for of, profile in zip(scores, profiles, strict=True) for score in of]
+    return [as_row(score, profile) for of_one, profile in zip(scores, profiles, strict=True) for score in of_one]
+
+
+def _sets(spec: str, split: str, learner: Learner, way: int, cfg: EvalConfig, progress: Progress) -> list[Labelled]:
+    """The images of the split, and those of `val` where `random` takes steps, to choose their size on."""
+    whole = datasets.load(spec)
+    sets = []
+    for name in (split,) if learner.weights.head == "protonet" else dict.fromkeys((split, "val")):
+        what = f"--data {spec}, split {name}"
+        try:
+            part = whole.subset(name)
+            small = small_classes(part, what, way, cfg)
+        except (UsageError, RejectedError):
+            if name == split:
+                raise
+            progress.note(f"{UNTRAINED} adapts with the learner's step: {spec} has no validation episodes")
+            continue
+        if name == split:
+            for note in [f"--data {spec}: {note}" for note in part.notes] + small:
+                progress.note(note)
+            if part.shape != learner.image.shape:
+                progress.note(resizing(spec, part.shape, learner.image.shape))
+        images = fitted(part.images, learner.image.shape, f"--data {spec}")
+        sets.append(Labelled(whole.identity, name, images, part.labels))
+    return sets
+
+
+@contextmanager
+def _shards(backend: str, workers: int) -> Iterator[Backend]:
+    """Where jobs without teachers are done."""
+    if backend == "local":
+        yield LocalBackend(no_teachers)
+        return
+    from ray_dfml.runtime.cluster import shards_of
+
+    with shards_of(workers) as shards:
+        yield shards

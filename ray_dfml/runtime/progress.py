@@ -2,11 +2,13 @@
 
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, TextColumn
+from rich.progress import BarColumn, TaskID, TextColumn
 from rich.progress import Progress as RichProgress
 
 INTERVAL_SECONDS = 10.0
@@ -14,37 +16,92 @@ VALIDATION = {"validation": "validation"}
 """What is shown of every method, with the word for it."""
 
 
+@dataclass
+class _Stage:
+    """Work of one kind that is going on: what it is called, how much there is, how much is done, and since when."""
+
+    what: str
+    total: float
+    began: float
+    done: float = 0.0
+    task: TaskID | None = None
+
+    def text(self, now: float) -> str:
+        """How far it is, and the time that is left."""
+        share = self.done / max(self.total, self.done)
+        return f"{100 * share:.0f} %  eta {_clock((now - self.began) * (1 / share - 1))}"
+
+
 class Progress:
-    """Reports rounds. `shown` are metrics in percent that the line has, with their words; `quiet` says nothing."""
+    """Reports rounds, and stages such as a test. `shown` are metrics in percent that the line of a round has, with
+    their words; `quiet` says nothing."""
 
     def __init__(self, shown: Mapping[str, str] | None = None, *, quiet: bool = False) -> None:
         self._shown = {**(shown or {}), **VALIDATION}
         self._console = Console(stderr=True)
         self._quiet = quiet
         self._live: RichProgress | None = None
+        self._task: TaskID | None = None
+        self._stage: _Stage | None = None
         self._printed = 0.0
         self._rounds = 0
 
     def start(self, rounds: int, done: int) -> None:
         """Begin a run of `rounds`, of which `done` are done."""
         self._rounds = rounds
-        if not self._quiet and self._console.is_terminal:
-            self._live = RichProgress(
-                TextColumn("round {task.completed}/{task.total}"), BarColumn(), TextColumn("{task.description}"),
-                console=self._console,
-            )  # fmt: skip
-            self._live.start()
-            self._task = self._live.add_task("", total=rounds, completed=done)
+        self._task = self._add(f"round {done}/{rounds}", total=rounds, completed=done)
 
     def round(self, done: int, eta: float, row: Mapping[str, Any]) -> None:
         """Round number `done` has ended; `row` is its line of metrics."""
         shown = "  ".join(f"{w} {row[k]:.1f} %" for k, w in self._shown.items() if isinstance(row.get(k), float))
-        text = f"eta {_clock(eta)}  {shown}"
-        if self._live is not None:
-            self._live.update(self._task, completed=done, description=text)
-        elif not self._quiet and (time.monotonic() - self._printed > INTERVAL_SECONDS or done == self._rounds):
+        head, text = f"round {done}/{self._rounds}", f"eta {_clock(eta)}  {shown}"
+        if self._live is not None and self._task is not None:
+            self._live.update(self._task, completed=done, head=head, description=text)
+        elif done == self._rounds or self._due():
+            self._print(f"{head}  {text}")
+
+    @contextmanager
+    def stage(self, what: str, total: float) -> Iterator[None]:
+        """Report work of one kind, of which `advance` tells each part; it has no line of its own once it is over."""
+        stage = _Stage(what, total, time.monotonic(), task=self._add(what, total=total))
+        self._stage = stage
+        try:
+            yield
+        finally:
+            self._stage = None
+            if self._live is not None and stage.task is not None:
+                self._live.remove_task(stage.task)
+
+    def advance(self, work: float) -> None:
+        """So much of the work of the stage is done."""
+        stage = self._stage
+        if stage is None:
+            return
+        stage.done += work
+        text = stage.text(time.monotonic())
+        if self._live is not None and stage.task is not None:
+            self._live.update(stage.task, completed=stage.done, description=text)
+        elif self._due(stage.began):
+            self._print(f"{stage.what} {text}")
+
+    def _add(self, head: str, **values: Any) -> TaskID | None:
+        """A line of the live display, which begins with the first; None without a terminal."""
+        if self._quiet or not self._console.is_terminal:
+            return None
+        if self._live is None:
+            columns = (TextColumn("{task.fields[head]}"), BarColumn(), TextColumn("{task.description}"))
+            self._live = RichProgress(*columns, console=self._console)
+            self._live.start()
+        return self._live.add_task("", head=head, **values)
+
+    def _due(self, began: float = 0.0) -> bool:
+        """Whether it is time for the next plain line of what began then."""
+        return time.monotonic() - max(self._printed, began) > INTERVAL_SECONDS
+
+    def _print(self, line: str) -> None:
+        if not self._quiet:
             self._printed = time.monotonic()
-            print(f"round {done}/{self._rounds}  {text}", file=sys.stderr, flush=True)
+            print(line, file=sys.stderr, flush=True)
 
     def note(self, text: str) -> None:
         """One line."""

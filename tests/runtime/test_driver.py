@@ -13,12 +13,13 @@ import torch
 from ray_dfml.errors import Interrupted, LearnerLost, RejectedError, UsageError
 from ray_dfml.pipeline import Trainer
 from ray_dfml.runtime import driver
+from ray_dfml.runtime.assess import Assessment
 from ray_dfml.runtime.checkpoint import Saved
 from ray_dfml.runtime.learning import Done
 from ray_dfml.runtime.local import LocalSession
 from ray_dfml.runtime.progress import Progress
 from ray_dfml.runtime.rundir import RunFolder
-from ray_dfml.scorer import Part, Scorer
+from ray_dfml.scorer import Part
 from tests.runtime import toy
 
 
@@ -149,7 +150,7 @@ def test_what_the_learner_tells_the_driver_does_not_grow_with_the_bank(
         answers.clear()
 
     monkeypatch.setattr(RunFolder, "log", stop)
-    monkeypatch.setattr(driver, "_finish", lambda *_: ([], []))
+    monkeypatch.setattr(Assessment, "finish", lambda *_: ([], []))
     toy.train(toy.config(method, toy_pool, toy_data, "method.images_per_class=150"), tmp_path / "run")
     state = toy.last_state(tmp_path / "run")
     held = (
@@ -250,10 +251,14 @@ def test_one_process_at_a_time_writes_a_run_folder(tmp_path: Path, free_run: Pat
 def test_the_learner_is_exported_before_it_is_tested(
     tmp_path: Path, toy_pool: Path, toy_data: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(*_: Any) -> None:
-        raise RuntimeError("the test failed")
+    answer = Trainer.score
 
-    monkeypatch.setattr(Scorer, "test", fail)
+    def fail(self: Trainer, part: Part) -> Any:
+        if part.episodes.split == "test":
+            raise RuntimeError("the test failed")
+        return answer(self, part)
+
+    monkeypatch.setattr(Trainer, "score", fail)
     with pytest.raises(RuntimeError, match="the test failed"):
         toy.train(toy.config("free", toy_pool, toy_data), tmp_path / "run")
     assert (tmp_path / "run" / "learner.safetensors").exists()

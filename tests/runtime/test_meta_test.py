@@ -40,10 +40,10 @@ def test_images_of_another_size_are_brought_to_the_learner(
     tmp_path: Path, toy_data: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The shared images are the fitted ones, and one line says so."""
-    seen: list[np.ndarray] = []
+    seen: dict[str, np.ndarray] = {}
 
     def note(backend: Any, cfg: Any, weights: Any, part: Part, labelled: Labelled, **more: Any) -> np.ndarray:
-        seen.append(labelled.images)
+        seen[part.episodes.split] = labelled.images
         return scorer.accuracies(backend, cfg, weights, part, labelled, **more)
 
     monkeypatch.setattr(meta_test, "accuracies", note)
@@ -51,16 +51,50 @@ def test_images_of_another_size_are_brought_to_the_learner(
     assert [(row["method"], row["episodes"], row["data"]) for row in rows] == [
         ("free", 4, datasets.load(toy_data).identity), ("random", 4, datasets.load(toy_data).identity),
     ]  # fmt: skip
-    wanted = fitted(datasets.load(toy_data).subset("test").images, (3, 20, 20), "")
-    assert [np.array_equal(images, wanted) for images in seen] == [True, True]
-    assert capsys.readouterr().err == f"--data {toy_data}: images of 1x16x16 are brought to the learner's 3x20x20\n"
+    assert set(seen) == {"val", "test"}
+    for split, images in seen.items():
+        assert np.array_equal(images, fitted(datasets.load(toy_data).subset(split).images, (3, 20, 20), ""))
+    first, *_ = capsys.readouterr().err.splitlines()
+    assert first == f"--data {toy_data}: images of 1x16x16 are brought to the learner's 3x20x20"
 
 
 def test_images_of_the_learners_size_are_used_as_they_are(
     tmp_path: Path, toy_data: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert len(evaluated(export(tmp_path, (1, 16, 16)), toy_data)) == 2
-    assert capsys.readouterr().err == ""
+    assert "brought" not in capsys.readouterr().err
+
+
+def test_random_gets_a_step_of_its_own_on_validation_episodes(
+    tmp_path: Path, toy_data: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The learner keeps the step of its export, whatever the test would like."""
+    asked: dict[tuple[str, float], set[str]] = {}
+
+    def answer(backend: Any, cfg: Any, weights: LearnerWeights, part: Part, *_: Any, **__: Any) -> np.ndarray:
+        mine = bool((weights.theta == 0).all())
+        asked.setdefault(("free" if mine else "random", part.episodes.lr), set()).add(part.episodes.split)
+        best = 0.2 if part.episodes.split == "val" else 0.5
+        return np.full(part.stop - part.start, 100 * (part.episodes.lr == best))
+
+    monkeypatch.setattr(meta_test, "accuracies", answer)
+    evaluated(export(tmp_path, (1, 16, 16)), toy_data)
+    others = {("random", lr): {"val"} for lr in (0.01, 0.05, 0.5)}
+    assert asked == {("free", 0.1): {"test"}, ("random", 0.2): {"val", "test"}, **others}
+    line = "random adapts with steps of 0.2, chosen on validation episodes of these data"
+    assert capsys.readouterr().err.splitlines() == [line]
+
+
+def test_without_validation_episodes_random_takes_the_learners_step(
+    tmp_path: Path, toy_data: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = datasets.load(toy_data)
+    bare = datasets.replace(whole, class_splits={**(whole.class_splits or {}), "val": ()})
+    monkeypatch.setattr(meta_test.datasets, "load", lambda spec: bare)
+    assert len(evaluated(export(tmp_path, (1, 16, 16)), toy_data)) == 2
+    assert capsys.readouterr().err.splitlines() == [
+        f"random adapts with the learner's step: {toy_data} has no validation episodes"
+    ]
 
 
 def test_other_channels_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, toy_data: str) -> None:
