@@ -29,6 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ray_dfml.core.backbones import Conv4
+from ray_dfml.core.layers import channels_last
 from ray_dfml.core.net import Net
 from ray_dfml.core.norm import EPS
 
@@ -99,16 +100,17 @@ def nhwc(a: Tensor) -> Tensor:
 
 def convolve(x: Tensor, weight: Tensor, groups: int = 1) -> Tensor:
     """The 3x3 convolution [n h w o] of images [n h w c], zero-padded, without a bias."""
-    return nhwc(torch.conv2d(nchw(x), weight, None, 1, 1, 1, groups)).contiguous()
+    return nhwc(torch.conv2d(channels_last(nchw(x)), channels_last(weight), None, 1, 1, 1, groups)).contiguous()
 
 
 def convolve_backward(
     gradient: Tensor, x: Tensor, weight: Tensor, *, of_input: bool = True, of_weight: bool = True, groups: int = 1
 ) -> tuple[Tensor, Tensor]:
     """Gradients of `convolve` in its input and its weight from that of its output; those not asked for are empty."""
-    wanted = [of_input, of_weight, False]
+    ones, wanted = [1, 1], [of_input, of_weight, False]
+    gradient, x, weight = nchw(gradient), channels_last(nchw(x)), channels_last(weight)
     found = torch.ops.aten.convolution_backward(
-        nchw(gradient), nchw(x), weight, None, [1, 1], [1, 1], [1, 1], False, [0, 0], groups, wanted
+        gradient, x, weight, None, ones, ones, ones, False, [0, 0], groups, wanted
     )
     return nhwc(found[0]) if of_input else x.new_empty(0), found[1] if of_weight else x.new_empty(0)
 
@@ -124,7 +126,6 @@ def lay(images: Tensor, *, patches: bool = False) -> Images:
         return Images(x)
     k = 9 * c
     identity = torch.eye(k, dtype=x.dtype, device=x.device).view(k, c, 3, 3).repeat(t, 1, 1, 1)
-    identity = identity.contiguous(memory_format=torch.channels_last)
     found = convolve(x, identity, t)
     mean = found.mean((0, 1, 2))
     products = convolve_backward(found.sub_(mean), x, identity, of_input=False, groups=t)[1]
@@ -154,7 +155,7 @@ class Conv4Passes:
         for i in range(self.depth):
             weight = named[f"blocks.{i}.conv.weight"].reshape(-1, *layout.shapes[f"blocks.{i}.conv.weight"][1:])
             gamma, beta = (named[f"blocks.{i}.norm.{name}"].reshape(-1) for name in ("weight", "bias"))
-            blocks.append((weight.contiguous(memory_format=torch.channels_last), gamma, beta))
+            blocks.append((channels_last(weight), gamma, beta))
         return blocks, named["head.weight"].view(len(theta), *layout.shapes["head.weight"]), named["head.bias"]
 
     def join(self, blocks: list[tuple[Tensor, Tensor, Tensor]], head: Tensor, bias: Tensor) -> Tensor:

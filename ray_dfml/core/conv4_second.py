@@ -117,8 +117,7 @@ def _forward(
     if d_x is None:
         d_y = convolve(b.input, d_weight)
     else:  # conv(d_x, w) + conv(x, d_w) is one convolution of both inputs
-        both = torch.cat([b.weight, d_weight], 1).contiguous(memory_format=torch.channels_last)
-        d_y = convolve(torch.cat([d_x, b.input], -1), both)
+        d_y = convolve(torch.cat([d_x, b.input], -1), torch.cat([b.weight, d_weight], 1))
     d_weight_cov = None
     if b.conv is None:
         assert images.patches is not None
@@ -178,6 +177,7 @@ def _backward(
     d_of_weight = convolve_backward(
         torch.cat([d_spread, s.conv]), torch.cat([b.input, d.input]), b.weight, of_input=False
     )[1]
-    both = torch.cat([b.weight, d.weight]).contiguous(memory_format=torch.channels_last)
-    d_below = convolve_backward(torch.cat([d_spread, s.conv], -1), b.input, both, of_weight=False)[0]
+    d_below = convolve_backward(
+        torch.cat([d_spread, s.conv], -1), b.input, torch.cat([b.weight, d.weight]), of_weight=False
+    )[0]
     return (d_of_weight, d_of_gamma, d_of_beta), d_below

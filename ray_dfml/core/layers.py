@@ -94,10 +94,14 @@ class Layers:
 
 
 def channels_last(x: Tensor) -> Tensor:
-    """Images [n c h w] with the same values, laid out as [n h w c] on a CPU, which convolves and pools them faster."""
+    """Images [n c h w] with the same values, laid out as [n h w c] on a CPU, which convolves and pools them faster.
+
+    One channel is both layouts. Its stride, which `view` makes 1, tells a convolution which of them to answer in.
+    """
     if x.device.type != "cpu":
         return x
-    return x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
+    n, c, h, w = x.shape
+    return x.permute(0, 2, 3, 1).flatten(1).view(n, h, w, c).permute(0, 3, 1, 2)
 
 
 def conv_shapes(name: str, channels_in: int, channels: int, size: int, *, bias: bool = False) -> Shapes:
