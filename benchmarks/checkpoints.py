@@ -78,7 +78,7 @@ def of_purer(state: State, of: World, rounds: int, visited: int) -> Iterator[Sta
 
 def measure(name: str, method: str, of: World, out: Path, rounds: int, visited: int) -> None:
     """One row: the medians over the rounds after the first."""
-    config = resolve(method, sets=[])
+    config = resolve(method, settings=[])
     folder = out / name.replace(" ", "-")
     folder.mkdir(parents=True)
     learning = Learning(config.model_dump(mode="json"), of, [], LocalBackend(no_teachers), folder)

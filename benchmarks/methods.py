@@ -65,7 +65,7 @@ def run(method: str, seed: int, spec: str, out: Path, seconds: float) -> dict[st
     parts = {split: data.subset(split) for split in ("train", "val", "test")}
     sets = [Labelled("omniglot", s, np.ascontiguousarray(parts[s].images), parts[s].labels) for s in ("val", "test")]
     oracle = method == "maml-oracle"
-    config = resolve(method, preset=INVERSION.get(method), sets=(*(ORACLE if oracle else ()), *TEST), seed=seed)
+    config = resolve(method, preset=INVERSION.get(method), settings=(*(ORACLE if oracle else ()), *TEST), seed=seed)
     train = parts["train"]
     real = {f"omniglot/{c}": train.images[train.labels == i] for i, c in enumerate(train.class_names)}
     first = pool.cards[0]
@@ -86,11 +86,11 @@ def run(method: str, seed: int, spec: str, out: Path, seconds: float) -> dict[st
         row = {"seconds": round(spent, 2)} | {k: v for k, v in metrics.items() if not k.startswith("seconds/")}
         row["recovery_share"] = metrics.get(f"seconds/{method}.recover", 0.0) / metrics["seconds/round"]
         if method in (*INVERSION, "maml-oracle") and spent > seconds * (len(_validated(rows)) + 1) / CHECKPOINTS:
-            row["validation"] = scorer.validate(trainer.candidates()["last"], trainer.method.READINGS[-1])
+            row["validation"] = scorer.validate(trainer.candidates()["last"], trainer.method.readings[-1])
         rows.append(row)
         r += 1
     last = trainer.candidates()["last"]
-    entries = [Entry(method=method, selection="last", weights=last, readings=trainer.method.READINGS)]
+    entries = [Entry(method=method, selection="last", weights=last, readings=trainer.method.readings)]
     scores = {f"{s.method} {s.shot}": s.accuracies.tolist() for s in scorer.test(entries)}
     return {
         "commit": commit,

@@ -51,7 +51,7 @@ def _nothing(op: str, jobs: Any, shared: Any) -> list[Any]:
 
 def free_rounds(world: World, shard: Shard) -> Iterator[Step]:
     """FIVE on four teachers in turn, and the generator's outer step."""
-    cfg = resolve("free", preset="characters", sets=["method.warmup=1000000"]).method
+    cfg = resolve("free", preset="characters", settings=["method.warmup=1000000"]).method
     state, r, bank = free.init(cfg, world), 0, {}
     while True:
         cards = [world.cards[(4 * r + j) % len(world.cards)] for j in range(4)]
@@ -69,7 +69,7 @@ def free_rounds(world: World, shard: Shard) -> Iterator[Step]:
 
 def purer_rounds(world: World, shard: Shard) -> Iterator[Step]:
     """Steps on the images of all teachers."""
-    cfg = resolve("purer", preset="characters-purer", sets=["method.image_warmup=1000000"]).method
+    cfg = resolve("purer", preset="characters-purer", settings=["method.image_warmup=1000000"]).method
     state, r = purer.init(cfg, world), 0
     while True:
         jobs, shared = purer.plan(cfg, world, state, r), purer.shared(cfg, world, state, r)
@@ -92,7 +92,7 @@ def _of_teachers(world: World, images: dict[str, Any]) -> Bank:
 def bidf_pass(world: World, shard: Shard, iterations: int) -> Iterator[Step]:
     """Support and query set of one teacher after another, each from a new generator."""
     cfg = resolve(
-        "bidf-mkd", preset="characters-bidf", sets=["method.boundary=false", f"method.iterations={iterations}"]
+        "bidf-mkd", preset="characters-bidf", settings=["method.boundary=false", f"method.iterations={iterations}"]
     ).method
     state, bank = bidf.init(cfg, world), {}
     for r, card in enumerate(world.cards):

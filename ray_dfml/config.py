@@ -92,7 +92,7 @@ def parse_set(text: str) -> tuple[list[str], Any]:
 
 
 def resolve(
-    name: str, *, profile: str = "fixed", preset: str | None = None, sets: Sequence[str] = (), **values: Any
+    name: str, *, profile: str = "fixed", preset: str | None = None, settings: Sequence[str] = (), **values: Any
 ) -> RunConfig:
     """The full configuration of method `name`, with the paths of `pool` and `data` made absolute.
 
@@ -116,7 +116,7 @@ def resolve(
         if known[preset] != name:
             raise UsageError(f"preset {preset!r} is for {known[preset]}, not for {name}")
         _merge(tree, METHODS[name].presets[preset].values)
-    for text in sets:
+    for text in settings:
         path, value = parse_set(text)
         if path[0] in RunConfig.model_fields and path[0] not in SECTIONS:
             raise UsageError(f"--set {text}: {path[0]} has an option of its own; --set takes {', '.join(SECTIONS)}")
@@ -145,10 +145,10 @@ def build(tree: Mapping[str, Any]) -> RunConfig:
         raise UsageError(_one_line(error, RunConfig, "")) from None
 
 
-def pretrain_config(sets: Sequence[str]) -> PretrainConfig:
+def pretrain_config(settings: Sequence[str]) -> PretrainConfig:
     """The recipe of `pool build` from its `--set pretrain.x=y`. Raises UsageError for other keys."""
     tree: dict[str, Any] = {}
-    for text in sets:
+    for text in settings:
         path, value = parse_set(text)
         if path[0] != "pretrain" or len(path) != 2:
             raise UsageError(f"--set {text}: pool build takes pretrain.* only")

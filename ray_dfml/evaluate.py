@@ -21,7 +21,7 @@ from ray_dfml.core.images import normalise, to_pixels
 from ray_dfml.core.inner_loop import Head, adapted, adapted_each, plain_grad
 from ray_dfml.core.net import Net
 from ray_dfml.methods.icfil import IcfilConfig, calibrate
-from ray_dfml.types import Arrays, Job, LearnerWeights, Worker
+from ray_dfml.types import Arrays, Job, LearnerWeights, Shard
 
 BatchNormMode = Literal["transductive", "support", "running"]
 EPISODES_PER_JOB = 10
@@ -140,13 +140,13 @@ def shared(cfg: EvalConfig, weights: LearnerWeights, *, reading: str, images: An
     }
 
 
-def evaluate(worker: Worker, jobs: Sequence[Job], shared: Arrays) -> list[Arrays]:
+def evaluate(shard: Shard, jobs: Sequence[Job], shared: Arrays) -> list[Arrays]:
     """The `evaluate` op: accuracies in percent of the episodes of each job.
 
     Readings: `finetune` adapts to the support; `direct` takes output unit c for way c and ignores the support;
     `assign` matches output units to ways on the support's log-probabilities (both with the weights' own statistics).
     """
-    device, weights = worker.device, LearnerWeights.of(shared["weights"])
+    device, weights = shard.device, LearnerWeights.of(shared["weights"])
     weights = replace(weights, theta=weights.theta.to(device), stats=weights.stats.to(device))
     mean, std = (torch.tensor(values, device=device) for values in (weights.image.mean, weights.image.std))
 

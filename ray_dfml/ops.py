@@ -20,4 +20,4 @@ OPS: dict[str, Op] = {
     "maml.grad": replay.grad,
     **{op: function for name, method in METHODS.items() for op, function in of_method(name, method).items()},
 }
-"""Name -> function (worker, jobs, shared) -> one result per job, in order."""
+"""Name -> function (shard, jobs, shared) -> one result per job, in order."""

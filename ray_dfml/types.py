@@ -100,7 +100,7 @@ class Backend(Protocol):
 
 
 class Teacher(Protocol):
-    """A pool member as an op sees it, frozen, on the worker's device."""
+    """A pool member as an op sees it, frozen, on the shard's device."""
 
     @property
     def card(self) -> TeacherCard:
@@ -123,8 +123,8 @@ class Teacher(Protocol):
         ...
 
 
-class Worker(Protocol):
-    """What an op may ask of the process it runs in."""
+class Shard(Protocol):
+    """A shard as an op sees it: the process it runs in."""
 
     device: torch.device
     batched: bool

@@ -18,9 +18,9 @@ from ray_dfml.methods.base import (
     Panel,
     Preset,
     Send,
+    Shard,
     State,
     Teacher,
-    Worker,
     World,
     initial_learner,
     teacher_job,
@@ -55,7 +55,7 @@ def shared(cfg: Config, world: World, state: State, r: int) -> Arrays:
     return {"cfg": cfg.model_dump(), "shape": world.image.shape}
 
 
-def recover(worker: Worker, jobs: Sequence[Job], shared: Arrays) -> list[Arrays]:
+def recover(shard: Shard, jobs: Sequence[Job], shared: Arrays) -> list[Arrays]:
     """Noise, and the class that the teacher takes each image for."""
     cfg = Config.model_validate(shared["cfg"])
 
@@ -64,17 +64,17 @@ def recover(worker: Worker, jobs: Sequence[Job], shared: Arrays) -> list[Arrays]
         for job, teacher in zip(jobs, teachers, strict=True):
             rng = torch.Generator().manual_seed(job.seed)
             pixels = cfg.contrast * torch.rand(cfg.images, *shared["shape"], generator=rng)
-            seen = inversion.as_teacher_sees(pixels.to(worker.device), teacher.card.image)
+            seen = inversion.as_teacher_sees(pixels.to(shard.device), teacher.card.image)
             logits = teacher.net(teacher.theta, seen, teacher.stats)
             confidence = 100.0 * float(logits.softmax(-1).amax(-1).mean())
             task = {"teacher": job.teacher, "classes": teacher.card.classes, "confidence": confidence}
             found.append(task | {"images": to_bytes(pixels), "labels": logits.argmax(-1).cpu().numpy()})
         return found
 
-    return recovery.recover(worker, jobs, label)
+    return recovery.recover(shard, jobs, label)
 
 
-def count(worker: Worker, jobs: Sequence[Job], shared: Arrays) -> list[Arrays]:
+def count(shard: Shard, jobs: Sequence[Job], shared: Arrays) -> list[Arrays]:
     """An op of its own: how many images a job brings."""
     return [{"images": len(job.values["images"])} for job in jobs]
 
@@ -95,7 +95,7 @@ def learn(cfg: Config, world: World, state: State, r: int, results: list[Arrays]
     return state, metrics
 
 
-def cost(cfg: Config, world: World, worker: Worker) -> Cost:
+def cost(cfg: Config, world: World, shard: Shard) -> Cost:
     """The noise is free."""
     return Cost(images=cfg.rounds * cfg.images * len(world.cards), least=0, most=cfg.rounds, meta=cfg.replay)
 

@@ -1,4 +1,4 @@
-"""Shared by the tests: a worker without a cluster, small worlds, and numerical derivatives."""
+"""Shared by the tests: a shard without a cluster, small worlds, and numerical derivatives."""
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
@@ -41,8 +41,8 @@ class FakeTeacher:
         return FakeTeacher(self.card, self.net, self.theta.double(), self.stats.double())
 
 
-class FakeWorker:
-    """A worker process without the process: teachers drawn from their names, on the CPU. `sent` logs the work."""
+class FakeShard:
+    """A shard process without the process: teachers drawn from their names, on the CPU. `sent` logs the work."""
 
     def __init__(self, world: World, *, batched: bool = False) -> None:
         self.device, self.batched = torch.device("cpu"), batched
@@ -67,16 +67,16 @@ class FakeWorker:
 
 
 def play(
-    name: str, cfg: Any, world: World, *, rounds: int = 1, first: int = 1, worker: FakeWorker | None = None
+    name: str, cfg: Any, world: World, *, rounds: int = 1, first: int = 1, shard: FakeShard | None = None
 ) -> tuple[State, State, dict[str, Any]]:
     """The state before and after `rounds` rounds of a method in this process, and the last metrics."""
-    worker, method = worker or FakeWorker(world), METHODS[name]
+    shard, method = shard or FakeShard(world), METHODS[name]
     state = before = method.init(cfg, world)
     metrics: dict[str, Any] = {}
     for r in range(first, first + rounds):
         jobs = method.plan(cfg, world, state, r)
-        results = worker.send(f"{name}.recover", jobs, method.shared(cfg, world, state, r)) if jobs else []
-        state, metrics = method.learn(cfg, world, state, r, results, worker.send)
+        results = shard.send(f"{name}.recover", jobs, method.shared(cfg, world, state, r)) if jobs else []
+        state, metrics = method.learn(cfg, world, state, r, results, shard.send)
     return before, state, metrics
 
 

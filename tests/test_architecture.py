@@ -172,8 +172,8 @@ import ray_dfml.core.net, ray_dfml.evaluate, ray_dfml.pipeline, ray_dfml.report,
 import ray_dfml.runtime.build_pool, ray_dfml.runtime.meta_test
 from ray_dfml import Learner, Pool, train
 from ray_dfml.methods import METHODS
-pool, data, run, *sets = sys.argv[1:]
-rows = train("free", pool=pool, data=data, run_dir=run, sets=sets, backend="local")
+pool, data, run, *settings = sys.argv[1:]
+rows = train("free", pool=pool, data=data, run_dir=run, settings=settings, backend="local")
 assert [row["method"] for row in rows][-1] == "random", rows
 assert Learner.load(run).way == len(Pool.open(pool).cards[0].classes)
 assert "ray" not in sys.modules
@@ -183,7 +183,7 @@ main(["train", "free", "--pool", pool, "--run-dir", run + "-2"])
 
 
 def test_a_run_of_one_process_needs_no_ray(tmp_path: Path, free_run: Path, toy_pool: Path, toy_data: str) -> None:
-    words = [str(toy_pool), toy_data, str(tmp_path / "run"), *toy.SETS["free"]]
+    words = [str(toy_pool), toy_data, str(tmp_path / "run"), *toy.SETTINGS["free"]]
     done = subprocess.run(
         [sys.executable, "-c", WITHOUT_RAY, *words], cwd=ROOT, capture_output=True, text=True, check=False
     )

@@ -31,14 +31,14 @@ def place(data: str) -> str:
 
 
 def make(
-    path: Path, scores: Scores, *, name: str = "free", seed: int = 0, sets: Sequence[str] = (), rounds: int = 2,
+    path: Path, scores: Scores, *, name: str = "free", seed: int = 0, settings: Sequence[str] = (), rounds: int = 2,
     state: str = "done", data: Sequence[str] = (GLYPHS,), **changes: Any,
 ) -> Path:  # fmt: skip
     """A run folder with `scores`: "METHOD/SELECTION" -> accuracies of its episodes; `changes` are of every score."""
     path.mkdir(parents=True)
-    tree = config.resolve(name, seed=seed, pool=["pools/p"], data=[place(one) for one in data], sets=sets).model_dump(
-        mode="json"
-    )
+    tree = config.resolve(
+        name, seed=seed, pool=["pools/p"], data=[place(one) for one in data], settings=settings
+    ).model_dump(mode="json")
     (path / "config.yaml").write_text(yaml.safe_dump(tree))
     noted = {"pool": [{"path": "pools/p", "sha256": "ab"}], "data": [{"spec": place(one), "data": one} for one in data]}
     (path / "manifest.json").write_text(json.dumps(noted))
@@ -132,8 +132,8 @@ def test_the_reference_is_the_best_baseline_of_all_runs(tmp_path):
 def test_a_difference_between_unlike_adaptations_says_so(tmp_path):
     """The same episodes, but other steps: a difference may be the protocol's, not the method's."""
     base = make(tmp_path / "a", {"average/last": AVERAGE}, name="average")
-    same = make(tmp_path / "b", {"free/last": FREE}, sets=["eval.val_episodes=7", "eval.lr=0.3"])
-    other = make(tmp_path / "c", {"purer/last": FREE}, name="purer", sets=["eval.steps=3", "learner.head=anil"])
+    same = make(tmp_path / "b", {"free/last": FREE}, settings=["eval.val_episodes=7", "eval.lr=0.3"])
+    other = make(tmp_path / "c", {"purer/last": FREE}, name="purer", settings=["eval.steps=3", "learner.head=anil"])
     rows = compare([base, same, other]).rows
     assert row_of(rows, "free")["note"] is None
     assert row_of(rows, "purer")["note"] == "adapts with other learner.head, eval.steps than the reference"
@@ -152,8 +152,8 @@ OTHER: dict[str, dict[str, Any]] = {
     "split": {"split": "val"},
     "way": {"way": 3},
     "shot": {"shot": 5},
-    "query": {"sets": ["eval.query=3"]},
-    "eval.seed": {"sets": ["eval.seed=1"]},
+    "query": {"settings": ["eval.query=3"]},
+    "eval.seed": {"settings": ["eval.seed=1"]},
     "bn": {"bn": "support"},
 }
 
@@ -175,7 +175,7 @@ def test_other_episodes_give_no_difference_but_a_reason(tmp_path, field):
 def test_a_baseline_left_out_is_named_beside_the_one_that_is_used(tmp_path):
     runs = [
         make(tmp_path / "free", {"free/last": FREE, "random/last": RANDOM}),
-        make(tmp_path / "ota", {"ota/last": AVERAGE, "random/last": RANDOM}, name="ota", sets=["eval.seed=1"]),
+        make(tmp_path / "ota", {"ota/last": AVERAGE, "random/last": RANDOM}, name="ota", settings=["eval.seed=1"]),
         make(tmp_path / "dro", {"dro/last": AVERAGE}, name="dro", shot=5),
     ]
     found = compare(runs)
@@ -273,11 +273,11 @@ def test_seeds_of_equal_settings_have_a_mean(tmp_path):
     ]
 
 
-@pytest.mark.parametrize("sets", [["method.steps=2"], ["eval.lrs=[0.1]"]])
-def test_seeds_of_other_settings_have_none(tmp_path, sets):
+@pytest.mark.parametrize("settings", [["method.steps=2"], ["eval.lrs=[0.1]"]])
+def test_seeds_of_other_settings_have_none(tmp_path, settings):
     runs = [
         make(tmp_path / "a", {"free/last": FREE}, seed=0),
-        make(tmp_path / "b", {"free/last": AVERAGE}, seed=1, sets=sets),
+        make(tmp_path / "b", {"free/last": AVERAGE}, seed=1, settings=settings),
         make(tmp_path / "c", {"free/val": AVERAGE}, seed=2),
         make(tmp_path / "d", {"free/last": AVERAGE}, seed=0),
     ]
@@ -345,7 +345,7 @@ def test_cost_and_step_of_a_run(tmp_path):
     assert (own["recover_seconds"], own["seconds"], own["rounds"], own["seeds"]) == (3.0, 8.0, 2, [0])
     edit(run / "status.json", test_step=None)
     assert row_of(compare([run]).rows, "random")["steps"] == [0.01]
-    rows = compare([make(tmp_path / "proto", {"free/last": FREE}, sets=["learner.head=protonet"])]).rows
+    rows = compare([make(tmp_path / "proto", {"free/last": FREE}, settings=["learner.head=protonet"])]).rows
     assert rows[0]["steps"] == []
 
 

@@ -122,7 +122,7 @@ def test_the_published_test_has_one_step_size(method: str) -> None:
     assert resolve(method).eval.lr == 0.01
     for profile in ("paper", "code"):
         assert resolve(method, profile=profile).eval.lrs == ()
-        again = resolve(method, profile=profile, sets=["eval.lrs=[0.1]"])
+        again = resolve(method, profile=profile, settings=["eval.lrs=[0.1]"])
         assert again.eval.lrs == (0.1,)
 
 
@@ -181,13 +181,13 @@ def test_the_order_is_profile_preset_set() -> None:
     assert "flip" not in own
     both = resolve("free", profile="paper", preset="characters").method.model_dump()
     assert (both["warmup"], both["crop_pad"], both["flip"]) == (own["warmup"], own["crop_pad"], "off")
-    last = resolve("free", profile="paper", preset="characters", sets=["method.warmup=7", "method.warmup=8"])
+    last = resolve("free", profile="paper", preset="characters", settings=["method.warmup=7", "method.warmup=8"])
     assert (last.method.model_dump()["warmup"], last.method.model_dump()["crop_pad"]) == (8, own["crop_pad"])
 
 
 def test_a_set_keeps_its_neighbours() -> None:
     """One nested value does not reset those beside it, nor the tables of profiles and presets."""
-    found = resolve("free", profile="code", sets=["method.replay.shot=1"]).method.model_dump()["replay"]
+    found = resolve("free", profile="code", settings=["method.replay.shot=1"]).method.model_dump()["replay"]
     assert (found["shot"], found["reduction"], found["max_updates"]) == (1, "sum", 1_000_000)
     assert "shot" not in METHODS["free"].profiles["code"]["method"]["replay"]
     assert resolve("free", profile="code").method.model_dump()["replay"]["shot"] == 5
@@ -196,12 +196,14 @@ def test_a_set_keeps_its_neighbours() -> None:
 @pytest.mark.parametrize(("method", "part"), [(m, p) for m in METHODS for p in ("meta", "replay") if p in fields(m)])
 def test_a_set_changes_one_value(method: str, part: str) -> None:
     """Also where a method's default of a nested part is not that of the part's class."""
-    assert difference(resolve(method), resolve(method, sets=[f"method.{part}.shot=3"])) == {f"method.{part}.shot": 3}
+    assert difference(resolve(method), resolve(method, settings=[f"method.{part}.shot=3"])) == {
+        f"method.{part}.shot": 3
+    }
 
 
 @pytest.mark.parametrize(("text", "value"), [("1e-4", 1e-4), ("1E5", 1e5), ("0.5", 0.5), ("3", 3.0)])
 def test_numbers_are_numbers(text: str, value: float) -> None:
-    found = resolve("free", sets=[f"method.lr_meta={text}"]).method.model_dump()["lr_meta"]
+    found = resolve("free", settings=[f"method.lr_meta={text}"]).method.model_dump()["lr_meta"]
     assert type(found) is float
     assert found == value
 
@@ -228,20 +230,20 @@ def test_reading_a_set(text: str, path: list[str], value: Any) -> None:
         ({"profile": "best"}, "unknown profile 'best'; known: fixed, paper, code"),
         ({"preset": "free_3"}, r"unknown preset 'free_3' \(did you mean 'free_"),
         ({"name": "random", "preset": "erm"}, "preset 'erm' is for free, not for random"),
-        ({"sets": ["method.stepz=1"]}, r"unknown key method.stepz \(did you mean 'steps'\?\); known there: rounds"),
-        ({"sets": ["method.replay.x=1"]}, "unknown key method.replay.x; known there: shot, query"),
-        ({"sets": ["learner.head=knn"]}, "learner.head: input should be 'maml', 'anil' or 'protonet', got 'knn'"),
-        ({"sets": ["learner.way=1"]}, "learner.way: input should be greater than or equal to 2, got 1"),
-        ({"sets": ["eval.lrs=[0]"]}, r"eval.lrs.0: input should be greater than 0, got 0"),
-        ({"sets": ["learner.arc=mlp"]}, r"unknown key learner.arc \(did you mean 'arch'\?\)"),
-        ({"sets": ["eval.bn=none"]}, "eval.bn: input should be 'transductive', 'support' or 'running', got 'none'"),
-        ({"sets": ["pretrain.epochs=1"]}, "unknown key pretrain; known there: name, profile"),
-        ({"sets": ["other=1"]}, "unknown key other; known there: name, profile"),
-        ({"sets": ["method=1"]}, "config: method: .*got 1"),
-        ({"sets": ["method.rounds.x=1"]}, "method.rounds: input should be a valid integer"),
-        ({"sets": ["method.bell_outer_lr=2"]}, "method.bell_outer_lr: input should be less than or equal to 1"),
-        ({"sets": ["=1"]}, "expected key=value"),
-        ({"sets": ["seed=3"]}, "--set seed=3: seed has an option of its own; --set takes method, eval"),
+        ({"settings": ["method.stepz=1"]}, r"unknown key method.stepz \(did you mean 'steps'\?\); known there: rounds"),
+        ({"settings": ["method.replay.x=1"]}, "unknown key method.replay.x; known there: shot, query"),
+        ({"settings": ["learner.head=knn"]}, "learner.head: input should be 'maml', 'anil' or 'protonet', got 'knn'"),
+        ({"settings": ["learner.way=1"]}, "learner.way: input should be greater than or equal to 2, got 1"),
+        ({"settings": ["eval.lrs=[0]"]}, r"eval.lrs.0: input should be greater than 0, got 0"),
+        ({"settings": ["learner.arc=mlp"]}, r"unknown key learner.arc \(did you mean 'arch'\?\)"),
+        ({"settings": ["eval.bn=none"]}, "eval.bn: input should be 'transductive', 'support' or 'running', got 'none'"),
+        ({"settings": ["pretrain.epochs=1"]}, "unknown key pretrain; known there: name, profile"),
+        ({"settings": ["other=1"]}, "unknown key other; known there: name, profile"),
+        ({"settings": ["method=1"]}, "config: method: .*got 1"),
+        ({"settings": ["method.rounds.x=1"]}, "method.rounds: input should be a valid integer"),
+        ({"settings": ["method.bell_outer_lr=2"]}, "method.bell_outer_lr: input should be less than or equal to 1"),
+        ({"settings": ["=1"]}, "expected key=value"),
+        ({"settings": ["seed=3"]}, "--set seed=3: seed has an option of its own; --set takes method, eval"),
         ({"seed": -1}, "config: seed: input should be greater than or equal to 0, got -1"),
     ],
 )
@@ -295,6 +297,8 @@ POSITIVE = st.floats(1e-12, 1.0, exclude_min=True)
     data=st.lists(st.text(st.characters(codec="utf-8", exclude_characters="\x85"), max_size=10), max_size=2),
 )  # fmt: skip
 def test_config_yaml_rebuilds_the_run(values: dict[str, Any], profile: str, seed: int, data: list[str]) -> None:
-    config = resolve("free", profile=profile, sets=[f"{k}={v}" for k, v in values.items()], seed=seed, data=tuple(data))
+    config = resolve(
+        "free", profile=profile, settings=[f"{k}={v}" for k, v in values.items()], seed=seed, data=tuple(data)
+    )
     text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
     assert build(yaml.safe_load(text)) == config

@@ -24,7 +24,7 @@ from ray_dfml.runtime.shard import Loaded, Shard
 from ray_dfml.types import Arrays, Job, LearnerWeights
 from tests.fake_device import faked, find_device
 from tests.support import (
-    FakeWorker,
+    FakeShard,
     card,
     image_spec,
     mixed_world,
@@ -41,9 +41,9 @@ Work = Iterator[tuple[list[Job], Arrays]]
 """Jobs of an op, and what they share."""
 
 
-def shard(world: World, *, batched: bool) -> Shard:
+def shard_of(world: World, *, batched: bool) -> Shard:
     """A shard on the device that is not there, with random teachers."""
-    teachers = FakeWorker(world).teachers.items()
+    teachers = FakeShard(world).teachers.items()
     loaded: dict[str, Loaded] = {id: (one.card, one.theta.numpy(), one.stats.numpy()) for id, one in teachers}
     made = Shard(loaded.__getitem__, device=DEVICE)
     assert made.batched
@@ -51,9 +51,9 @@ def shard(world: World, *, batched: bool) -> Shard:
     return made
 
 
-def run(worker: Shard, op: str, jobs: list[Job], shared: Arrays) -> list[Arrays]:
+def run(shard: Shard, op: str, jobs: list[Job], shared: Arrays) -> list[Arrays]:
     with faked():
-        results = worker.run(op, jobs, shared)
+        results = shard.run(op, jobs, shared)
     assert len(results) == len(jobs)
     assert not any("rejected" in result or result.get("rejected_teachers") for result in results)
     return results
@@ -116,7 +116,7 @@ def distillations() -> Work:
     for world, cfg in SETTINGS["bidf-mkd"][:2]:
         state = METHODS["bidf-mkd"].init(cfg, world)
         jobs, shared = bidf.plan(cfg, world, state, 0), bidf.shared(cfg, world, state, 0)
-        found = bidf.recover(FakeWorker(world), jobs, shared)
+        found = bidf.recover(FakeShard(world), jobs, shared)
         yield [Job(index=j, seed=0, values=result) for j, result in enumerate(found)], shared
 
 
@@ -182,14 +182,14 @@ def cases(op: str) -> list[tuple[list[Job], Arrays]]:
 def test_every_op_keeps_its_tensors_on_the_device(op: str, batched: bool) -> None:
     worlds = (small_world(), mixed_world(), large_world())
     everyone = replace(small_world(), cards=tuple(one for world in worlds for one in world.cards))
-    worker = shard(everyone, batched=batched)
+    shard = shard_of(everyone, batched=batched)
     for jobs, shared in cases(op):
-        run(worker, op, jobs, shared)
+        run(shard, op, jobs, shared)
 
 
 def test_teachers_live_on_the_device() -> None:
     with faked():
-        teacher = shard(small_world(), batched=True).teacher("conv4-0")
+        teacher = shard_of(small_world(), batched=True).teacher("conv4-0")
         assert teacher.theta.device.type == teacher.stats.device.type == DEVICE.type
 
 
@@ -274,7 +274,7 @@ def test_the_learner_fits_the_hyper_network_on_its_device_and_keeps_its_state_on
     cfg = dro.Config(embedding=4, hidden=8, chunk=2048, steps_per_round=2)
     state = dro.init(cfg, world)
     state |= {"centre": torch.zeros_like(state["theta"]), "spread": torch.ones_like(state["theta"])}
-    found = FakeWorker(world).send(
+    found = FakeShard(world).send(
         "weights", [Job(index=i, seed=0, teacher=c.id) for i, c in enumerate(world.cards)], {}
     )
 
@@ -289,17 +289,17 @@ def test_the_learner_fits_the_hyper_network_on_its_device_and_keeps_its_state_on
     assert on_the_cpu(new)
 
 
-def leaves_a_mask(worker: Shard, jobs: list[Job], shared: Arrays) -> list[Arrays]:
-    x = torch.zeros(3, device=worker.device)
+def leaves_a_mask(shard: Shard, jobs: list[Job], shared: Arrays) -> list[Arrays]:
+    x = torch.zeros(3, device=shard.device)
     return [{"sum": float((x + torch.zeros(3)).sum())}]
 
 
-def forgets_the_way_back(worker: Shard, jobs: list[Job], shared: Arrays) -> list[Arrays]:
-    return [{"x": torch.zeros(3, device=worker.device).numpy()}]
+def forgets_the_way_back(shard: Shard, jobs: list[Job], shared: Arrays) -> list[Arrays]:
+    return [{"x": torch.zeros(3, device=shard.device).numpy()}]
 
 
-def forgets_it_in_the_backward_pass(worker: Shard, jobs: list[Job], shared: Arrays) -> list[Arrays]:
-    x = torch.zeros(3, device=worker.device, requires_grad=True)
+def forgets_it_in_the_backward_pass(shard: Shard, jobs: list[Job], shared: Arrays) -> list[Arrays]:
+    x = torch.zeros(3, device=shard.device, requires_grad=True)
     return [{"x": torch.autograd.grad(x * x, x, torch.zeros(3))[0].cpu().numpy()}]
 
 
@@ -307,4 +307,4 @@ def forgets_it_in_the_backward_pass(worker: Shard, jobs: list[Job], shared: Arra
 def test_a_tensor_left_on_the_cpu_is_found(op: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(OPS, "faulty", op)
     with pytest.raises((RuntimeError, TypeError), match=r"device|CPU"):
-        run(shard(small_world(), batched=False), "faulty", [Job(index=0, seed=0)], {})
+        run(shard_of(small_world(), batched=False), "faulty", [Job(index=0, seed=0)], {})

@@ -17,7 +17,7 @@ from ray_dfml.core.net import Net
 from ray_dfml.evaluate import EvalConfig, adapt_to, finetune, query_logits
 from ray_dfml.methods.icfil import IcfilConfig, calibrate
 from ray_dfml.types import LearnerWeights
-from tests.support import FakeWorker, image_spec, normal, small_world
+from tests.support import FakeShard, image_spec, normal, small_world
 
 NETWORK, WAY, LR, STEPS = Net("conv4", (3, 16, 16), 4), 3, 0.05, 4
 HEADS = pytest.mark.parametrize("head", ["maml", "anil", "protonet"])
@@ -127,7 +127,7 @@ def accuracies(cfg: EvalConfig, count: int, *, shot: int = 2, **changes: Any) ->
     weights = replace(weights, **changes)
     shared = evaluate.shared(cfg, weights, reading="finetune", images=IMAGES, labels=LABELS)
     jobs = evaluate.jobs(cfg, way=WAY, shot=shot, stop=count)
-    results = evaluate.evaluate(FakeWorker(small_world(cards=0)), jobs, shared)
+    results = evaluate.evaluate(FakeShard(small_world(cards=0)), jobs, shared)
     return np.concatenate([result["accuracies"] for result in results])
 
 

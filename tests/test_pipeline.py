@@ -17,7 +17,7 @@ from ray_dfml.scores import KEYS as KEYS_OF_A_ROW
 from ray_dfml.scores import as_row
 from ray_dfml.types import Arrays, Job, Labelled
 from tests.runtime import toy
-from tests.support import FakeWorker, random_teacher, small_world
+from tests.support import FakeShard, random_teacher, small_world
 
 WORLD = small_world(channels=1)
 WORLD = replace(WORLD, cards=tuple(replace(c, accuracy=50.0 + i) for i, c in enumerate(WORLD.cards)))
@@ -50,7 +50,7 @@ def sets() -> list[Labelled]:
 def trainer(
     method: str = "free", *more: str, spoil: dict[str, dict[int, Arrays]] | None = None, data: bool = True
 ) -> Trainer:
-    config = resolve(method, sets=[*toy.SETS.get(method, toy.EVAL), *more])
+    config = resolve(method, settings=[*toy.SETTINGS.get(method, toy.EVAL), *more])
     return Trainer(config.model_dump(mode="json"), WORLD, sets() if data else [], Spoiled(spoil or {}), None)
 
 
@@ -85,7 +85,7 @@ def test_the_last_teacher_lost_ends_the_run() -> None:
 def test_a_run_that_too_few_teachers_end_says_why_the_others_are_out() -> None:
     first, second = WORLD.cards[:2]
     world = replace(WORLD, cards=(first, replace(second, classes=("a/0", "b/0"))))
-    config = resolve("purer", sets=[*toy.SETS["purer"], "method.image_warmup=0"])
+    config = resolve("purer", settings=[*toy.SETTINGS["purer"], "method.image_warmup=0"])
     backend = Spoiled({"purer.recover": {0: {"rejected": "its loss is not finite"}}})
     message = r"too few of any one data set for a task of 2 \(rejected: conv4-0: its loss is not finite\)$"
     with pytest.raises(RejectedError, match=message):
@@ -195,7 +195,7 @@ def test_a_score_does_not_depend_on_who_asks_for_which_part() -> None:
 def test_a_row_has_the_keys_of_the_contract(method: str) -> None:
     rows = [as_row(score, "fixed") for score in toy.scores_of(trainer(method), "last")]
     names = [row["method"] for row in rows]
-    readings = METHODS[method].READINGS
+    readings = METHODS[method].readings
     assert names == ([method] if len(readings) == 1 else [f"{method}-{reading}" for reading in readings])
     for row in rows:
         assert tuple(row) == KEYS_OF_A_ROW
@@ -207,5 +207,5 @@ def test_the_worker_of_the_tests_is_a_shard_in_small() -> None:
     one = trainer()
     jobs = one.method.plan(one.config.method, one.world, one.state, 0)
     shared = one.method.shared(one.config.method, one.world, one.state, 0)
-    here = FakeWorker(WORLD).send("free.recover", jobs[:1], shared)
+    here = FakeShard(WORLD).send("free.recover", jobs[:1], shared)
     toy.assert_equal(here, LocalBackend(TEACHERS.__getitem__).map("free.recover", jobs[:1], shared))

@@ -15,7 +15,7 @@ from ray_dfml.methods.free import method as free
 from ray_dfml.methods.free.config import PRESETS
 from ray_dfml.methods.inversion import Inversion
 from ray_dfml.methods.purer import method as purer
-from tests.support import FakeWorker, play, same, small_bidf, small_config, small_purer, small_world
+from tests.support import FakeShard, play, same, small_bidf, small_config, small_purer, small_world
 
 WORLD = small_world()
 ABLATIONS: dict[str, dict[str, Any]] = {
@@ -47,19 +47,19 @@ def small(preset: str, **changes: Any) -> free.Config:
     return small_config(**PRESETS[preset].values["method"] | changes)
 
 
-def recovered(cfg: free.Config) -> tuple[FakeWorker, State, list[dict[str, Any]]]:
-    """A worker, the first state, and the results of round 1."""
-    worker, state = FakeWorker(WORLD), free.init(cfg, WORLD)
+def recovered(cfg: free.Config) -> tuple[FakeShard, State, list[dict[str, Any]]]:
+    """A shard, the first state, and the results of round 1."""
+    shard, state = FakeShard(WORLD), free.init(cfg, WORLD)
     return (
-        worker,
+        shard,
         state,
-        worker.send("free.recover", free.plan(cfg, WORLD, state, 1), free.shared(cfg, WORLD, state, 1)),
+        shard.send("free.recover", free.plan(cfg, WORLD, state, 1), free.shared(cfg, WORLD, state, 1)),
     )
 
 
 def learned(cfg: free.Config) -> tuple[State, State, dict[str, Any]]:
-    worker, state, results = recovered(cfg)
-    after, metrics = free.learn(cfg, WORLD, state, 1, results, worker.send)
+    shard, state, results = recovered(cfg)
+    after, metrics = free.learn(cfg, WORLD, state, 1, results, shard.send)
     return state, after, dict(metrics)
 
 
@@ -77,7 +77,7 @@ def test_an_ablation_of_free_changes_what_it_claims_and_nothing_else(preset):
     ],
 )
 def test_a_part_is_left_out_by_one_setting(name, text, expected):
-    assert changed(name, sets=[text]) == expected
+    assert changed(name, settings=[text]) == expected
 
 
 def test_the_baseline_is_one_generator_and_replay():
@@ -95,8 +95,8 @@ def test_erm_is_one_step_on_the_sum_of_the_gradients_at_theta(monkeypatch):
     """Two steps of BELL's path would end elsewhere; the generator's part is FREE's."""
     monkeypatch.setattr(free.replay, "until_plateau", lambda cfg, world, state, bank, r, send: (state, {}))
     cfg = small("erm")
-    worker, state, results = recovered(cfg)
-    after, metrics = free.learn(cfg, WORLD, state, 1, results, worker.send)
+    shard, state, results = recovered(cfg)
+    after, metrics = free.learn(cfg, WORLD, state, 1, results, shard.send)
     tasks = [free._distill_set(cfg, WORLD, task) for task in results]
     leaf = state["theta"].clone().requires_grad_()
     total = sum(free.bell.distill_loss(WORLD.net, task, "kl")(leaf) for task in tasks)
@@ -132,37 +132,37 @@ def test_hard_labels_leave_the_teachers_outputs_unread():
     ends = []
     for preset in ("hard-label", "free_2"):
         cfg = small(preset)
-        worker, state, results = recovered(cfg)
+        shard, state, results = recovered(cfg)
         for wrong in (False, True):
             for task in results:
                 task["logits"] = -task["logits"] if wrong else task["logits"]
-            ends.append(free.learn(cfg, WORLD, state, 1, results, worker.send)[0]["theta"])
+            ends.append(free.learn(cfg, WORLD, state, 1, results, shard.send)[0]["theta"])
     assert torch.equal(ends[0], ends[1])
     assert not torch.equal(ends[2], ends[3])
 
 
 def test_purer_without_curriculum_never_pushes():
-    method: Any = resolve("purer", sets=["method.curriculum=0"]).method
+    method: Any = resolve("purer", settings=["method.curriculum=0"]).method
     due = {"curriculum_after": 1, "curriculum_patience": 1}
     asked = []
     for curriculum in (method.curriculum, purer.Config().curriculum):
-        worker = FakeWorker(WORLD)
-        play("purer", small_purer(curriculum=curriculum, **due), WORLD, rounds=2, worker=worker)
-        pushed = [job.values["push"] is not None for op, jobs in worker.sent for job in jobs if op == "purer.recover"]
-        asked.append(("purer.grad" in dict(worker.sent), any(pushed)))
+        shard = FakeShard(WORLD)
+        play("purer", small_purer(curriculum=curriculum, **due), WORLD, rounds=2, shard=shard)
+        pushed = [job.values["push"] is not None for op, jobs in shard.sent for job in jobs if op == "purer.recover"]
+        asked.append(("purer.grad" in dict(shard.sent), any(pushed)))
     assert asked == [(False, False), (True, True)]
 
 
 def test_bidf_without_boundary_never_reads_the_learner_in_recovery():
-    method: Any = resolve("bidf-mkd", sets=["method.boundary=off"]).method
+    method: Any = resolve("bidf-mkd", settings=["method.boundary=off"]).method
     for boundary, equal in ((method.boundary, True), (bidf.Config.model_validate({}).boundary, False)):
-        cfg, worker = small_bidf(boundary=boundary, adversarial=5.0), FakeWorker(WORLD)
+        cfg, shard = small_bidf(boundary=boundary, adversarial=5.0), FakeShard(WORLD)
         state = bidf.init(cfg, WORLD)
         found = []
         for factor in (1.0, 5.0):
             moved = {**state, "theta": factor * state["theta"]}
             shared = bidf.shared(cfg, WORLD, moved, 0)
-            found.append(bidf.recover(worker, bidf.plan(cfg, WORLD, moved, 0), shared)[0])
+            found.append(bidf.recover(shard, bidf.plan(cfg, WORLD, moved, 0), shared)[0])
         one, two = found
         assert same(one["support"], two["support"])
         assert np.array_equal(one["query"]["images"], two["query"]["images"]) == equal

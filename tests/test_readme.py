@@ -109,11 +109,11 @@ def test_options_named_in_passing_exist():
 
 
 def test_settings_of_readme_are_settings():
-    sets = [words[i + 1] for words in COMMANDS for i, word in enumerate(words) if word == "--set"]
-    assert sets
+    settings = [words[i + 1] for words in COMMANDS for i, word in enumerate(words) if word == "--set"]
+    assert settings
     named = re.findall(r"`--set (\w+\.[^`=]+=[^`]+)`", README)
     assert named
-    resolve("free", sets=[*sets, *named])
+    resolve("free", settings=[*settings, *named])
 
 
 def test_exit_codes_are_those_of_the_errors():

@@ -55,7 +55,7 @@ def test_text_stays_text_for_other_readers(text: str) -> None:
 )  # fmt: skip
 def test_one_value_is_a_list_of_one(text: str, value: tuple[float, ...]) -> None:
     name = text.partition("=")[0].partition(".")[2]
-    assert getattr(resolve("free", sets=[text]).eval, name) == value
+    assert getattr(resolve("free", settings=[text]).eval, name) == value
 
 
 def test_a_list_of_the_recipe_of_a_pool() -> None:
@@ -65,4 +65,4 @@ def test_a_list_of_the_recipe_of_a_pool() -> None:
 
 def test_a_number_with_a_zero_in_front_is_decimal() -> None:
     assert parse_set("method.rounds=010") == (["method", "rounds"], "010")
-    assert resolve("free", sets=["method.rounds=010"]).method.rounds == 10
+    assert resolve("free", settings=["method.rounds=010"]).method.rounds == 10

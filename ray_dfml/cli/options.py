@@ -31,11 +31,11 @@ def as_json(function: Callable[..., Any]) -> Callable[..., Any]:
     return click.option("--json", "json_out", is_flag=True, help="Print the result as JSON on stdout.")(function)
 
 
-def sets(function: Callable[..., Any]) -> Callable[..., Any]:
+def settings(function: Callable[..., Any]) -> Callable[..., Any]:
     """The repeated `--set key=value`."""
-    return click.option("--set", "sets", multiple=True, metavar="KEY=VALUE", help="Override a setting; repeatable.")(
-        function
-    )
+    return click.option(
+        "--set", "settings", multiple=True, metavar="KEY=VALUE", help="Override a setting; repeatable."
+    )(function)
 
 
 def workers(function: Callable[..., Any]) -> Callable[..., Any]:

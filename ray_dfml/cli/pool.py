@@ -27,7 +27,7 @@ def pool() -> None:
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
 @click.option("--out", required=True, type=options.PATH, help="Pool folder.")
 @click.option("--resume", is_flag=True, help="Add the teachers that an interrupted build left out.")
-@options.sets
+@options.settings
 @options.workers
 @options.as_json
 def build(
@@ -38,7 +38,7 @@ def build(
     seed: int,
     out: Path,
     resume: bool,
-    sets: Any,
+    settings: Any,
     workers: int,
     json_out: bool,
 ) -> None:
@@ -56,7 +56,7 @@ def build(
             known_arch(name)
         except ValueError as error:
             raise UsageError(f"--arch: {error}") from None
-    cfg = pretrain_config(sets)
+    cfg = pretrain_config(settings)
     workers = min(workers, models)
     if workers > 1:
         options.need_ray()

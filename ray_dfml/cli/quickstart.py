@@ -19,9 +19,9 @@ POOL = {"models": 12, "way": 5, "seed": 0}
 @click.option(
     "--workers", type=click.IntRange(min=1), default=lambda: min(2, host.processors()), show_default="up to 2"
 )
-@options.sets
+@options.settings
 @options.as_json
-def quickstart(run_dir: Path | None, backend: str, workers: int, sets: tuple[str, ...], json_out: bool) -> None:
+def quickstart(run_dir: Path | None, backend: str, workers: int, settings: tuple[str, ...], json_out: bool) -> None:
     """Teachers of rendered characters, FREE on them without their data, a test on characters nobody saw."""
     from ray_dfml.config import pretrain_config, resolve
     from ray_dfml.data.pool import Pool
@@ -36,7 +36,7 @@ def quickstart(run_dir: Path | None, backend: str, workers: int, sets: tuple[str
     run_dir = run_dir or resolved("runs") / time.strftime("quickstart-%Y%m%d-%H%M%S")
     if run_dir.exists():
         raise UsageError(f"{run_dir}: exists already; choose another --run-dir")
-    own = [text for text in sets if text.startswith("pretrain.")]
+    own = [text for text in settings if text.startswith("pretrain.")]
     began = time.monotonic()
     options.say("[1/4] pool: teachers on rendered characters; the images are not used again until the test")
     pool = Pool.create(run_dir.with_name(run_dir.name + "-pool"))
@@ -53,7 +53,7 @@ def quickstart(run_dir: Path | None, backend: str, workers: int, sets: tuple[str
         refused = [row for row in pool.check() if not row["ok"]]
         options.say(f"[2/4] check: {len(accuracies) - len(refused)} ok, {len(refused)} rejected")
         config = resolve(
-            "free", preset="quickstart", sets=[text for text in sets if text not in own],
+            "free", preset="quickstart", settings=[text for text in settings if text not in own],
             pool=(str(pool.path),), data=("glyphs",),
         )  # fmt: skip
         options.say(f"[3/4] train: FREE, {config.method.rounds} rounds, backend {backend}; [4/4] test follows")

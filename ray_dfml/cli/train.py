@@ -26,7 +26,7 @@ Example:
 @click.option("--run-dir", required=True, type=options.PATH, help="Run folder; must not exist.")
 @click.option("--profile", type=click.Choice(PROFILES), default="fixed", show_default=True)
 @click.option("--preset", type=click.Choice(list(presets())), help="Named settings.")
-@options.sets
+@options.settings
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Run seed.")
 @click.option("--backend", type=click.Choice(["ray", "local"]), default="ray", show_default=True)
 @options.workers
@@ -87,13 +87,13 @@ def train(
         click.echo(f"run: {run_dir}")
 
 
-_SETTINGS = ("pools", "data", "profile", "preset", "sets", "seed")
+_SETTINGS = ("pools", "data", "profile", "preset", "settings", "seed")
 
 
 def _config(method: str, given: dict[str, Any]) -> RunConfig:
     if not given["pools"] and METHODS[method].needs_pool:
         raise UsageError(f"train {method}: name a pool with --pool")
     return resolve(
-        method, profile=given["profile"], preset=given["preset"], sets=given["sets"],
+        method, profile=given["profile"], preset=given["preset"], settings=given["settings"],
         seed=given["seed"], pool=given["pools"], data=given["data"],
     )  # fmt: skip

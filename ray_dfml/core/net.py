@@ -1,4 +1,4 @@
-"""A backbone as a function of (flat weights, images): the form in which every method and every worker uses it."""
+"""A backbone as a function of (flat weights, images): the form in which every method and every shard uses it."""
 
 import functools
 import math

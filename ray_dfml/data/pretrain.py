@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from ray_dfml.core import optim
 from ray_dfml.core.images import normalise, to_pixels
 from ray_dfml.core.net import net
-from ray_dfml.types import Arrays, Job, Worker
+from ray_dfml.types import Arrays, Job, Shard
 
 STATS_MOMENTUM = 0.1
 
@@ -35,13 +35,13 @@ class PretrainConfig(BaseModel):
     decay: float = Field(default=0.2, gt=0, le=1, description="Factor of each fall.")
 
 
-def pretrain(worker: Worker, jobs: Sequence[Job], shared: Arrays) -> list[Arrays]:
+def pretrain(shard: Shard, jobs: Sequence[Job], shared: Arrays) -> list[Arrays]:
     """The `pretrain` op: one teacher per job from uint8 images [n c h w] and local labels [n], split by `held_out` [n].
 
     Returns the weights of the best epoch on the held-out images, its accuracy, and the last epoch's, in percent.
     """
     cfg = PretrainConfig.model_validate(shared["cfg"])
-    return [_one(cfg, job, worker.device) for job in jobs]
+    return [_one(cfg, job, shard.device) for job in jobs]
 
 
 def _one(cfg: PretrainConfig, job: Job, device: torch.device) -> Arrays:

@@ -22,8 +22,8 @@ from ray_dfml.core import seeds
 from ray_dfml.core.inner_loop import Head
 from ray_dfml.core.net import Net, net
 from ray_dfml.types import Arrays, ImageSpec, Job, LearnerWeights, TeacherCard
+from ray_dfml.types import Shard as Shard
 from ray_dfml.types import Teacher as Teacher
-from ray_dfml.types import Worker as Worker
 
 State = dict[str, Any]
 Metrics = dict[str, float | int | None]
@@ -100,8 +100,8 @@ class ReplayConfig(MetaConfig):
 Values = Mapping[str, Any]
 """Settings of a run as a nested mapping, `{"method": {...}, "eval": {...}}`."""
 
-Op = Callable[[Worker, Sequence[Job], Arrays], list[Arrays]]
-"""Work of a shard: (worker, jobs, shared) -> one result per job, in order. A job whose teacher is bad gives
+Op = Callable[[Shard, Sequence[Job], Arrays], list[Arrays]]
+"""Work of a shard: (shard, jobs, shared) -> one result per job, in order. A job whose teacher is bad gives
 `{"rejected": reason}`."""
 
 
@@ -150,7 +150,7 @@ def _no_notes(cfg: MethodConfig, world: World) -> list[str]:
     return []
 
 
-def _no_cost(cfg: MethodConfig, world: World, worker: Worker) -> None:
+def _no_cost(cfg: MethodConfig, world: World, shard: Shard) -> None:
     return None
 
 
@@ -175,7 +175,7 @@ class Method(Generic[C]):
     """The op that the planned jobs are for: recovered tasks, and whatever else the round needs, of teachers."""
     notes: Callable[[C, World], list[str]] = _no_notes
     """What a reader must know of the method on this pool, such as a term that does not apply; one line each."""
-    READINGS: tuple[str, ...] = ("finetune",)
+    readings: tuple[str, ...] = ("finetune",)
     """Ways to read predictions from the final weights: `finetune`, `direct`, `assign` (see `ray_dfml.evaluate`)."""
     ops: Mapping[str, Op] = field(default_factory=dict)
     """Name -> further ops that `learn` sends."""
@@ -183,8 +183,8 @@ class Method(Generic[C]):
     """`paper` and `code` -> what they change of the defaults, if the method was published."""
     presets: Mapping[str, Preset] = field(default_factory=dict)
     """Name -> preset. No two methods may have presets of one name."""
-    cost: Callable[[C, World, Worker], Cost | None] = _no_cost
-    """What a training takes, timed on a worker that hosts the teachers; None where it is soon done."""
+    cost: Callable[[C, World, Shard], Cost | None] = _no_cost
+    """What a training takes, timed on a shard that hosts the teachers; None where it is soon done."""
     panels: tuple[Panel, ...] = ()
     """Plots of its metrics in a report."""
     shown: Mapping[str, str] = field(default_factory=dict)

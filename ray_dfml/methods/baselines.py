@@ -15,8 +15,8 @@ from ray_dfml.methods.base import (
     MethodConfig,
     Metrics,
     Send,
+    Shard,
     State,
-    Worker,
     World,
     initial_learner,
     learner_weights,
@@ -37,9 +37,9 @@ class Fetched(NamedTuple):
     stats: Tensor
 
 
-def weights(worker: Worker, jobs: Sequence[Job], shared: Arrays) -> list[Arrays]:
+def weights(shard: Shard, jobs: Sequence[Job], shared: Arrays) -> list[Arrays]:
     """The `weights` op: a teacher's id, flat weights [p] and batch-norm statistics [k]."""
-    teachers = [(job.teacher, worker.teacher(str(job.teacher))) for job in jobs]
+    teachers = [(job.teacher, shard.teacher(str(job.teacher))) for job in jobs]
     return [{"teacher": id, "theta": t.theta.cpu().numpy(), "stats": t.stats.cpu().numpy()} for id, t in teachers]
 
 
@@ -173,7 +173,7 @@ def baseline(
         return make(world, state, send), {}
 
     return Method(
-        Config=BaselineConfig, init=init, learn=learn, notes=lambda cfg, world: notes(world), READINGS=readings,
+        Config=BaselineConfig, init=init, learn=learn, notes=lambda cfg, world: notes(world), readings=readings,
         needs_pool=needs_pool, baseline=True,
     )  # fmt: skip
 

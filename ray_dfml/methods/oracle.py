@@ -15,8 +15,8 @@ from ray_dfml.methods.base import (
     MethodConfig,
     Metrics,
     Send,
+    Shard,
     State,
-    Worker,
     World,
     initial_learner,
 )
@@ -63,7 +63,7 @@ def learn(cfg: Config, world: World, state: State, r: int, results: list[Arrays]
     return state, {f"replay/{name}": value for name, value in metrics.items()}
 
 
-def cost(cfg: Config, world: World, worker: Worker) -> Cost:
+def cost(cfg: Config, world: World, shard: Shard) -> Cost:
     """The updates alone: nothing is recovered."""
     updates = cfg.rounds * cfg.updates_per_round
     return Cost(least=updates, most=updates, meta=cfg.replay)

@@ -4,7 +4,7 @@ come back."""
 from collections.abc import Callable, Sequence
 
 from ray_dfml.errors import RejectedError
-from ray_dfml.methods.base import Teacher, Worker
+from ray_dfml.methods.base import Shard, Teacher
 from ray_dfml.types import Arrays, Job
 
 Slot = tuple[int, Job, Teacher]
@@ -15,20 +15,20 @@ Invert = Callable[[Sequence[Job], Sequence[Teacher], bool], Sequence[Arrays | No
 one architecture, input and number of classes."""
 
 
-def recover(worker: Worker, jobs: Sequence[Job], invert: Invert) -> list[Arrays]:
+def recover(shard: Shard, jobs: Sequence[Job], invert: Invert) -> list[Arrays]:
     """Results of jobs that each name a teacher, in job order.
 
-    Teachers of one kind are inverted together where the worker batches, else each alone. A job whose teacher cannot be
+    Teachers of one kind are inverted together where the shard batches, else each alone. A job whose teacher cannot be
     read, or whose loss is not finite, gives `{"rejected": reason}`.
     """
     results: dict[int, Arrays] = {}
     slots: list[Slot] = []
     for i, job in enumerate(jobs):
         try:
-            slots.append((i, job, worker.teacher(str(job.teacher))))
+            slots.append((i, job, shard.teacher(str(job.teacher))))
         except RejectedError as error:
             results[i] = {"rejected": str(error)}
-    for group in groups(slots, batched=worker.batched):
+    for group in groups(slots, batched=shard.batched):
         found = invert([job for _, job, _ in group], [teacher for *_, teacher in group], len(group) > 1)
         for (i, *_), result in zip(group, found, strict=True):
             results[i] = {"rejected": "the inversion loss is not finite"} if result is None else result

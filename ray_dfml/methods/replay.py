@@ -13,29 +13,29 @@ from ray_dfml.core.images import normalise, to_pixels
 from ray_dfml.core.inner_loop import Task, meta_gradient
 from ray_dfml.core.net import net
 from ray_dfml.methods import bank as bank_of
-from ray_dfml.methods.base import MetaConfig, Metrics, ReplayConfig, Send, State, Worker, World, image_values
+from ray_dfml.methods.base import MetaConfig, Metrics, ReplayConfig, Send, Shard, State, World, image_values
 from ray_dfml.types import Arrays, Job
 
 STATS_MOMENTUM = 0.1
 
 
-def grad(worker: Worker, jobs: Sequence[Job], shared: Arrays) -> list[Arrays]:
+def grad(shard: Shard, jobs: Sequence[Job], shared: Arrays) -> list[Arrays]:
     """The `maml.grad` op: one meta-gradient [p] per job, each job one task of support [s c h w] and query [u c h w].
 
     uint8 images are pixels; float32 images are already normalised for the learner. `shared["head"]` says what adapts.
     """
     network = net(shared["arch"], tuple(shared["shape"]), shared["way"])
-    theta = torch.tensor(shared["theta"], device=worker.device)
-    mean, std = (torch.tensor(shared[k], device=worker.device) for k in ("mean", "std"))
+    theta = torch.tensor(shared["theta"], device=shard.device)
+    mean, std = (torch.tensor(shared[k], device=shard.device) for k in ("mean", "std"))
     parts: list[list[torch.Tensor]] = [[], [], [], []]
     for job in jobs:
         for i, name in enumerate(("support", "query")):
             images = job.values[name]
             if images.dtype == np.uint8:
-                parts[2 * i].append(normalise(to_pixels(images, worker.device), mean, std))
+                parts[2 * i].append(normalise(to_pixels(images, shard.device), mean, std))
             else:
-                parts[2 * i].append(torch.tensor(images, device=worker.device))
-            parts[2 * i + 1].append(episodes.interleaved(shared["way"], len(images) // shared["way"]).to(worker.device))
+                parts[2 * i].append(torch.tensor(images, device=shard.device))
+            parts[2 * i + 1].append(episodes.interleaved(shared["way"], len(images) // shared["way"]).to(shard.device))
     tasks = Task(*(torch.stack(column) for column in parts))
     found = meta_gradient(
         network,
@@ -43,7 +43,7 @@ def grad(worker: Worker, jobs: Sequence[Job], shared: Arrays) -> list[Arrays]:
         tasks,
         lr=shared["inner_lr"],
         steps=shared["inner_steps"],
-        batched=worker.batched,
+        batched=shard.batched,
         head=shared["head"],
     )
     columns = [column.detach().cpu().numpy() for column in found]

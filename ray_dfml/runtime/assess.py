@@ -27,7 +27,7 @@ class Assessment:
     def __init__(self, config: RunConfig, inputs: Inputs, call: Call, progress: Progress, *, shards: int) -> None:
         sets = {split: [(one.data, split) for one in inputs.sets if one.split == split] for split in ("val", "test")}
         self._config, self._call, self._progress = config, call, progress
-        self._readings = METHODS[config.name].READINGS
+        self._readings = METHODS[config.name].readings
         self._scorer = Scorer(
             config.eval, way=inputs.world.way, head=inputs.world.head, val=sets["val"], test=sets["test"],
             ask=lambda part: call("score", part), shards=shards, on_work=progress.advance,

@@ -26,7 +26,7 @@ def train(
     run_dir: str | Path,
     profile: str = "fixed",
     preset: str | None = None,
-    sets: Sequence[str] = (),
+    settings: Sequence[str] = (),
     seed: int = 0,
     backend: str = "local",
     workers: int = 1,
@@ -39,7 +39,13 @@ def train(
     pools = (pool,) if isinstance(pool, str | Path) else tuple(pool)
     specs = (data,) if isinstance(data, str) else tuple(data)
     config = resolve(
-        method, profile=profile, preset=preset, sets=sets, seed=seed, pool=tuple(str(p) for p in pools), data=specs
+        method,
+        profile=profile,
+        preset=preset,
+        settings=settings,
+        seed=seed,
+        pool=tuple(str(p) for p in pools),
+        data=specs,
     )
     return new_run(config, resolved(run_dir), Machine(backend=backend, workers=workers, job_seconds=job_seconds))
 

@@ -22,7 +22,7 @@ from ray_dfml.scorer import Entry, Part, Scorer, Set, accuracies
 from ray_dfml.scores import as_row
 from ray_dfml.types import Backend, Labelled
 
-READINGS = ("finetune",)
+readings = ("finetune",)
 """How an exported learner is read."""
 
 
@@ -67,8 +67,8 @@ def meta_test(
         choice = [(one.data, one.split) for one in sets if one.split == "val"]
         own, other = scorer((), []), scorer(EvalConfig().lrs, choice)
         tests = [
-            (own, Entry(method=learner.method, selection=learner.selection, weights=of.digest, readings=READINGS)),
-            (other, Entry(method=UNTRAINED, selection="last", weights=fresh.digest, readings=READINGS)),
+            (own, Entry(method=learner.method, selection=learner.selection, weights=of.digest, readings=readings)),
+            (other, Entry(method=UNTRAINED, selection="last", weights=fresh.digest, readings=readings)),
         ]
         total = sum(one.total(lambda ghost, entry=entry: ghost.test([entry])) for one, entry in tests)
         try:

@@ -14,7 +14,7 @@ from ray_dfml.methods import bank as bank_of
 from ray_dfml.methods.base import MetaConfig, State, World
 from ray_dfml.types import Arrays, Job
 from tests.support import (
-    FakeWorker,
+    FakeShard,
     card,
     image_numbers,
     image_spec,
@@ -165,10 +165,10 @@ def test_a_meta_update_of_every_method_has_tasks_of_one_data_set(name, mix):
     cfg = SMALL[name]()
     meta = getattr(cfg, field).model_copy(update={"mix_data": mix, "tasks": 6})
     cfg = cfg.model_copy(update={field: meta} | ({"curriculum_after": 1} if name == "purer" else {}))
-    worker = FakeWorker(world)
-    play(name, cfg, world, rounds=4, worker=worker)
+    shard = FakeShard(world)
+    play(name, cfg, world, rounds=4, shard=shard)
     kinds = set()
-    for op, jobs in worker.sent:
+    for op, jobs in shard.sent:
         if op in ("maml.grad", "purer.grad"):
             kinds |= {tuple(sorted(set(grey_classes(job, world)))) for job in jobs}
     assert kinds == ({(True,), (False,), (False, True)} if mix else {(True,), (False,)})
@@ -222,9 +222,9 @@ def test_teachers_left_of_which_no_task_can_be_made_end_a_run_unless_the_bank_ha
     left = replace(world, cards=world.cards[1:])
 
     def one_round(state: State) -> dict[str, Any]:
-        worker = FakeWorker(left)
-        results = worker.send(f"{name}.recover", method.plan(cfg, left, state, 9), method.shared(cfg, left, state, 9))
-        return method.learn(cfg, left, state, 9, results, worker.send)[1]
+        shard = FakeShard(left)
+        results = shard.send(f"{name}.recover", method.plan(cfg, left, state, 9), method.shared(cfg, left, state, 9))
+        return method.learn(cfg, left, state, 9, results, shard.send)[1]
 
     with pytest.raises(RejectedError, match="the usable teachers and the bank have 2 classes, too few of any one"):
         one_round(method.init(cfg, world))

@@ -17,7 +17,7 @@ from ray_dfml.runtime import driver
 from ray_dfml.runtime.local import LocalBackend
 from ray_dfml.types import Arrays, Job, TeacherCard
 from tests.runtime import toy
-from tests.support import FakeWorker, card, image_spec, small_world
+from tests.support import FakeShard, card, image_spec, small_world
 
 WORLD = small_world()
 CONFIG = MethodConfig()
@@ -25,11 +25,11 @@ CONFIG = MethodConfig()
 
 def made(method: str, world: World) -> State:
     """The state after the method's one round."""
-    worker = FakeWorker(world)
+    shard = FakeShard(world)
 
     def send(op: str, jobs: Sequence[Job], shared: Arrays) -> list[Arrays]:
         assert op == "weights"
-        return baselines.weights(worker, jobs, shared)
+        return baselines.weights(shard, jobs, shared)
 
     state = METHODS[method].init(CONFIG, world)
     assert METHODS[method].plan(CONFIG, world, state, 0) == []
@@ -45,7 +45,7 @@ def with_accuracies(*accuracies: float | None) -> World:
 
 def test_the_average_is_the_mean_of_weights_and_statistics() -> None:
     world = small_world(cards=2)
-    a, b = (FakeWorker(world).teacher(c.id) for c in world.cards)
+    a, b = (FakeShard(world).teacher(c.id) for c in world.cards)
     found = made("average", world)
     torch.testing.assert_close(found["theta"], (a.theta + b.theta) / 2, rtol=0, atol=1e-7)
     torch.testing.assert_close(found["stats"], (a.stats + b.stats) / 2, rtol=1e-6, atol=1e-7)
@@ -53,7 +53,7 @@ def test_the_average_is_the_mean_of_weights_and_statistics() -> None:
 
 def test_the_average_of_one_teacher_is_that_teacher() -> None:
     world = small_world(cards=1)
-    assert made("average", world)["theta"].equal(FakeWorker(world).teacher("conv4-0").theta)
+    assert made("average", world)["theta"].equal(FakeShard(world).teacher("conv4-0").theta)
 
 
 def refusal(method: str, world: World) -> str:
@@ -103,7 +103,7 @@ def test_without_teachers_there_is_nothing_to_merge(method: str) -> None:
 
 def test_teachers_that_cannot_be_read_are_left_out() -> None:
     """The results name their teachers; none at all is an error."""
-    worker = FakeWorker(WORLD)
+    shard = FakeShard(WORLD)
 
     def send(op: str, jobs: Sequence[Job], shared: Arrays) -> list[Arrays]:
         assert [(job.index, job.cost, job.memory) for job in jobs] == [
@@ -111,13 +111,13 @@ def test_teachers_that_cannot_be_read_are_left_out() -> None:
             (1, macs, size),
             (2, macs, size),
         ]
-        return baselines.weights(worker, [job for job in jobs if job.teacher != "conv4-1"], shared)
+        return baselines.weights(shard, [job for job in jobs if job.teacher != "conv4-1"], shared)
 
     macs, size = float(WORLD.net.macs), 4 * (WORLD.net.layout.numel + WORLD.net.stats_layout.numel)
     found = baselines.fetch(WORLD.cards, send)
     assert [one.teacher for one in found] == ["conv4-0", "conv4-2"]
-    assert found[1].theta.equal(worker.teacher("conv4-2").theta)
-    assert found[1].stats.equal(worker.teacher("conv4-2").stats)
+    assert found[1].theta.equal(shard.teacher("conv4-2").theta)
+    assert found[1].stats.equal(shard.teacher("conv4-2").stats)
     with pytest.raises(RejectedError, match="no teacher of the pool could be read"):
         baselines.fetch(WORLD.cards, lambda *_: [])
 
@@ -129,7 +129,7 @@ def test_the_best_model_has_the_highest_reported_accuracy(accuracies: tuple[floa
     """The last by id among equals, so that the choice does not depend on the order of the pool."""
     world = with_accuracies(*accuracies)
     found = made("best-model", world)
-    teacher = FakeWorker(world).teacher(WORLD.cards[best].id)
+    teacher = FakeShard(world).teacher(WORLD.cards[best].id)
     assert found["theta"].equal(teacher.theta)
     assert found["stats"].equal(teacher.stats)
     assert (found["teacher"], found["network"]["arch"], found["network"]["outputs"]) == (

@@ -18,7 +18,7 @@ from ray_dfml.methods.base import State, World, image_values
 from ray_dfml.methods.bidf import method as bidf
 from ray_dfml.methods.inversion import Inversion, Judge
 from ray_dfml.types import Arrays, Job
-from tests.support import FakeWorker, card, mixed_world, normal, play, same, small_bidf, small_world
+from tests.support import FakeShard, card, mixed_world, normal, play, same, small_bidf, small_world
 
 WORLD = small_world()
 CPU = torch.device("cpu")
@@ -26,7 +26,7 @@ MEAN, STD = torch.full((3,), 0.5), torch.full((3,), 0.25)
 
 
 def synthesize(cfg: bidf.Config, judge: Judge | None = None, *, seed: int = 3, stream: str = "support") -> Arrays:
-    teachers = [FakeWorker(WORLD).teacher("conv4-0")]
+    teachers = [FakeShard(WORLD).teacher("conv4-0")]
     (task,) = bidf.synthesize(
         cfg, teachers, judge, [seed], WORLD.image.shape, 2, device=CPU, batched=False, stream=stream
     )
@@ -41,9 +41,9 @@ def seen(cfg: bidf.Config, task: Arrays, dtype: torch.dtype = torch.float32) -> 
 
 def recover(cfg: bidf.Config, world: World = WORLD, *, batched: bool = False, **changes: Any) -> list[Arrays]:
     """The results of a first round whose plan is one job per teacher."""
-    state, worker = bidf.init(cfg, world), FakeWorker(world, batched=batched)
+    state, shard = bidf.init(cfg, world), FakeShard(world, batched=batched)
     jobs = [Job(index=j, seed=j, teacher=c.id) for j, c in enumerate(world.cards)]
-    return bidf.recover(worker, jobs, bidf.shared(cfg, world, state, 0) | changes)
+    return bidf.recover(shard, jobs, bidf.shared(cfg, world, state, 0) | changes)
 
 
 def values(cfg: bidf.Config, **changes: Any) -> tuple[Arrays, Arrays]:
@@ -59,7 +59,7 @@ def values(cfg: bidf.Config, **changes: Any) -> tuple[Arrays, Arrays]:
 
 
 def grad(job: Arrays, shared: Arrays) -> Arrays:
-    return bidf.grad(FakeWorker(small_world(cards=0)), [Job(index=0, seed=0, values=job)], shared)[0]
+    return bidf.grad(FakeShard(small_world(cards=0)), [Job(index=0, seed=0, values=job)], shared)[0]
 
 
 def distillation(cfg: bidf.Config, task: Arrays) -> Loss:
@@ -160,7 +160,7 @@ def test_a_pass_without_a_finite_loss_is_never_the_best_and_moves_nothing(monkey
 
 def test_a_set_follows_the_framework_s_adam_from_a_fresh_generator():
     cfg = small_bidf(iterations=3, crop_pad=0, flip="off", conditional=False, lr_generator=0.01)
-    teacher, rng = FakeWorker(WORLD).teacher("conv4-0"), seeds.rng(3, "support")
+    teacher, rng = FakeShard(WORLD).teacher("conv4-0"), seeds.rng(3, "support")
     net_g, labels = generator(WORLD.image.shape, 8, 4), torch.arange(2).repeat(4)
     theta_g = net_g.reset(rng).requires_grad_()
     z = torch.randn(8, 8, generator=rng).requires_grad_()
@@ -254,9 +254,9 @@ def test_a_plan_draws_teachers_with_replacement_and_seeds_jobs():
 
 
 def sends(cfg: bidf.Config, *, rounds: int = 1) -> tuple[list[tuple[str, int]], State, State]:
-    worker = FakeWorker(WORLD)
-    before, after, _ = play("bidf-mkd", cfg, WORLD, rounds=rounds, worker=worker)
-    return [(op, len(jobs)) for op, jobs in worker.sent], before, after
+    shard = FakeShard(WORLD)
+    before, after, _ = play("bidf-mkd", cfg, WORLD, rounds=rounds, shard=shard)
+    return [(op, len(jobs)) for op, jobs in shard.sent], before, after
 
 
 @pytest.mark.parametrize(("teachers", "every", "expected"), [
@@ -281,12 +281,12 @@ def test_a_round_may_last_until_a_plateau():
 
 
 def test_the_first_update_is_a_step_on_the_mean_gradient_of_both_kinds():
-    cfg, worker = small_bidf(generate_every=1), FakeWorker(WORLD)
+    cfg, shard = small_bidf(generate_every=1), FakeShard(WORLD)
     state = bidf.init(cfg, WORLD)
-    results = worker.send("bidf-mkd.recover", bidf.plan(cfg, WORLD, state, 1), bidf.shared(cfg, WORLD, state, 1))
-    after, metrics = bidf.learn(cfg, WORLD, state, 1, results, worker.send)
-    own = bidf.grad(worker, worker.sent[1][1], bidf.shared(cfg, WORLD, state, 1))
-    replayed = replay.grad(worker, worker.sent[2][1], replay.shared_values(cfg.replay, WORLD, state))
+    results = shard.send("bidf-mkd.recover", bidf.plan(cfg, WORLD, state, 1), bidf.shared(cfg, WORLD, state, 1))
+    after, metrics = bidf.learn(cfg, WORLD, state, 1, results, shard.send)
+    own = bidf.grad(shard, shard.sent[1][1], bidf.shared(cfg, WORLD, state, 1))
+    replayed = replay.grad(shard, shard.sent[2][1], replay.shared_values(cfg.replay, WORLD, state))
     mean = torch.stack([torch.tensor(one["grad"]) for one in (*replayed, *own)]).mean(0)
     assert min(float(torch.tensor(one["grad"]).norm()) for one in (*replayed, *own)) > 1e-4
     expected, _ = optim.adam_step(state["theta"], mean, optim.Adam.zeros(mean), lr=cfg.replay.lr)
@@ -296,10 +296,10 @@ def test_the_first_update_is_a_step_on_the_mean_gradient_of_both_kinds():
 
 
 def test_the_bank_holds_both_sets_under_their_class_names():
-    cfg, worker = small_bidf(), FakeWorker(WORLD)
+    cfg, shard = small_bidf(), FakeShard(WORLD)
     state = bidf.init(cfg, WORLD)
     results = recover(cfg)[:2]
-    after, metrics = bidf.learn(cfg, WORLD, state, 0, results, worker.send)
+    after, metrics = bidf.learn(cfg, WORLD, state, 0, results, shard.send)
     one, two = results
     parts = [one["support"], one["query"], two["support"], two["query"]]
     expected = np.concatenate([part["images"][part["labels"] == part["classes"].index("toy/1")] for part in parts])
@@ -307,9 +307,7 @@ def test_the_bank_holds_both_sets_under_their_class_names():
     assert {name: len(images) for name, images in after["bank"].items()} == {"toy/0": 8, "toy/1": 16, "toy/2": 8}
     assert (metrics["bank/images"], metrics["bank/missing_classes"]) == (32, 1)
     assert state["bank"] == {}
-    units = bidf.learn(small_bidf(bank_key="teacher", bank_capacity=5), WORLD, state, 0, results, worker.send)[0][
-        "bank"
-    ]
+    units = bidf.learn(small_bidf(bank_key="teacher", bank_capacity=5), WORLD, state, 0, results, shard.send)[0]["bank"]
     assert sorted(units) == ["toy/0#conv4-0", "toy/1#conv4-0", "toy/1#conv4-1", "toy/2#conv4-1"]
     assert {len(images) for images in units.values()} == {5}
 
@@ -352,18 +350,18 @@ def test_task_models_at_once_judge_as_they_do_one_by_one(batched):
 
 @pytest.mark.parametrize("batched", [False, True])
 def test_a_teacher_of_bad_weights_is_rejected_alone(batched):
-    cfg, worker = small_bidf(), FakeWorker(WORLD, batched=batched)
-    worker.spoil("conv4-1")
-    del worker.teachers["conv4-2"]
+    cfg, shard = small_bidf(), FakeShard(WORLD, batched=batched)
+    shard.spoil("conv4-1")
+    del shard.teachers["conv4-2"]
     jobs = [Job(index=j, seed=j, teacher=c.id) for j, c in enumerate(WORLD.cards)]
-    results = bidf.recover(worker, jobs, bidf.shared(cfg, WORLD, bidf.init(cfg, WORLD), 0))
+    results = bidf.recover(shard, jobs, bidf.shared(cfg, WORLD, bidf.init(cfg, WORLD), 0))
     assert results[1:] == [{"rejected": "the inversion loss is not finite"}, {"rejected": "conv4-2: unreadable"}]
     np.testing.assert_allclose(results[0]["support"]["logits"], recover(cfg)[0]["support"]["logits"], atol=2e-2)
-    after, metrics = bidf.learn(cfg, WORLD, bidf.init(cfg, WORLD), 0, results[:1], worker.send)
+    after, metrics = bidf.learn(cfg, WORLD, bidf.init(cfg, WORLD), 0, results[:1], shard.send)
     assert metrics["recover/tasks"] == 1
     assert sorted(after["bank"]) == ["toy/0", "toy/1"]
     nothing = bidf.init(cfg, WORLD)
-    assert bidf.learn(cfg, WORLD, nothing, 0, [], worker.send) == (nothing, {"recover/tasks": 0})
+    assert bidf.learn(cfg, WORLD, nothing, 0, [], shard.send) == (nothing, {"recover/tasks": 0})
 
 
 def test_a_round_on_a_mixed_pool():

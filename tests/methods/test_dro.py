@@ -16,10 +16,10 @@ from ray_dfml.runtime.checkpoint import Checkpoints
 from ray_dfml.runtime.storage import Folder
 from ray_dfml.types import Arrays, Job
 from tests.runtime import toy
-from tests.support import FakeWorker, normal, slope, small_world
+from tests.support import FakeShard, normal, slope, small_world
 
 WORLD = small_world(channels=1)
-WORKER = FakeWorker(WORLD)
+SHARD = FakeShard(WORLD)
 
 
 def config(**changes: Any) -> dro.Config:
@@ -31,7 +31,7 @@ def config(**changes: Any) -> dro.Config:
 def send(op: str, jobs: Sequence[Job], shared: Arrays) -> list[Arrays]:
     """The `weights` op in this process."""
     assert op == "weights"
-    return baselines.weights(WORKER, jobs, shared)
+    return baselines.weights(SHARD, jobs, shared)
 
 
 def train(cfg: dro.Config, world: World, rounds: int, state: State | None = None, first: int = 0) -> State:
@@ -151,7 +151,7 @@ def test_the_fit_falls_and_the_learner_is_the_network_at_the_mean_embedding() ->
     parts = dro.layout(cfg, 3, len(state["theta"])).unflatten(state["psi"])
     made = dro.hyper(parts, parts["teachers"].mean(0, keepdim=True), len(state["theta"]))[0]
     torch.testing.assert_close(state["theta"], state["centre"] + state["spread"] * made, rtol=1e-4, atol=1e-5)
-    stats = torch.stack([WORKER.teacher(c.id).stats for c in WORLD.cards]).mean(0)
+    stats = torch.stack([SHARD.teacher(c.id).stats for c in WORLD.cards]).mean(0)
     torch.testing.assert_close(state["stats"], stats, rtol=1e-5, atol=1e-6)
 
 
@@ -159,7 +159,7 @@ def test_one_teacher_at_a_high_price_is_that_teacher() -> None:
     world = replace(WORLD, cards=WORLD.cards[:1])
     cfg = config(hidden=64, gamma=1e9, lr=3e-3, steps_per_round=400)
     state = train(cfg, world, 1)
-    theta = WORKER.teacher(WORLD.cards[0].id).theta
+    theta = SHARD.teacher(WORLD.cards[0].id).theta
     start = dro.init(cfg, world)["theta"]
     assert float((state["theta"] - theta).norm() / theta.norm()) < 0.05
     assert float((start - theta).norm() / theta.norm()) > 1.0

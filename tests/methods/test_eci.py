@@ -15,7 +15,7 @@ from ray_dfml.methods.base import image_values
 from ray_dfml.methods.purer import eci
 from ray_dfml.methods.purer import method as purer
 from ray_dfml.types import Arrays, ImageSpec, Job, TeacherCard
-from tests.support import FakeTeacher, FakeWorker, card, mixed_world, normal, random_teacher, small_purer, small_world
+from tests.support import FakeShard, FakeTeacher, card, mixed_world, normal, random_teacher, small_purer, small_world
 
 GREY, COLOUR = mixed_world().cards
 LEARNER = mixed_world().image
@@ -241,7 +241,7 @@ def test_pixel_gradients_equal_finite_differences_of_the_outer_loss(head, part):
     shared = grad_values(head)
     parts = {"support": normal(4, 3, 16, 16, seed=1), "query": normal(6, 3, 16, 16, seed=2)}
     values = {k: v.numpy() for k, v in parts.items()}
-    (found,) = eci.grad(FakeWorker(small_world(cards=0)), [Job(index=0, seed=0, values=values)], shared)
+    (found,) = eci.grad(FakeShard(small_world(cards=0)), [Job(index=0, seed=0, values=values)], shared)
     assert found["loss"] == pytest.approx(outer(shared, **parts), rel=1e-9)
     direction = normal(*parts[part].shape, seed=3)
     eps = 1e-7  # small: the net has kinks
@@ -252,12 +252,12 @@ def test_pixel_gradients_equal_finite_differences_of_the_outer_loss(head, part):
 
 
 def test_gradients_of_several_tasks_come_in_their_order():
-    shared, worker = grad_values("maml"), FakeWorker(small_world(cards=0))
+    shared, shard = grad_values("maml"), FakeShard(small_world(cards=0))
     jobs = [
         Job(index=i, seed=0, values={k: normal(4, 3, 16, 16, seed=i).numpy() for k in ("support", "query")})
         for i in range(2)
     ]
-    together, apart = eci.grad(worker, jobs, shared), [eci.grad(worker, [job], shared)[0] for job in jobs]
+    together, apart = eci.grad(shard, jobs, shared), [eci.grad(shard, [job], shared)[0] for job in jobs]
     for a, b in zip(together, apart, strict=True):
         assert a["loss"] == b["loss"]
         assert np.array_equal(a["support"], b["support"])
@@ -266,7 +266,7 @@ def test_gradients_of_several_tasks_come_in_their_order():
 
 def test_without_inner_steps_the_support_gets_no_gradient():
     values = {k: normal(4, 3, 16, 16, seed=i).numpy() for i, k in enumerate(("support", "query"))}
-    worker, one = FakeWorker(small_world(cards=0)), Job(index=0, seed=0, values=values)
-    (found,) = eci.grad(worker, [one], grad_values("maml", steps=0))
+    shard, one = FakeShard(small_world(cards=0)), Job(index=0, seed=0, values=values)
+    (found,) = eci.grad(shard, [one], grad_values("maml", steps=0))
     assert np.abs(found["support"]).max() == 0
     assert np.abs(found["query"]).max() > 0

@@ -17,8 +17,8 @@ from ray_dfml.methods.free import method as free
 from ray_dfml.methods.free.five import five
 from ray_dfml.types import Arrays, Job
 from tests.support import (
+    FakeShard,
     FakeTeacher,
-    FakeWorker,
     card,
     double_by_default,
     normal,
@@ -252,7 +252,7 @@ def test_prior_terms_lower_what_they_weigh(name):
 
 
 def run_jobs(world, state, cfg, jobs: list[Job], r: int = 1) -> list[Arrays]:
-    return FakeWorker(world).send("free.recover", jobs, free.shared(cfg, world, state, r))
+    return FakeShard(world).send("free.recover", jobs, free.shared(cfg, world, state, r))
 
 
 def test_recovered_tasks_do_not_depend_on_how_jobs_are_sharded():
@@ -270,11 +270,11 @@ def test_recovered_tasks_do_not_depend_on_how_jobs_are_sharded():
 def test_a_sequential_generator_continues_where_the_teacher_before_left_it():
     world, cfg = small_world(), small_config(generator_sharing="sequential")
     state = free.init(cfg, world)
-    theta_g, worker = state["theta_g"], FakeWorker(world)
+    theta_g, shard = state["theta_g"], FakeShard(world)
     net_g = Generator(world.image.shape, cfg.latent, cfg.width)
-    after, _ = free.learn(cfg, world, state, 0, [], worker.send)
+    after, _ = free.learn(cfg, world, state, 0, [], shard.send)
     for job in free.plan(small_config(), world, state, 0):
-        teachers = [worker.teacher(str(job.teacher))]
+        teachers = [shard.teacher(str(job.teacher))]
         (expected,), (theta_g,) = five(cfg, net_g, teachers, theta_g[None], None, [job.seed], way=2, batched=False)
         assert expected["teacher"] == job.teacher
     assert torch.equal(after["theta_g"], theta_g)
@@ -293,8 +293,8 @@ def test_a_learner_may_judge_images_of_a_teacher_with_another_architecture():
 def test_batched_slots_equal_slots_one_by_one(bn_weight: float):
     world = small_world(cards=3)
     cfg = small_config(steps=2, bn_weight=bn_weight)
-    worker, net_g = FakeWorker(world), Generator(world.image.shape, cfg.latent, cfg.width)
-    teachers = [worker.teacher(c.id).double() for c in world.cards]
+    shard, net_g = FakeShard(world), Generator(world.image.shape, cfg.latent, cfg.width)
+    teachers = [shard.teacher(c.id).double() for c in world.cards]
     theta_g = net_g.init(torch.Generator().manual_seed(1)).double()
     learner = world.net.init(torch.Generator().manual_seed(2)).double()
 
@@ -316,7 +316,7 @@ def test_an_accelerator_batches_and_gives_the_same_tasks_within_rounding():
     cfg = small_config(teachers_per_round=3)
     state = free.init(cfg, world)
     jobs = free.plan(cfg, world, state, 1)
-    alone, together = FakeWorker(world), FakeWorker(world)
+    alone, together = FakeShard(world), FakeShard(world)
     together.batched = True
     one = free.recover(alone, jobs, free.shared(cfg, world, state, 1))
     all_ = free.recover(together, jobs, free.shared(cfg, world, state, 1))

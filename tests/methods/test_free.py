@@ -16,7 +16,7 @@ from ray_dfml.methods.free import bell
 from ray_dfml.methods.free import method as free
 from ray_dfml.types import Arrays, Job
 from tests.support import (
-    FakeWorker,
+    FakeShard,
     image_numbers,
     mixed_world,
     play,
@@ -45,7 +45,7 @@ def fake_task(teacher: str, *, grad: float = 0.0, images: np.ndarray | None = No
 
 
 def learn(cfg: free.Config, state: State, tasks: list[Arrays], r: int) -> State:
-    return free.learn(cfg, WORLD, state, r, tasks, FakeWorker(WORLD).send)[0]
+    return free.learn(cfg, WORLD, state, r, tasks, FakeShard(WORLD).send)[0]
 
 
 def test_a_plan_is_a_function_of_seed_and_round():
@@ -77,9 +77,9 @@ def test_teachers_are_drawn_uniformly_and_with_replacement():
 def test_a_sequential_generator_goes_through_the_same_teachers_one_by_one():
     meta, sequential = (small_config(teachers_per_round=3, generator_sharing=s) for s in ("meta", "sequential"))
     assert free.plan(sequential, WORLD, {}, 5) == []
-    worker = FakeWorker(WORLD)
-    play("free", sequential, WORLD, first=5, worker=worker)
-    sent = [jobs for op, jobs in worker.sent if op == "free.recover"]
+    shard = FakeShard(WORLD)
+    play("free", sequential, WORLD, first=5, shard=shard)
+    sent = [jobs for op, jobs in shard.sent if op == "free.recover"]
     assert [[replace(job, index=0)] for job in free.plan(meta, WORLD, {}, 5)] == sent
 
 
@@ -190,9 +190,9 @@ def test_the_persistent_meta_optimiser_equals_the_framework_and_the_fresh_one_st
 
 def test_a_sequential_generator_replaces_the_meta_generator():
     cfg = small_config(generator_sharing="sequential", warmup=5)
-    state, worker = free.init(cfg, WORLD), FakeWorker(WORLD)
-    new, _ = free.learn(cfg, WORLD, state, 0, [], worker.send)
-    assert [op for op, _ in worker.sent] == ["free.recover"] * cfg.teachers_per_round
+    state, shard = free.init(cfg, WORLD), FakeShard(WORLD)
+    new, _ = free.learn(cfg, WORLD, state, 0, [], shard.send)
+    assert [op for op, _ in shard.sent] == ["free.recover"] * cfg.teachers_per_round
     assert not torch.equal(new["theta_g"], state["theta_g"])
     assert same(new["adam_g"], state["adam_g"])
 
@@ -217,10 +217,10 @@ def test_the_learner_distils_what_the_teacher_saw(monkeypatch):
 
     monkeypatch.setattr(bell, "update", spy)
     play("free", cfg, WORLD)
-    worker, jobs = FakeWorker(WORLD), free.plan(cfg, WORLD, {}, 1)
+    shard, jobs = FakeShard(WORLD), free.plan(cfg, WORLD, {}, 1)
     assert len(seen) == len(jobs) == 2
     for task, job in zip(seen, jobs, strict=True):
-        teacher = worker.teacher(str(job.teacher))
+        teacher = shard.teacher(str(job.teacher))
         torch.testing.assert_close(teacher.net(teacher.theta, task.images, teacher.stats), task.logits)
         assert task.labels.tolist() == [0, 1] * 4
 
@@ -285,11 +285,11 @@ def test_configurations_are_frozen_and_refuse_unknown_keys():
 
 def test_replay_waits_until_the_bank_has_enough_classes():
     cfg = small_config(learner_update="none", replay={"shot": 2, "query": 2, "tasks": 1, "max_updates": 1})
-    before, worker = free.init(cfg, WORLD), FakeWorker(WORLD)
-    after, metrics = free.learn(cfg, WORLD, before, 1, [fake_task("conv4-0")], worker.send)
+    before, shard = free.init(cfg, WORLD), FakeShard(WORLD)
+    after, metrics = free.learn(cfg, WORLD, before, 1, [fake_task("conv4-0")], shard.send)
     assert torch.equal(after["theta"], before["theta"])
     assert (metrics["bank/classes"], metrics["bank/missing_classes"], metrics["replay/updates"]) == (0, 4, 0)
-    assert worker.sent == []
+    assert shard.sent == []
     with pytest.raises(ValueError, match="needs 2 classes of one group with 4 images or more; the bank has 0 in all"):
         replay.draw(cfg.replay, WORLD, after["bank"], (1,))
 
@@ -297,19 +297,19 @@ def test_replay_waits_until_the_bank_has_enough_classes():
 @pytest.mark.parametrize("sharing", ["meta", "sequential"])
 @pytest.mark.parametrize("batched", [False, True])
 def test_a_teacher_of_bad_weights_is_rejected_alone(sharing, batched):
-    cfg, worker = small_config(generator_sharing=sharing, teachers_per_round=6), FakeWorker(WORLD, batched=batched)
-    worker.spoil("conv4-1")
-    del worker.teachers["conv4-2"]
+    cfg, shard = small_config(generator_sharing=sharing, teachers_per_round=6), FakeShard(WORLD, batched=batched)
+    shard.spoil("conv4-1")
+    del shard.teachers["conv4-2"]
     state = free.init(cfg, WORLD)
     jobs = free.plan(small_config(teachers_per_round=6), WORLD, state, 1)
     drawn = [job.teacher for job in jobs]
     assert set(drawn) == {"conv4-0", "conv4-1", "conv4-2"}
-    results = free.recover(worker, jobs, free.shared(cfg, WORLD, state, 1))
+    results = free.recover(shard, jobs, free.shared(cfg, WORLD, state, 1))
     why = {"conv4-1": "the inversion loss is not finite", "conv4-2": "conv4-2: unreadable"}
     for teacher, result in zip(drawn, results, strict=True):
         assert result == {"rejected": why[teacher]} if teacher in why else result["teacher"] == teacher
     tasks = [result for result in results if "rejected" not in result] if sharing == "meta" else []
-    after, metrics = free.learn(cfg, WORLD, state, 1, tasks, worker.send)
+    after, metrics = free.learn(cfg, WORLD, state, 1, tasks, shard.send)
     assert metrics["recover/tasks"] == drawn.count("conv4-0")
     assert torch.isfinite(after["theta_g"]).all()
     assert torch.isfinite(after["theta"]).all()
@@ -318,7 +318,7 @@ def test_a_teacher_of_bad_weights_is_rejected_alone(sharing, batched):
 def test_a_round_of_rejected_teachers_changes_nothing():
     cfg = small_config()
     state = free.init(cfg, WORLD)
-    after, metrics = free.learn(cfg, WORLD, state, 1, [], FakeWorker(WORLD).send)
+    after, metrics = free.learn(cfg, WORLD, state, 1, [], FakeShard(WORLD).send)
     assert same(after, state)
     assert metrics == {"recover/tasks": 0}
 
@@ -327,10 +327,10 @@ def test_a_round_of_rejected_teachers_changes_nothing():
 def test_a_round_on_a_mixed_pool(sharing):
     """Whatever the teacher's size, the bank holds images of the learner's; of the grey one, grey."""
     world, cfg = mixed_world(), small_config(generator_sharing=sharing, teachers_per_round=4, bank_key="teacher")
-    worker, state, tasks = FakeWorker(world), free.init(cfg, world), []
+    shard, state, tasks = FakeShard(world), free.init(cfg, world), []
 
     def send(op: str, jobs: Sequence[Job], shared: Arrays) -> list[Arrays]:
-        found = worker.send(op, jobs, shared)
+        found = shard.send(op, jobs, shared)
         tasks.extend(found if op == "free.recover" else [])
         return found
 

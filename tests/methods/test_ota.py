@@ -13,7 +13,7 @@ from ray_dfml.core.net import Net, net
 from ray_dfml.errors import UsageError
 from ray_dfml.methods import METHODS, baselines, ota
 from ray_dfml.types import Arrays, Job
-from tests.support import FakeWorker, card, normal, small_world
+from tests.support import FakeShard, card, normal, small_world
 
 SHAPE = (3, 32, 32)
 """Conv4 flattens 2x2 positions of each channel."""
@@ -186,14 +186,14 @@ def fused(*models: Weights) -> Weights:
     """Weights and statistics of the method's one round on teachers of these weights."""
     world = small_world(cards=0, way=5)
     world = replace(world, cards=tuple(card(i, way=5) for i in range(len(models))))
-    worker = FakeWorker(world)
+    shard = FakeShard(world)
     for one, (theta, stats) in zip(world.cards, models, strict=True):
-        teacher = worker.teacher(one.id)
+        teacher = shard.teacher(one.id)
         teacher.theta, teacher.stats = theta, stats
 
     def send(op: str, jobs: Sequence[Job], shared: Arrays) -> list[Arrays]:
         assert op == "weights"
-        return baselines.weights(worker, jobs, shared)
+        return baselines.weights(shard, jobs, shared)
 
     method = METHODS["ota"]
     state, _ = method.learn(method.Config(), world, method.init(method.Config(), world), 0, [], send)

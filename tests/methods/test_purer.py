@@ -14,7 +14,7 @@ from ray_dfml.errors import RejectedError, UsageError
 from ray_dfml.methods.base import State, World
 from ray_dfml.methods.purer import method as purer
 from ray_dfml.types import TeacherCard
-from tests.support import FakeWorker, card, image_spec, mixed_world, play, same, small_purer, small_world
+from tests.support import FakeShard, card, image_spec, mixed_world, play, same, small_purer, small_world
 
 WORLD = small_world()
 DUE: dict[str, Any] = {"curriculum_after": 2, "curriculum_patience": 1000}
@@ -33,11 +33,11 @@ def painted(world: World, state: State) -> State:
 
 def drawn(cfg: purer.Config, world: World, rounds: int = 6) -> list[dict[str, list[list[tuple[int, int]]]]]:
     """(teacher, row) of the support and query of each pseudo task, one list per label."""
-    tasks, worker = [], FakeWorker(world)
+    tasks, shard = [], FakeShard(world)
     state = painted(world, purer.init(cfg, world))
     for r in range(1, 1 + rounds):
-        purer.learn(cfg, world, state, r, [], worker.send)
-    for op, jobs in worker.sent:
+        purer.learn(cfg, world, state, r, [], shard.send)
+    for op, jobs in shard.sent:
         assert op == "maml.grad"
         for job in jobs:
             numbers = {k: np.round(v[:, 0, 0, 0]).astype(int) for k, v in job.values.items()}
@@ -91,17 +91,17 @@ def test_a_round_may_move_the_images_of_a_few_teachers_drawn_without_replacement
 
 
 def test_images_move_in_recovery_and_the_learner_in_its_updates():
-    cfg, worker = small_purer(image_steps=3, updates=4), FakeWorker(WORLD)
+    cfg, shard = small_purer(image_steps=3, updates=4), FakeShard(WORLD)
     state = purer.init(cfg, WORLD)
-    results = worker.send("purer.recover", purer.plan(cfg, WORLD, state, 1), purer.shared(cfg, WORLD, state, 1))
-    after, metrics = purer.learn(cfg, WORLD, state, 1, results, worker.send)
+    results = shard.send("purer.recover", purer.plan(cfg, WORLD, state, 1), purer.shared(cfg, WORLD, state, 1))
+    after, metrics = purer.learn(cfg, WORLD, state, 1, results, shard.send)
     for c, result in zip(WORLD.cards, results, strict=True):
         assert same(after["images"][c.id], {k: result[k] for k in ("x", "m", "v", "step")})
         assert after["images"][c.id]["step"] == 3
         assert not torch.equal(after["images"][c.id]["x"], state["images"][c.id]["x"])
     assert after["updates"] == after["adam"]["step"] == metrics["replay/updates"] == 4
     assert not torch.equal(after["theta"], state["theta"])
-    assert [op for op, _ in worker.sent] == ["purer.recover"] + ["maml.grad"] * 4
+    assert [op for op, _ in shard.sent] == ["purer.recover"] + ["maml.grad"] * 4
     assert all(np.isfinite(value or 0) for value in metrics.values())
 
 
@@ -155,14 +155,14 @@ def test_without_class_names_a_class_is_that_of_one_teacher():
 def test_tasks_are_normalised_for_the_learner():
     world = mixed_world()
     cfg = small_purer()
-    state, worker = purer.init(cfg, world), FakeWorker(world)
+    state, shard = purer.init(cfg, world), FakeShard(world)
     white = {}
     for c in world.cards:
         pixels = torch.full((4 * len(c.classes), *c.image.shape), 0.75)
         x = normalise(pixels, torch.tensor(c.image.mean), torch.tensor(c.image.std))
         white[c.id] = {**state["images"][c.id], "x": x}
-    purer.learn(cfg, world, {**state, "images": white}, 1, [], worker.send)
-    for job in worker.sent[0][1]:
+    purer.learn(cfg, world, {**state, "images": white}, 1, [], shard.send)
+    for job in shard.sent[0][1]:
         for images, count in ((job.values["support"], 2), (job.values["query"], 4)):
             assert images.dtype == np.float32
             np.testing.assert_allclose(images, np.full((count, 3, 20, 20), 1.0), atol=1e-5)  # (0.75 - 0.5) / 0.25
@@ -194,12 +194,12 @@ def test_an_accuracy_of_zero_is_a_first_best():
 
 
 def test_the_curriculum_sends_one_task_and_pushes_the_images_it_was_drawn_from():
-    cfg, worker = small_purer(**DUE), FakeWorker(WORLD)
-    _, after, metrics = play("purer", cfg, WORLD, worker=worker)
-    assert [op for op, _ in worker.sent] == ["purer.recover", "maml.grad", "maml.grad", "purer.grad"]
+    cfg, shard = small_purer(**DUE), FakeShard(WORLD)
+    _, after, metrics = play("purer", cfg, WORLD, shard=shard)
+    assert [op for op, _ in shard.sent] == ["purer.recover", "maml.grad", "maml.grad", "purer.grad"]
     assert np.isfinite(metrics["curriculum/outer_loss"])
     assert after["switch"] | {"best": 0} == {"best": 0, "waited": 0, "due": 0, "fired": 1}
-    ((_, (job,)),) = worker.sent[-1:]
+    ((_, (job,)),) = shard.sent[-1:]
     pixels = [x for part in ("support", "query") for x in job.values[part]]
     hit = {}
     for c in WORLD.cards:
@@ -224,13 +224,13 @@ def test_an_adversarial_step_raises_the_outer_loss_of_the_same_task():
     """Against the same step of the same images without the push; also where they pass a change of size."""
     for world in (WORLD, mixed_world()):
         cfg = small_purer(**DUE, shift=0, image_steps=1, lr_images=0.02)
-        worker = FakeWorker(world)
-        _, after, metrics = play("purer", cfg, world, worker=worker)
+        shard = FakeShard(world)
+        _, after, metrics = play("purer", cfg, world, shard=shard)
         theta = after["theta"].double().requires_grad_()
         values: list[float] = []
         for push in (after["push"], {}):
             state = {**after, "push": push}
-            results = worker.send("purer.recover", purer.plan(cfg, world, state, 2), purer.shared(cfg, world, state, 2))
+            results = shard.send("purer.recover", purer.plan(cfg, world, state, 2), purer.shared(cfg, world, state, 2))
             images = {r["teacher"]: {k: torch.tensor(r[k]) for k in ("x", "m", "v")} for r in results}
             store = purer._Store(cfg, world, {**after, "images": images})
             task = store.pixels(store.draw(world.seed, 1, "curriculum"))
@@ -242,13 +242,13 @@ def test_an_adversarial_step_raises_the_outer_loss_of_the_same_task():
 
 
 def test_without_curriculum_no_pixel_gradient_is_asked_for():
-    worker = FakeWorker(WORLD)
-    _, after, metrics = play("purer", small_purer(**DUE, curriculum=0.0), WORLD, rounds=3, worker=worker)
-    assert {op for op, _ in worker.sent} == {"purer.recover", "maml.grad"}
+    shard = FakeShard(WORLD)
+    _, after, metrics = play("purer", small_purer(**DUE, curriculum=0.0), WORLD, rounds=3, shard=shard)
+    assert {op for op, _ in shard.sent} == {"purer.recover", "maml.grad"}
     assert after["push"] == {}
     assert "curriculum/outer_loss" not in metrics
-    due = FakeWorker(WORLD)
-    play("purer", small_purer(**DUE), WORLD, rounds=3, worker=due)
+    due = FakeShard(WORLD)
+    play("purer", small_purer(**DUE), WORLD, rounds=3, shard=due)
     assert [op for op, _ in due.sent].count("purer.grad") == 1
 
 
@@ -269,7 +269,7 @@ def test_teachers_at_once_give_what_they_give_one_by_one(arch):
     world, cfg = replace(WORLD, cards=cards), small_purer(image_steps=1)
     state = purer.init(cfg, world)
     one, all_ = (
-        FakeWorker(world, batched=batched).send(
+        FakeShard(world, batched=batched).send(
             "purer.recover", purer.plan(cfg, world, state, 0), purer.shared(cfg, world, state, 0)
         )
         for batched in (False, True)
@@ -282,34 +282,34 @@ def test_teachers_at_once_give_what_they_give_one_by_one(arch):
 
 @pytest.mark.parametrize("batched", [False, True])
 def test_a_teacher_of_bad_weights_is_rejected_alone(batched):
-    worker, cfg = FakeWorker(WORLD, batched=batched), small_purer()
-    worker.spoil("conv4-1")
-    del worker.teachers["conv4-2"]
+    shard, cfg = FakeShard(WORLD, batched=batched), small_purer()
+    shard.spoil("conv4-1")
+    del shard.teachers["conv4-2"]
     state = purer.init(cfg, WORLD)
     jobs, shared = purer.plan(cfg, WORLD, state, 0), purer.shared(cfg, WORLD, state, 0)
-    results = purer.recover(worker, jobs, shared)
+    results = purer.recover(shard, jobs, shared)
     assert results[1] == {"rejected": "the inversion loss is not finite"}
     assert results[2] == {"rejected": "conv4-2: unreadable"}
-    sound = purer.recover(FakeWorker(WORLD), jobs[:1], shared)[0]
+    sound = purer.recover(FakeShard(WORLD), jobs[:1], shared)[0]
     np.testing.assert_allclose(results[0]["m"], sound["m"], rtol=1e-3, atol=1e-6)  # Adam magnifies rounding in `x`
-    after, metrics = purer.learn(cfg, WORLD, state, 0, [results[0]], worker.send)
+    after, metrics = purer.learn(cfg, WORLD, state, 0, [results[0]], shard.send)
     assert metrics["recover/tasks"] == 1
     assert same(after["images"]["conv4-1"], state["images"]["conv4-1"])
 
 
 def test_what_a_rejected_teacher_left_behind_goes():
-    cfg, worker = small_purer(curriculum_after=1), FakeWorker(WORLD)
-    _, state, _ = play("purer", cfg, WORLD, worker=worker)
+    cfg, shard = small_purer(curriculum_after=1), FakeShard(WORLD)
+    _, state, _ = play("purer", cfg, WORLD, shard=shard)
     assert set(state["images"]) == {"conv4-0", "conv4-1", "conv4-2"}
     state = {**state, "push": dict.fromkeys(state["images"], np.zeros(1))}
     left = replace(WORLD, cards=WORLD.cards[:2])
-    after, _ = purer.learn(cfg, left, state, 0, [], worker.send)
+    after, _ = purer.learn(cfg, left, state, 0, [], shard.send)
     assert list(after["images"]) == list(after["push"]) == ["conv4-0", "conv4-1"]
 
 
 def test_a_push_waits_for_its_teacher():
     """With one teacher a round, the pushes of the others stay until theirs is planned."""
-    cfg, worker = small_purer(teachers_per_round=1, image_warmup=99), FakeWorker(WORLD)
+    cfg, shard = small_purer(teachers_per_round=1, image_warmup=99), FakeShard(WORLD)
     state = purer.init(cfg, WORLD)
     push = {c.id: np.full(tuple(state["images"][c.id]["x"].shape), 0.1, np.float32) for c in WORLD.cards}
     state = {**state, "push": push}
@@ -317,14 +317,14 @@ def test_a_push_waits_for_its_teacher():
         (job,) = purer.plan(cfg, WORLD, state, r)
         waiting = set(state["push"])
         assert (job.values["push"] is not None) == (job.teacher in waiting)
-        results = worker.send("purer.recover", [job], purer.shared(cfg, WORLD, state, r))
-        state, _ = purer.learn(cfg, WORLD, state, r, results, worker.send)
+        results = shard.send("purer.recover", [job], purer.shared(cfg, WORLD, state, r))
+        state, _ = purer.learn(cfg, WORLD, state, r, results, shard.send)
         assert set(state["push"]) == waiting - {job.teacher}
     assert state["push"] == {}
 
 
 def test_a_curriculum_gradient_that_is_not_finite_stops_the_run():
-    class Diverged(FakeWorker):
+    class Diverged(FakeShard):
         def send(self, op, jobs, shared):
             found = super().send(op, jobs, shared)
             if op == "purer.grad":
@@ -332,7 +332,7 @@ def test_a_curriculum_gradient_that_is_not_finite_stops_the_run():
             return found
 
     with pytest.raises(FloatingPointError, match="the pixel gradient of the curriculum is not finite; lower"):
-        play("purer", small_purer(**DUE), WORLD, rounds=3, worker=Diverged(WORLD))
+        play("purer", small_purer(**DUE), WORLD, rounds=3, shard=Diverged(WORLD))
 
 
 def test_tasks_need_classes_of_teachers_that_are_left():
@@ -341,7 +341,7 @@ def test_tasks_need_classes_of_teachers_that_are_left():
     left = replace(WORLD, way=3, cards=WORLD.cards[:1])
     message = "the usable teachers and the bank have 2 classes, too few of any one data set for a task of 3"
     with pytest.raises(RejectedError, match=message):
-        purer.learn(cfg, left, state, 1, [], FakeWorker(left).send)
+        purer.learn(cfg, left, state, 1, [], FakeShard(left).send)
     both = replace(left, cards=WORLD.cards[:2])
     rows = [row for t in drawn(cfg, both) for part in t["support"] for row in part]
     assert {i for i, _ in rows} == {0, 1}
@@ -354,11 +354,11 @@ def test_too_few_images_for_a_task_are_an_error_before_the_run():
 
 
 def test_a_learner_may_start_from_the_mean_of_the_teachers():
-    cfg, worker = small_purer(start="average", image_warmup=2), FakeWorker(WORLD)
-    _, after, _ = play("purer", cfg, WORLD, rounds=2, first=0, worker=worker)
-    mean = torch.stack([worker.teacher(c.id).theta for c in WORLD.cards]).mean(0)
+    cfg, shard = small_purer(start="average", image_warmup=2), FakeShard(WORLD)
+    _, after, _ = play("purer", cfg, WORLD, rounds=2, first=0, shard=shard)
+    mean = torch.stack([shard.teacher(c.id).theta for c in WORLD.cards]).mean(0)
     torch.testing.assert_close(after["theta"], mean)
-    assert [op for op, _ in worker.sent] == ["purer.recover", "weights", "purer.recover"]
+    assert [op for op, _ in shard.sent] == ["purer.recover", "weights", "purer.recover"]
     trained = play("purer", cfg, WORLD, rounds=3, first=0)[1]["theta"]
     assert 0 < (trained - mean).abs().max() < 3 * cfg.meta.lr
     random = play("purer", small_purer(image_warmup=2), WORLD, first=0)[1]["theta"]

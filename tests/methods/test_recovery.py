@@ -7,7 +7,7 @@ import torch
 from ray_dfml.methods import recovery
 from ray_dfml.methods.base import Teacher
 from ray_dfml.types import Arrays, Job
-from tests.support import FakeTeacher, FakeWorker, card, small_world
+from tests.support import FakeShard, FakeTeacher, card, small_world
 
 
 def test_groups_hold_what_one_stack_can_and_keep_the_order():
@@ -22,8 +22,8 @@ def test_groups_hold_what_one_stack_can_and_keep_the_order():
 def test_results_are_in_the_order_of_jobs_whoever_is_rejected():
     world = small_world(cards=4)
     for batched in (False, True):
-        worker, calls = FakeWorker(world, batched=batched), []
-        del worker.teachers["conv4-1"]
+        shard, calls = FakeShard(world, batched=batched), []
+        del shard.teachers["conv4-1"]
 
         def invert(
             jobs: Sequence[Job], teachers: Sequence[Teacher], many: bool, calls: list[tuple[int, bool]] = calls
@@ -33,7 +33,7 @@ def test_results_are_in_the_order_of_jobs_whoever_is_rejected():
             return [None if job.teacher == "conv4-2" else {"seed": job.seed} for job in jobs]
 
         jobs = [Job(index=i, seed=10 + i, teacher=c.id) for i, c in enumerate(world.cards)]
-        assert recovery.recover(worker, jobs, invert) == [
+        assert recovery.recover(shard, jobs, invert) == [
             {"seed": 10}, {"rejected": "conv4-1: unreadable"}, {"rejected": "the inversion loss is not finite"},
             {"seed": 13},
         ]  # fmt: skip

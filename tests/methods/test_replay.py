@@ -17,7 +17,7 @@ from ray_dfml.core.inner_loop import Task, meta_gradient
 from ray_dfml.methods import replay
 from ray_dfml.methods.base import ReplayConfig, State, initial_learner
 from ray_dfml.types import Arrays, Job
-from tests.support import PROPERTY, FakeWorker, random_bank, small_world
+from tests.support import PROPERTY, FakeShard, random_bank, small_world
 
 WORLD = small_world()
 BANK = random_bank(4, 6, WORLD.image.shape)
@@ -66,7 +66,7 @@ def test_the_op_returns_the_meta_gradient_of_each_job(batched, head):
     replay.update(cfg, replace(WORLD, head=head), start(), BANK, (0, "replay", 0), script)
     ((op, jobs, shared),) = script.calls
     assert op == "maml.grad"
-    found = replay.grad(FakeWorker(WORLD, batched=batched), jobs, shared)
+    found = replay.grad(FakeShard(WORLD, batched=batched), jobs, shared)
     mean, std = torch.full((3,), 0.5), torch.full((3,), 0.25)
     for job, result in zip(jobs, found, strict=True):
         support, query = (normalise(to_pixels(job.values[k]), mean, std)[None] for k in ("support", "query"))
@@ -84,14 +84,14 @@ def test_the_op_returns_the_meta_gradient_of_each_job(batched, head):
 
 def test_float_images_are_taken_as_normalised():
     """The same task as bytes and as what the learner makes of them; values beyond those of any pixel pass unclamped."""
-    cfg, worker = config(tasks=1), FakeWorker(WORLD)
+    cfg, shard = config(tasks=1), FakeShard(WORLD)
     (task,) = replay.draw(cfg, WORLD, BANK, (0,))
     values = replay.shared_values(cfg, WORLD, start())
     mean, std = torch.tensor(values["mean"]), torch.tensor(values["std"])
     ready = {name: normalise(to_pixels(images), mean, std).numpy() for name, images in task.items()}
     far = {name: 3 * images for name, images in ready.items()}
     as_bytes, as_floats, scaled = (
-        replay.grad(worker, [Job(index=0, seed=0, values=one)], values)[0] for one in (task, ready, far)
+        replay.grad(shard, [Job(index=0, seed=0, values=one)], values)[0] for one in (task, ready, far)
     )
     assert np.array_equal(as_bytes["grad"], as_floats["grad"])
     assert np.array_equal(as_bytes["stats"], as_floats["stats"])
@@ -103,9 +103,9 @@ def test_looped_results_do_not_depend_on_how_jobs_are_sharded():
     script = Script()
     replay.update(config(), WORLD, start(), BANK, (0, "replay", 0), script)
     ((_, jobs, shared),) = script.calls
-    worker = FakeWorker(WORLD)
-    together = replay.grad(worker, jobs, shared)
-    apart = [replay.grad(worker, [job], shared)[0] for job in jobs]
+    shard = FakeShard(WORLD)
+    together = replay.grad(shard, jobs, shared)
+    apart = [replay.grad(shard, [job], shared)[0] for job in jobs]
     assert all(np.array_equal(a["grad"], b["grad"]) for a, b in zip(together, apart, strict=True))
 
 
@@ -147,7 +147,7 @@ def test_statistics_follow_the_queries_slowly_and_metrics_are_means():
 
 
 def test_an_update_is_a_draw_and_a_step():
-    cfg, send = config(), FakeWorker(WORLD).send
+    cfg, send = config(), FakeShard(WORLD).send
     whole, metrics = replay.update(cfg, WORLD, start(), BANK, (3, "replay", 0), send)
     tasks = replay.draw(cfg, WORLD, BANK, (3, "replay", 0))
     assert [len(task["support"]) for task in tasks] == [2, 2, 2]
@@ -193,7 +193,7 @@ def test_update_leaves_state_and_bank_untouched():
     state = start()
     theta, moments = state["theta"].clone(), state["adam"]["m"].clone()
     images = {key: value.copy() for key, value in BANK.items()}
-    replay.update(config(), WORLD, state, BANK, (0,), FakeWorker(WORLD).send)
+    replay.update(config(), WORLD, state, BANK, (0,), FakeShard(WORLD).send)
     assert torch.equal(state["theta"], theta)
     assert torch.equal(state["adam"]["m"], moments)
     assert state["updates"] == 0
@@ -239,7 +239,7 @@ def test_losses_of_the_first_and_last_update_are_reported():
         start(),
         coloured_bank(),
         0,
-        FakeWorker(WORLD).send,
+        FakeShard(WORLD).send,
     )
     assert metrics["replay/updates"] == 30
     assert metrics["replay/loss_last"] < 0.7 * metrics["replay/loss_first"]

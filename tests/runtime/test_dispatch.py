@@ -420,7 +420,7 @@ def test_arrays_by_reference_and_teachers_come_with_each_message(monkeypatch: py
     seen: list[Arrays] = []
     monkeypatch.setattr(dispatch, "ray", Store)
     weights = OPS["weights"]
-    monkeypatch.setitem(OPS, "weights", lambda worker, jobs, shared: seen.append(shared) or weights(worker, jobs, {}))
+    monkeypatch.setitem(OPS, "weights", lambda shard, jobs, shared: seen.append(shared) or weights(shard, jobs, {}))
     where, images = [Ref(load)], np.arange(3)
     job = [Job(index=0, seed=0, teacher="a")]
     one = dispatch.ShardActor(device=torch.device("cpu"))

@@ -91,7 +91,7 @@ def test_a_pool_larger_than_the_bound_is_worked_through(monkeypatch: pytest.Monk
 def crowded(room: int, calls: list[int]) -> Callable[..., list[Arrays]]:
     """An op on a device that has room for so many jobs at once."""
 
-    def op(worker: Shard, jobs: Sequence[Job], shared: Arrays) -> list[Arrays]:
+    def op(shard: Shard, jobs: Sequence[Job], shared: Arrays) -> list[Arrays]:
         calls.append(len(jobs))
         if len(jobs) > room:
             raise torch.OutOfMemoryError("CUDA out of memory")

@@ -57,7 +57,7 @@ BIDF = (
 
 DRO = ("method.rounds=2", "method.steps_per_round=3", "method.hidden=16", "method.chunk=2048")
 
-SETS: dict[str, tuple[str, ...]] = {
+SETTINGS: dict[str, tuple[str, ...]] = {
     "free": FREE + EVAL, "maml-oracle": ORACLE + EVAL, "purer": PURER + EVAL, "bidf-mkd": BIDF + EVAL,
     "dro": DRO + EVAL,
 }  # fmt: skip
@@ -77,7 +77,7 @@ class Done:
 
 def flags(method: str, *more: str) -> list[str]:
     """The small settings as words of a command line."""
-    return [word for text in (*SETS.get(method, EVAL), *more) for word in ("--set", text)]
+    return [word for text in (*SETTINGS.get(method, EVAL), *more) for word in ("--set", text)]
 
 
 def write_images(root: Path) -> None:
@@ -120,8 +120,8 @@ def damage(pool: Path, copy: Path, place: int, factor: float) -> str:
 def config(method: str, pool: Path | None, data: str | None, *more: str, **values: Any) -> RunConfig:
     """The small configuration of a method."""
     return resolve(
-        method, sets=[*SETS.get(method, EVAL), *more], pool=(str(pool),) if pool else (), data=(data,) if data else (),
-        **values,
+        method, settings=[*SETTINGS.get(method, EVAL), *more], pool=(str(pool),) if pool else (),
+        data=(data,) if data else (), **values,
     )  # fmt: skip
 
 
@@ -138,7 +138,7 @@ def scores_of(trainer: Trainer, *selections: str) -> list[Score]:
     val, test = ([(one.data, split) for one in trainer._sets if one.split == split] for split in ("val", "test"))
     scorer = Scorer(cfg.eval, way=world.way, head=world.head, val=val, test=test, ask=trainer.score)
     return scorer.test([
-        Entry(method=cfg.name, selection=name, weights=weights[name], readings=trainer.method.READINGS)
+        Entry(method=cfg.name, selection=name, weights=weights[name], readings=trainer.method.readings)
         for name in selections
     ])  # fmt: skip
 

@@ -28,9 +28,9 @@ from ray_dfml.methods.base import (
     Metrics,
     Panel,
     Send,
+    Shard,
     State,
     Teacher,
-    Worker,
     World,
     image_values,
     initial_learner,
@@ -132,12 +132,12 @@ def _rows(which: Tensor, new: Tensor, old: Tensor) -> Tensor:
     return torch.where(which.view(-1, *(1,) * (new.dim() - 1)), new, old)
 
 
-def recover(worker: Worker, jobs: Sequence[Job], shared: Arrays) -> list[Arrays]:
+def recover(shard: Shard, jobs: Sequence[Job], shared: Arrays) -> list[Arrays]:
     """The `bidf-mkd.recover` op: support, inner distillation, query set of each job's teacher.
 
     Returns `support` and `query` as recovered tasks.
     """
-    cfg, device = Config.model_validate(shared["cfg"]), worker.device
+    cfg, device = Config.model_validate(shared["cfg"]), shard.device
     shape, way = tuple(shared["shape"]), shared["way"]
     learner = net(shared["arch"], shape, way)
     theta, mean, std = (torch.tensor(shared[k], device=device) for k in ("theta", "mean", "std"))
@@ -150,7 +150,7 @@ def recover(worker: Worker, jobs: Sequence[Job], shared: Arrays) -> list[Arrays]
         finite = [math.isfinite(s["loss_last"] + q["loss_last"]) for s, q in zip(support, query, strict=True)]
         return [{"support": s, "query": q} if fine else None for s, q, fine in zip(support, query, finite, strict=True)]
 
-    return recovery.recover(worker, jobs, invert)
+    return recovery.recover(shard, jobs, invert)
 
 
 def _task_models(
@@ -181,7 +181,7 @@ def _inner(
     )  # fmt: skip
 
 
-def grad(worker: Worker, jobs: Sequence[Job], shared: Arrays) -> list[Arrays]:
+def grad(shard: Shard, jobs: Sequence[Job], shared: Arrays) -> list[Arrays]:
     """The `bidf.grad` op: gradient [p] at theta of the outer distillation, through the inner steps ([Hu2023b]).
 
     A job's values: `support` and `query`, the recovered tasks of one teacher. Returns `grad`, `loss` in nats, and
@@ -189,8 +189,8 @@ def grad(worker: Worker, jobs: Sequence[Job], shared: Arrays) -> list[Arrays]:
     """
     cfg = Config.model_validate(shared["cfg"])
     learner = net(shared["arch"], tuple(shared["shape"]), shared["way"])
-    theta = torch.tensor(shared["theta"], device=worker.device)
-    mean, std = (torch.tensor(shared[k], device=worker.device) for k in ("mean", "std"))
+    theta = torch.tensor(shared["theta"], device=shard.device)
+    mean, std = (torch.tensor(shared[k], device=shard.device) for k in ("mean", "std"))
     outer = _outer_kl if cfg.distill == "kl" else _outer
     return [outer(cfg, learner, theta, job.values, mean, std) for job in jobs]
 
@@ -266,11 +266,11 @@ PROBES = (1, 4)
 """Iterations of the jobs that `cost` times; a whole one takes minutes."""
 
 
-def cost(cfg: Config, world: World, worker: Worker) -> Cost:
+def cost(cfg: Config, world: World, shard: Shard) -> Cost:
     """Jobs of few iterations on a mean teacher are timed: both inversions, and the inner distillation between them."""
 
     def one_job(card: TeacherCard) -> float:
-        first, second = (_job_seconds(cfg.model_copy(update={"iterations": n}), world, worker, card) for n in PROBES)
+        first, second = (_job_seconds(cfg.model_copy(update={"iterations": n}), world, shard, card) for n in PROBES)
         each = max(second - first, 0.0) / (PROBES[1] - PROBES[0])
         return first + (cfg.iterations - PROBES[0]) * each
 
@@ -286,11 +286,11 @@ def cost(cfg: Config, world: World, worker: Worker) -> Cost:
     )
 
 
-def _job_seconds(cfg: Config, world: World, worker: Worker, card: TeacherCard) -> float:
+def _job_seconds(cfg: Config, world: World, shard: Shard, card: TeacherCard) -> float:
     job = teacher_job(card, index=0, seed=0, values={})
     late = init(cfg, world) | {"updates": cfg.boundary_after}
     values = shared(cfg, world, late, 0)
-    return cost_of.seconds(lambda: recover(worker, [job], values))
+    return cost_of.seconds(lambda: recover(shard, [job], values))
 
 
 METHOD = Method(

@@ -25,9 +25,9 @@ from ray_dfml.methods.base import (
     Metrics,
     Panel,
     Send,
+    Shard,
     State,
     Teacher,
-    Worker,
     World,
     image_values,
     initial_learner,
@@ -91,15 +91,15 @@ def shared(cfg: Config, world: World, state: State, r: int) -> Arrays:
     }
 
 
-def recover(worker: Worker, jobs: Sequence[Job], shared: Arrays) -> list[Arrays]:
+def recover(shard: Shard, jobs: Sequence[Job], shared: Arrays) -> list[Arrays]:
     """The `free.recover` op: FIVE on each job's teacher, from the shared generator.
 
     A result is the recovered task, of a sequential generator with the adapted `theta_g`.
     """
     cfg = Config.model_validate(shared["cfg"])
     net_g = generator(tuple(shared["shape"]), cfg.latent, cfg.width)
-    ask = _learner(shared, worker.device)
-    start = torch.tensor(shared["theta_g"], device=worker.device)
+    ask = _learner(shared, shard.device)
+    start = torch.tensor(shared["theta_g"], device=shard.device)
 
     def invert(jobs: Sequence[Job], teachers: Sequence[Teacher], batched: bool) -> list[Arrays | None]:
         judge = None if ask is None else partial(stacked, ask, batched=batched)
@@ -109,7 +109,7 @@ def recover(worker: Worker, jobs: Sequence[Job], shared: Arrays) -> list[Arrays]
             tasks = [task | {"theta_g": one.cpu().numpy()} for task, one in zip(tasks, adapted, strict=True)]
         return [task if math.isfinite(task["loss_last"]) else None for task in tasks]
 
-    return recovery.recover(worker, jobs, invert)
+    return recovery.recover(shard, jobs, invert)
 
 
 def _learner(shared: Arrays, device: torch.device) -> Judge | None:
@@ -186,13 +186,13 @@ def _distill_set(cfg: Config, world: World, task: Arrays) -> bell.DistillSet:
     return bell.DistillSet(normalise(seen, mean, std), torch.tensor(task["logits"]), torch.tensor(task["labels"]))
 
 
-def cost(cfg: Config, world: World, worker: Worker) -> Cost:
+def cost(cfg: Config, world: World, shard: Shard) -> Cost:
     """One pass of the inversion of a mean teacher is timed; a job has k + 1 of them."""
 
     def one_pass(card: TeacherCard) -> float:
         net_g = generator(world.image.shape, cfg.latent, cfg.width)
-        theta_g = net_g.init(torch.Generator().manual_seed(0)).to(worker.device)[None]
-        one, teacher = cfg.model_copy(update={"steps": 0}), worker.teacher(card.id)
+        theta_g = net_g.init(torch.Generator().manual_seed(0)).to(shard.device)[None]
+        one, teacher = cfg.model_copy(update={"steps": 0}), shard.teacher(card.id)
         return cost_of.seconds(lambda: five(one, net_g, [teacher], theta_g, None, [0], way=world.way, batched=False))
 
     jobs, learning = cfg.rounds * cfg.teachers_per_round, max(cfg.rounds - cfg.warmup, 0)

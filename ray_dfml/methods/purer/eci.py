@@ -16,7 +16,7 @@ from ray_dfml.core import episodes, losses, optim
 from ray_dfml.core.images import fit, normalise
 from ray_dfml.core.inner_loop import adapted, graph_grad
 from ray_dfml.core.net import net
-from ray_dfml.methods.base import Teacher, Worker, stacked
+from ray_dfml.methods.base import Shard, Teacher, stacked
 from ray_dfml.methods.purer.config import Config
 from ray_dfml.types import Arrays, ImageSpec, Job
 
@@ -97,18 +97,18 @@ def invert(
     ]
 
 
-def grad(worker: Worker, jobs: Sequence[Job], shared: Arrays) -> list[Arrays]:
+def grad(shard: Shard, jobs: Sequence[Job], shared: Arrays) -> list[Arrays]:
     """The `purer.grad` op: gradients of the outer loss with respect to a pseudo task's normalised pixels, through the
     inner loop ([Hu2023], the step of the gradient switch).
 
     A job's values: `support` [s c h w], `query` [u c h w]. Returns `support` and `query` gradients and `loss` in nats.
     """
     network = net(shared["arch"], tuple(shared["shape"]), shared["way"])
-    theta = torch.tensor(shared["theta"], device=worker.device)
+    theta = torch.tensor(shared["theta"], device=shard.device)
     results = []
     for job in jobs:
-        parts = [torch.tensor(job.values[k], device=worker.device).requires_grad_() for k in ("support", "query")]
-        labels = [episodes.interleaved(shared["way"], len(part) // shared["way"]).to(worker.device) for part in parts]
+        parts = [torch.tensor(job.values[k], device=shard.device).requires_grad_() for k in ("support", "query")]
+        labels = [episodes.interleaved(shared["way"], len(part) // shared["way"]).to(shard.device) for part in parts]
         phi = adapted(
             network, theta.requires_grad_(), parts[0], labels[0], head=shared["head"], lr=shared["inner_lr"],
             steps=shared["inner_steps"], grad_of=graph_grad,

@@ -27,9 +27,9 @@ from ray_dfml.methods.base import (
     Metrics,
     Panel,
     Send,
+    Shard,
     State,
     Teacher,
-    Worker,
     World,
     initial_learner,
     teacher_job,
@@ -105,18 +105,18 @@ def shared(cfg: Config, world: World, state: State, r: int) -> Arrays:
     return {"cfg": cfg.model_dump()}
 
 
-def recover(worker: Worker, jobs: Sequence[Job], shared: Arrays) -> list[Arrays]:
+def recover(shard: Shard, jobs: Sequence[Job], shared: Arrays) -> list[Arrays]:
     """The `purer.recover` op: `eci.invert` on the images of each job's teacher."""
     cfg = Config.model_validate(shared["cfg"])
 
     def invert(jobs: Sequence[Job], teachers: Sequence[Teacher], batched: bool) -> list[Arrays | None]:
-        found = eci.invert(cfg, teachers, jobs, device=worker.device, batched=batched)
+        found = eci.invert(cfg, teachers, jobs, device=shard.device, batched=batched)
         finite = [math.isfinite(one["loss_last"]) and bool(np.isfinite(one["x"]).all()) for one in found]
         return [
             one | {"teacher": job.teacher} if fine else None for job, one, fine in zip(jobs, found, finite, strict=True)
         ]
 
-    return recovery.recover(worker, jobs, invert)
+    return recovery.recover(shard, jobs, invert)
 
 
 def learn(cfg: Config, world: World, state: State, r: int, results: list[Arrays], send: Send) -> tuple[State, Metrics]:
@@ -222,13 +222,13 @@ class _Store:
         return {name: np.stack([self.images[i][row] for i, row in rows]) for name, rows in task.items()}
 
 
-def cost(cfg: Config, world: World, worker: Worker) -> Cost:
+def cost(cfg: Config, world: World, shard: Shard) -> Cost:
     """The image steps that a mean teacher takes in a round are timed."""
 
     def one_round(card: TeacherCard) -> float:
         alone = replace(world, cards=(card,))
         jobs = plan(cfg, alone, {"images": {card.id: fresh(cfg, world, card)}, "push": {}}, 0)
-        return cost_of.seconds(lambda: recover(worker, jobs, shared(cfg, alone, {}, 0)))
+        return cost_of.seconds(lambda: recover(shard, jobs, shared(cfg, alone, {}, 0)))
 
     count = min(cfg.teachers_per_round or len(world.cards), len(world.cards))
     updates = max(cfg.rounds - cfg.image_warmup, 0) * cfg.updates
