@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import numpy as np
 import torch
 
 from ray_dfml.config import RunConfig
@@ -12,6 +13,7 @@ from ray_dfml.methods import METHODS, UNTRAINED, cost
 from ray_dfml.methods.base import MetaConfig, World
 from ray_dfml.runtime.driver import Inputs, Machine
 from ray_dfml.runtime.shard import Shard
+from ray_dfml.scorer import Entry, Part, Scorer
 
 PROCESS_BYTES = 600e6
 """Proportional memory of a process with torch that has trained a Conv4."""
@@ -55,15 +57,26 @@ def estimate(config: RunConfig, inputs: Inputs, machine: Machine) -> dict[str, A
 def _evaluation(config: RunConfig, inputs: Inputs) -> tuple[float, float]:
     """Seconds of the validations of a training, and of the test at most: of the validated, the last and fresh weights,
     for each of which a step size is chosen on validation episodes."""
-    cfg, world = config.eval, inputs.world
-    sets = {split: len([one for one in inputs.sets if one.split == split]) for split in ("val", "test")}
-    seconds = {shot: _episode(config, world, shot) for shot in cfg.shots} if any(sets.values()) else {}
-    validations = sum(config.validates(r) for r in range(config.method.rounds))
-    validated = validations * cfg.val_episodes * (sets["val"] + cfg.test_best * sets["test"])
-    candidates = len(cfg.lrs) if world.head != "protonet" and len(cfg.lrs) > 1 else 0
-    weights = 1 if config.name == UNTRAINED else 3 + cfg.test_best
-    episodes = weights * (sets["test"] * cfg.episodes + sets["val"] * candidates * cfg.val_episodes)
-    return validated * seconds.get(max(cfg.shots), 0.0), episodes * sum(seconds.values())
+    world, readings = inputs.world, METHODS[config.name].readings
+    sets = {split: [(one.data, split) for one in inputs.sets if one.split == split] for split in ("val", "test")}
+    seconds = {shot: _episode(config, world, shot) for shot in config.eval.shots} if any(sets.values()) else {}
+    spent: list[float] = []
+
+    def ask(part: Part) -> np.ndarray:
+        spent.append((part.stop - part.start) * seconds[part.episodes.shot])
+        return np.zeros(part.stop - part.start)
+
+    scorer = Scorer(config.eval, way=world.way, head=world.head, val=sets["val"], test=sets["test"], ask=ask)
+    validations = [r for r in range(config.method.rounds) if config.validates(r)] if config.name != UNTRAINED else []
+    for r in validations:
+        for on_test in (False, True)[: 1 + config.eval.test_best]:
+            scorer.validate(str(r), readings[-1], on_test=on_test)
+    validated = sum(spent)
+    spent.clear()
+    own = [] if config.name == UNTRAINED else ["val", "last", "test-best"][: 2 + config.eval.test_best]
+    entries = [Entry(method=config.name, selection=one, weights=one, readings=readings) for one in own]
+    scorer.test([*entries, Entry(method=UNTRAINED, selection="last", weights=UNTRAINED, readings=("finetune",))])
+    return validated, sum(spent)
 
 
 def _images(world: World, per_class: int) -> tuple[torch.Tensor, torch.Tensor]:
