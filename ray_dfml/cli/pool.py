@@ -6,7 +6,7 @@ from typing import Any
 import click
 
 from ray_dfml.cli import options
-from ray_dfml.errors import UsageError
+from ray_dfml.errors import RejectedError, UsageError
 
 
 @click.group()
@@ -79,14 +79,11 @@ def build(
     " --mean 0.5,0.5,0.5 --std 0.25,0.25,0.25 --classes wren,robin,owl,jay,tit"
 )
 @click.argument("path", metavar="POOL", type=options.PATH)
-@click.option("--weights", required=True, type=options.PATH, help=".safetensors, or .pt of plain tensors.")
+@click.option("--weights", required=True, type=options.PATH, help="safetensors, or what torch.save wrote, of tensors.")
 @click.option("--arch", required=True, help="Architecture, from the allow-list.")
 @click.option("--input", "size", required=True, help="Channels x height x width, such as 3x32x32.")
-@click.option(
-    "--classes",
-    required=True,
-    help="Class names in the order of the outputs, with commas; DATASET/NAME if known.",
-)
+@click.option("--classes", help="Class names in the order of the outputs, with commas; DATASET/NAME if known.")
+@click.option("--classes-file", type=options.PATH, help="A UTF-8 text with one class name a line instead.")
 @click.option("--mean", help="Per channel, for pixels in [0, 1]; default 0.")
 @click.option("--std", help="Per channel; default 1.")
 @click.option("--id", "id", help="Name in the pool; default: the file's name.")
@@ -95,27 +92,40 @@ def build(
 @click.option("--authorization", default="", help="Who permits their use.")
 @options.as_json
 def add(
-    path: Path, weights: Path, size: str, classes: str, mean: str | None, std: str | None, json_out: bool, **rest: Any
-) -> None:
+    path: Path, weights: Path, size: str, classes: str | None, classes_file: Path | None, mean: str | None,
+    std: str | None, json_out: bool, **rest: Any,
+) -> None:  # fmt: skip
     """Bring your own weights into POOL (made if it does not exist)."""
     from ray_dfml.data.pool import Pool, add_file
 
-    channels = size.split("x")[0]
-    count = int(channels) if channels.isdigit() else 1
-    target = Pool.open(path) if (path / "pool.yaml").exists() else Pool.create(path)
-    id = add_file(
-        target, weights, input=size, classes=[name.strip() for name in classes.split(",")],
-        mean=_numbers("--mean", mean, [0.0] * count), std=_numbers("--std", std, [1.0] * count), **rest,
+    id, notes = add_file(
+        Pool.at(path), weights, input=size, classes=_class_names(classes, classes_file),
+        mean=_numbers("--mean", mean), std=_numbers("--std", std), **rest,
     )  # fmt: skip
+    for note in notes:
+        options.say(f"{weights}: {note}")
     if json_out:
         options.print_json({"pool": str(path), "id": id})
     else:
         click.echo(f"{path}: added {id}")
 
 
-def _numbers(option: str, text: str | None, default: list[float]) -> list[float]:
+def _class_names(names: str | None, file: Path | None) -> list[str]:
+    if (names is None) == (file is None):
+        raise UsageError("name the classes with --classes, or with --classes-file where a name has a comma")
+    if file is None:
+        return [name.strip() for name in (names or "").split(",")]
+    try:
+        lines = file.read_text("utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise UsageError(f"--classes-file {file}: cannot be read: {reason}") from None
+    return [line.strip() for line in lines if line.strip()]
+
+
+def _numbers(option: str, text: str | None) -> list[float] | None:
     if text is None:
-        return default
+        return None
     try:
         return [float(part) for part in text.split(",")]
     except ValueError:
@@ -135,4 +145,6 @@ def check(path: Path, json_out: bool) -> int:
     else:
         for row in rows:
             click.echo(f"{row['id']:<32} {'ok' if row['ok'] else 'REJECTED'}  {row['reason']}".rstrip())
+    if not rows:
+        raise RejectedError(f"{path}: the pool holds no teacher; add one with `ray-dfml pool add`")
     return 0 if all(row["ok"] for row in rows) else 3

@@ -29,8 +29,13 @@ def _readable(text: str) -> str:
     return text
 
 
+def is_id(text: str) -> bool:
+    """Whether a text can be the id of a teacher."""
+    return bool(_ID.fullmatch(text))
+
+
 def _safe_id(text: str) -> str:
-    if not _ID.fullmatch(text):
+    if not is_id(text):
         raise ValueError(
             f"{text!r}: an id has letters, digits, '.', '_' and '-' only, and begins with a letter or a digit"
         )

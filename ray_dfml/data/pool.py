@@ -9,7 +9,7 @@ import hashlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import filelock
 import numpy as np
@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from ray_dfml.core.net import net
-from ray_dfml.data import weights_file
-from ray_dfml.data.manifest import MANIFEST, Entry, make_entry, read_manifest, write_manifest
+from ray_dfml.data import foreign, weights_file
+from ray_dfml.data.manifest import MANIFEST, Entry, is_id, make_entry, read_manifest, write_manifest
 from ray_dfml.errors import RejectedError, ResourceError, UsageError, did_you_mean
-from ray_dfml.files import resolved
+from ray_dfml.files import resolved, shown
 from ray_dfml.types import ImageSpec, TeacherCard
 
 __all__ = ["Entry", "Pool", "add_file"]
@@ -37,8 +37,10 @@ class Pool:
     path: Path
     cards: tuple[TeacherCard, ...]
 
-    def __init__(self, path: Path, entries: Sequence[Entry]) -> None:
+    def __init__(self, path: Path, entries: Sequence[Entry], *, new: bool = False) -> None:
+        """`new`: the folder need not hold a manifest yet, the first `add` writes it."""
         self.path = path
+        self._new = new
         self._set(entries)
 
     def _set(self, entries: Sequence[Entry]) -> None:
@@ -55,6 +57,18 @@ class Pool:
         return cls(path, read_manifest(path))
 
     @classmethod
+    def at(cls, path: str | Path) -> "Pool":
+        """The pool in a folder, or an empty one that the first `add` makes; nothing is written before.
+
+        Raises UsageError where `path` is a file, RejectedError as `open` does.
+        """
+        path = resolved(path)
+        if path.exists() and not path.is_dir():
+            raise UsageError(f"{path}: is a file; choose a new folder")
+        new = not (path / MANIFEST).exists()
+        return cls(path, [] if new else read_manifest(path), new=new)
+
+    @classmethod
     def create(cls, path: str | Path) -> "Pool":
         """A new empty pool: a folder with a manifest that names no teacher.
 
@@ -66,10 +80,9 @@ class Pool:
         with _locked(path):
             if (path / MANIFEST).exists():
                 raise UsageError(f"{path}: already holds a pool; choose another folder")
-            if not all(child.name.startswith(".") for child in path.iterdir()):
-                raise UsageError(f"{path}: is not an empty folder; choose a new one")
+            _check_empty(path)
             write_manifest(path, [])
-            (path / "weights").mkdir()
+            (path / "weights").mkdir(exist_ok=True)
         return cls(path, [])
 
     def entry(self, id: str) -> Entry:
@@ -142,7 +155,11 @@ class Pool:
         data = weights_file.to_safetensors(fitted)
         entry = entry.model_copy(update={"sha256": hashlib.sha256(data).hexdigest()})
         with _locked(self.path):
-            entries = read_manifest(self.path)
+            if self._new and not (self.path / MANIFEST).exists():
+                _check_empty(self.path)
+                entries = []
+            else:
+                entries = read_manifest(self.path)
             if any(id == other.id or entry.weights == other.weights for other in entries):
                 raise UsageError(f"id {id!r} is taken in {self.path}; choose another one")
             (self.path / "weights").mkdir(exist_ok=True)
@@ -166,7 +183,7 @@ class Pool:
         results = []
         for entry in self._entries.values():
             try:
-                notes = _probe(entry, self._tensors(entry))
+                notes = _probe(entry, self._tensors(entry)) + _odd_accuracy(entry)
                 twin = first.setdefault(entry.sha256 or "", entry.id)
                 if twin != entry.id:
                     notes.append(f"same weights as {twin}")
@@ -189,9 +206,22 @@ def _locked(folder: Path) -> Iterator[None]:
         raise ResourceError(f"{folder}: cannot be written: {error.strerror or error}") from None
 
 
+def _check_empty(path: Path) -> None:
+    """Raises UsageError for a folder with anything in it that is not hidden, but for an interrupted `add`."""
+    if not all(child.name.startswith(".") or child.name == "weights" for child in path.iterdir()):
+        raise UsageError(f"{path}: is not an empty folder; choose a new one")
+
+
 def _flat(entry: Entry, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
     parameters, statistics = weights_file.parts(entry.arch, entry.image, len(entry.classes))
     return parameters.flatten(tensors), statistics.flatten(tensors)
+
+
+def _odd_accuracy(entry: Entry) -> list[str]:
+    reported = entry.accuracy.reported
+    if reported is None or not 0 < reported <= 1 or reported >= 100 / len(entry.classes):
+        return []
+    return [f"reports an accuracy of {reported:g} %, below chance; is it a fraction, {100 * reported:g} %?"]
 
 
 def _probe(entry: Entry, tensors: Mapping[str, Tensor]) -> list[str]:
@@ -218,6 +248,13 @@ def _probe(entry: Entry, tensors: Mapping[str, Tensor]) -> list[str]:
     return [f"constant output for {', '.join(dead[:5])}{' ..' if len(dead) > 5 else ''}"] if dead else []
 
 
+class Added(NamedTuple):
+    """The id of a teacher that `add_file` added, and what was done to find its weights in the file."""
+
+    id: str
+    notes: list[str]
+
+
 def add_file(
     pool: Pool,
     weights: Path,
@@ -231,17 +268,19 @@ def add_file(
     accuracy: float | None = None,
     source: str = "",
     authorization: str = "",
-) -> str:
-    """Add a file of weights (`.safetensors`, or a plain state dict in `.pt`) after running it once; returns the id.
+) -> Added:
+    """Add a file of weights (safetensors, or what `torch.save` wrote) after running it once.
 
-    `id` is the file's stem by default; `input` is `CHANNELSxHEIGHTxWIDTH`; `mean` and `std` are per channel for pixels
-    in [0, 1], by default 0 and 1; `accuracy` in percent. Raises UsageError for arguments that do not fit the file or
-    each other, RejectedError for a bad file.
+    `id` is the file's name without its suffixes by default; `input` is `CHANNELSxHEIGHTxWIDTH`; `mean` and `std` are
+    per channel for pixels in [0, 1], by default 0 and 1; `accuracy` in percent. Raises UsageError for arguments that do
+    not fit the file or each other, RejectedError for a bad file.
     """
-    id = weights.stem if id is None else id
+    weights = resolved(weights)
     size = re.fullmatch(r"(\d{1,4})x(\d{1,4})x(\d{1,4})", input)
     if not size:
         raise UsageError(f"input {input!r}: expected CHANNELSxHEIGHTxWIDTH, such as 3x32x32")
+    if accuracy is not None and 0 < accuracy <= 1:
+        raise UsageError(f"accuracy {accuracy:g}: give percent, {100 * accuracy:g} if this is a fraction")
     channels, height, width = (int(number) for number in size.groups())
     image = ImageSpec(
         channels=channels,
@@ -250,11 +289,20 @@ def add_file(
         mean=tuple(mean) if mean is not None else (0.0,) * channels,
         std=tuple(std) if std is not None else (1.0,) * channels,
     )
-    tensors = weights_file.read(weights)
-    head = tensors.get("head.weight")
-    if head is not None and head.dim() == 2 and head.shape[0] != len(classes):
-        raise UsageError(f"weights have {head.shape[0]} outputs, --classes names {len(classes)}")
     reported = {} if accuracy is None else {"reported": float(accuracy)}
+    id = _id_of(weights) if id is None else id
     entry = make_entry(id, arch, image, classes, reported, source, authorization)
-    pool._add(entry, tensors, run=True)
-    return id
+    found = foreign.read(weights, arch, image, len(classes))
+    pool._add(entry, found.tensors, run=True)
+    return Added(id, found.notes)
+
+
+def _id_of(file: Path) -> str:
+    """A file's name without the suffixes of weights. Raises UsageError where that is no id."""
+    name = file.name
+    while (end := Path(name).suffix) and end.lower() in foreign.SUFFIXES:
+        name = name.removesuffix(end)
+    if not is_id(name):
+        fit = re.sub(r"[^A-Za-z0-9._]+", "-", name).strip("-._") or "teacher"
+        raise UsageError(f"{shown(name)!r} cannot be the id of a teacher; give one, such as --id {fit}")
+    return name

@@ -1,20 +1,16 @@
 """Files of weights that somebody else made: bounded, checked before anything is allocated, and never executed.
 
 `read` gives named tensors, `fit` matches them to an architecture, `check_values` looks at the numbers, `write` saves.
-The only format written is safetensors. The only pickle read is a plain state dict, through `weights_only=True`.
+The only format here is safetensors; `data.foreign` reads what others save.
 """
 
 import functools
-import io
 import json
 import math
 import os
-import pickle
-import re
 import stat
 import uuid
-import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,13 +22,15 @@ from torch import Tensor
 from ray_dfml.core.backbones import BACKBONES
 from ray_dfml.core.net import layouts
 from ray_dfml.core.weights import Layout
-from ray_dfml.errors import RejectedError, UsageError
+from ray_dfml.data import mistaken
+from ray_dfml.errors import RejectedError
+from ray_dfml.files import naming
 from ray_dfml.types import ImageSpec, size_text
 
 _ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8}
 _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64)
-_PREFIXES = ("module.", "_orig_mod.")
-_RESAVE = "re-save it with safetensors.torch.save_file on the machine that made it"
+WRAPPERS = ("module", "_orig_mod")
+"""Parts of names that DataParallel and `torch.compile` put in."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,19 +71,12 @@ def parts(arch: str, image: ImageSpec, ways: int) -> Parts:
 
 
 def read(path: Path, *, limits: Limits = LIMITS) -> dict[str, Tensor]:
-    """Named CPU tensors of a `.safetensors`, `.pt` or `.pth` file; floating point comes back as float32.
+    """Named CPU tensors of a safetensors file; floating point comes back as float32, counters of batches are dropped.
 
-    A `module.` prefix common to all names (DataParallel) and `num_batches_tracked` are dropped; of a checkpoint
-    `{"state_dict": ...}` or `{"model": ...}` that part is taken. Values are not looked at (`check_values`).
-    Raises UsageError for a missing file or another suffix, RejectedError for everything that is wrong inside.
+    Values are not looked at (`check_values`). Raises RejectedError for everything that is wrong with the file.
     """
-    parse = {".safetensors": from_safetensors, ".pt": _from_torch, ".pth": _from_torch}.get(path.suffix.lower())
-    if parse is None:
-        raise UsageError(f"{path}: weights are read from .safetensors, .pt or .pth, not {path.suffix or 'no suffix'!r}")
-    if not path.exists():
-        raise UsageError(f"{path}: no such file")
     try:
-        return parse(read_bytes(path, limits=limits), limits=limits)
+        return from_safetensors(read_bytes(path, limits=limits), limits=limits)
     except RejectedError as error:
         raise RejectedError(f"{path}: {error}") from None
 
@@ -106,12 +97,18 @@ def read_bytes(path: Path, *, limits: Limits = LIMITS) -> bytes:
 
 def from_safetensors(data: bytes, *, limits: Limits = LIMITS) -> dict[str, Tensor]:
     """The tensors in the bytes of a safetensors file, as `read` gives them. Raises RejectedError."""
+    return tidy(decoded(data, limits), limits)
+
+
+def decoded(data: bytes, limits: Limits) -> dict[str, Tensor]:
+    """The tensors in the bytes of a safetensors file under the names they have in it. Raises RejectedError."""
+    if said := mistaken.what_it_is(data):
+        raise RejectedError(said)
     _check_header(data, limits)
     try:
-        tensors = safetensors.torch.load(data)
+        return safetensors.torch.load(data)
     except Exception as error:  # the decoder's error types are not part of its interface
         raise RejectedError(f"not a safetensors file: {first_line(error)}") from None
-    return _tidy(tensors, limits)
 
 
 def _check_header(data: bytes, limits: Limits) -> None:
@@ -119,7 +116,10 @@ def _check_header(data: bytes, limits: Limits) -> None:
         raise RejectedError(f"not a safetensors file: {len(data)} bytes, shorter than its header")
     length = int.from_bytes(data[:8], "little")
     if length > limits.header_bytes or length > len(data) - 8:
-        raise RejectedError(f"header of {length} bytes in a file of {len(data)} (limit {limits.header_bytes})")
+        raise RejectedError(
+            f"header of {length} bytes in a file of {len(data)} (limit {limits.header_bytes}): no safetensors file, or "
+            "one that was cut short; copy it again"
+        )
     try:
         header = json.loads(data[8 : 8 + length])
     except (ValueError, RecursionError):
@@ -131,7 +131,9 @@ def _check_header(data: bytes, limits: Limits) -> None:
         raise RejectedError(f"{len(header)} tensors, more than the limit of {limits.tensors}")
     stored = sum(_check_tensor_entry(name, entry) for name, entry in header.items())
     if stored != len(data) - 8 - length:
-        raise RejectedError(f"the header promises {stored} bytes of values, the file holds {len(data) - 8 - length}")
+        held = len(data) - 8 - length
+        advice = "; it was cut short, copy it again" if held < stored else ""
+        raise RejectedError(f"the header promises {stored} bytes of values, the file holds {held}{advice}")
 
 
 def _check_tensor_entry(name: str, entry: Any) -> int:
@@ -150,48 +152,24 @@ def _check_tensor_entry(name: str, entry: Any) -> int:
     return end - begin
 
 
-def _from_torch(data: bytes, *, limits: Limits) -> dict[str, Tensor]:
-    """A state dict that `torch.save` wrote. Nothing in it is executed: there is no way round `weights_only=True`."""
-    records = _zip_records(data)
-    if any(info.compress_type != zipfile.ZIP_STORED for info in records):
-        raise RejectedError(f"compressed records, which torch.save does not write; {_RESAVE}")
-    if any(info.filename.endswith("data.pkl") and info.file_size > limits.header_bytes for info in records):
-        raise RejectedError(f"its pickle is larger than the limit of {limits.header_bytes} bytes")
-    try:
-        loaded = torch.load(io.BytesIO(data), weights_only=True, map_location="cpu")
-    except pickle.UnpicklingError as error:
-        found = re.search(r"GLOBAL (\S+)|`?([\w.]+)`? (?:is|was) not an? (?:allowed|supported)", str(error))
-        culprit = f"needs {found[1] or found[2]}" if found else first_line(error)
-        raise RejectedError(f"holds more than tensors ({culprit}) and was not loaded; {_RESAVE}") from None
-    except Exception as error:  # a malformed pickle can raise anything
-        raise RejectedError(f"not a state dict of torch.save: {first_line(error)}; {_RESAVE}") from None
-    return _tidy(_state_dict(loaded), limits)
+def plain_names(names: Iterable[str]) -> dict[str, str]:
+    """Each name without the parts that DataParallel and `torch.compile` put in, in any order and place.
+
+    Raises RejectedError where two names become one.
+    """
+    plain = {name: ".".join(part for part in name.split(".") if part not in WRAPPERS) for name in names}
+    if len(set(plain.values())) < len(plain):
+        raise RejectedError(f"without {' and '.join(WRAPPERS)} two tensors have one name; save the bare module's")
+    return plain
 
 
-def _zip_records(data: bytes) -> list[zipfile.ZipInfo]:
-    try:
-        with zipfile.ZipFile(io.BytesIO(data)) as archive:
-            return archive.infolist()
-    except (zipfile.BadZipFile, ValueError, OSError, NotImplementedError):
-        raise RejectedError(f"not a zip file as torch.save writes it since version 1.6; {_RESAVE}") from None
+def is_counter(name: str) -> bool:
+    """Whether a tensor counts the batches that a batch norm has seen: no network here needs it."""
+    return name.endswith("num_batches_tracked")
 
 
-def _state_dict(loaded: object) -> dict[str, Tensor]:
-    if isinstance(loaded, dict) and (wrappers := [key for key in ("state_dict", "model") if key in loaded]):
-        if len(wrappers) > 1:
-            raise RejectedError("has both 'state_dict' and 'model': save the one that is meant on its own")
-        loaded = loaded[wrappers[0]]
-    if not isinstance(loaded, dict):
-        raise RejectedError(f"holds a {type(loaded).__name__}, expected a state dict (names to tensors); {_RESAVE}")
-    for name, value in loaded.items():
-        if not isinstance(name, str) or not isinstance(value, Tensor):
-            what = "another dict" if isinstance(value, dict) else type(value).__name__
-            raise RejectedError(f"{name!r} is {what}, expected a tensor: save the state dict alone")
-    return loaded
-
-
-def _tidy(tensors: Mapping[str, Tensor], limits: Limits) -> dict[str, Tensor]:
-    """Plain float32 (or int64) tensors under the names that a bare module gives them."""
+def tidy(tensors: Mapping[str, Tensor], limits: Limits = LIMITS) -> dict[str, Tensor]:
+    """Plain float32 (or int64) tensors under the names that a bare module gives them. Raises RejectedError."""
     if len(tensors) > limits.tensors:
         raise RejectedError(f"{len(tensors)} tensors, more than the limit of {limits.tensors}")
     for name, tensor in tensors.items():
@@ -202,13 +180,11 @@ def _tidy(tensors: Mapping[str, Tensor], limits: Limits) -> dict[str, Tensor]:
     # A stored tensor may be a view that repeats one number: its size is what a copy of it would take.
     if sum(t.numel() * t.itemsize for t in tensors.values()) > limits.file_bytes:
         raise RejectedError(f"tensors of more than the limit of {limits.file_bytes} bytes in all")
-    for prefix in _PREFIXES:
-        if tensors and all(name.startswith(prefix) for name in tensors):
-            tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+    plain = plain_names(tensors)
     return {
-        name: tensor.detach().to(torch.float32 if tensor.is_floating_point() else tensor.dtype).contiguous()
+        plain[name]: tensor.detach().to(torch.float32 if tensor.is_floating_point() else tensor.dtype).contiguous()
         for name, tensor in tensors.items()
-        if not name.endswith("num_batches_tracked")
+        if not is_counter(name)
     }
 
 
@@ -258,7 +234,7 @@ def write_bytes(path: Path, data: bytes) -> None:
     """Replace a file in one step: a temporary file beside it, flushed to disk, then renamed."""
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
-        with temporary.open("xb") as file:
+        with naming(path), temporary.open("xb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())

@@ -13,7 +13,7 @@ import torch
 
 from ray_dfml.core.net import net
 from ray_dfml.data import weights_file
-from ray_dfml.data.pool import Pool, add_file
+from ray_dfml.data.pool import Added, Pool, add_file
 from ray_dfml.errors import RejectedError, ResourceError, UsageError
 from tests.data.pools import CLASSES, IMAGE, add, edit, state, two_teachers
 
@@ -161,7 +161,7 @@ def test_two_processes_add_at_once_and_one_is_killed(pool):
 # --- add_file
 
 
-def add_weights(pool: Pool, path: Path, **changes: Any) -> str:
+def add_weights(pool: Pool, path: Path, **changes: Any) -> Added:
     """`add_file` with arguments that fit `state()`."""
     fields = {"arch": "conv4", "input": "1x16x16", "mean": [0.4], "std": [0.3], "classes": CLASSES, "accuracy": 90}
     return add_file(pool, path, **fields | changes)
@@ -174,12 +174,12 @@ def test_add_file_converts_and_names_by_stem(pool, tmp_path, suffix):
         weights_file.write(path, tensors)
     else:
         torch.save({"state_dict": {f"module.{name}": tensor for name, tensor in tensors.items()}}, path)
-    assert add_weights(pool, path, source="a page", authorization="letter") == "bird"
+    assert add_weights(pool, path, source="a page", authorization="letter").id == "bird"
     card = Pool.open(pool.path).cards[-1]
     assert (card.id, card.image, card.classes, card.accuracy) == ("bird", IMAGE, CLASSES, 90.0)
     assert np.array_equal(pool.load("bird")[0], net("conv4", IMAGE.shape, 3).layout.flatten(tensors).numpy())
     assert (pool.path / "weights/bird.safetensors").exists()
-    assert add_weights(pool, path, id="second") == "second"
+    assert add_weights(pool, path, id="second").id == "second"
 
 
 def test_add_file_without_normalisation(pool, tmp_path):
@@ -233,3 +233,97 @@ def test_add_file_never_executes_a_pickle(pool, tmp_path):
         add_weights(pool, tmp_path / "w.pt")
     assert not marker.exists()
     assert len(Pool.open(pool.path).cards) == 2
+
+
+# --- what people write
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"mean": [217.97], "std": [80.94]}, "mean: [217.97] is not of pixels in [0, 1]; if it is of pixels in 0-255, "
+         "write 0.8548"),
+        ({"std": [80.94]}, "std: [80.94] is not of pixels in [0, 1]; if it is of pixels in 0-255, write 0.3174"),
+        ({"accuracy": 0.815}, "accuracy 0.815: give percent, 81.5 if this is a fraction"),
+        ({"accuracy": 1}, "accuracy 1: give percent, 100 if this is a fraction"),
+        ({"classes": ["a", "b", "c\u2028d"]}, "classes[2]: expected one line of printable text, got 'c\\u2028d'"),
+    ],
+)  # fmt: skip
+def test_values_on_another_scale_are_refused_with_the_right_ones(pool, tmp_path, changes, message):
+    torch.save(state(), tmp_path / "w.pt")
+    with pytest.raises(UsageError) as caught:
+        add_weights(pool, tmp_path / "w.pt", **changes)
+    assert str(caught.value).startswith(message)
+
+
+def test_a_manifest_on_another_scale_is_refused_too(pool):
+    edit(pool, 0, mean=[127.5])
+    with pytest.raises(RejectedError, match=r"teachers\[0\]\.mean: \[127\.5\] is not of pixels in \[0, 1\]"):
+        Pool.open(pool.path)
+
+
+def test_an_accuracy_below_chance_is_noted(pool):
+    edit(pool, 0, accuracy={"reported": 0.9})
+    assert Pool.open(pool.path).check()[0] == {
+        "id": "a", "ok": True, "reason": "reports an accuracy of 0.9 %, below chance; is it a fraction, 90 %?"
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "advice"),
+    [("ckpt_epoch=09 best.pth", "--id ckpt_epoch-09-best"), ("模型.pt", "--id teacher"), ("caf\udce9.pt", "--id caf")],
+)
+def test_a_file_name_that_is_no_id_gets_a_proposal(pool, tmp_path, name, advice):
+    torch.save(state(), tmp_path / "w.pt")
+    weights = (tmp_path / "w.pt").rename(tmp_path / name)
+    with pytest.raises(UsageError, match=r"cannot be the id of a teacher|not UTF-8") as caught:
+        add_weights(pool, weights)
+    assert str(caught.value).endswith(advice) or "rename it" in str(caught.value)
+    assert str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize(
+    ("name", "id"), [("c.pth.tar", "c"), ("v1.2.ckpt", "v1.2"), ("pytorch_model.bin", "pytorch_model")]
+)
+def test_the_id_is_the_name_without_the_suffixes_of_weights(pool, tmp_path, name, id):
+    torch.save(state(), tmp_path / name)
+    assert add_weights(pool, tmp_path / name).id == id
+
+
+# --- the first teacher
+
+
+def test_a_refused_first_teacher_leaves_no_pool(tmp_path):
+    torch.save(state(), tmp_path / "w.pt")
+    for changes in ({"classes": list("abcd")}, {"arch": "conv6"}, {"mean": [100.0]}):
+        with pytest.raises(UsageError):
+            add_weights(Pool.at(tmp_path / "pool"), tmp_path / "w.pt", **changes)
+    assert not (tmp_path / "pool").exists()
+    add_weights(Pool.at(tmp_path / "pool"), tmp_path / "w.pt")
+    assert [card.id for card in Pool.open(tmp_path / "pool").cards] == ["w"]
+    assert [card.id for card in Pool.at(tmp_path / "pool").cards] == ["w"]
+
+
+def test_the_first_teachers_of_many_at_once_are_all_kept(tmp_path):
+    torch.save(state(), tmp_path / "w.pt")
+    pools = [Pool.at(tmp_path / "pool") for _ in range(4)]
+
+    def work(number: int) -> None:
+        add_weights(pools[number], tmp_path / "w.pt", id=f"t{number}")
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert {card.id for card in Pool.open(tmp_path / "pool").cards} == {f"t{number}" for number in range(4)}
+
+
+def test_a_folder_of_other_things_is_no_new_pool(tmp_path):
+    (tmp_path / "pool").mkdir()
+    (tmp_path / "pool" / "thesis.tex").touch()
+    torch.save(state(), tmp_path / "w.pt")
+    with pytest.raises(UsageError, match="is not an empty folder"):
+        add_weights(Pool.at(tmp_path / "pool"), tmp_path / "w.pt")
+    with pytest.raises(UsageError, match="is a file"):
+        Pool.at(tmp_path / "w.pt")
