@@ -4,6 +4,7 @@ Every path that a user gives, on the command line or from Python, goes through `
 """
 
 import contextlib
+import errno
 import os
 import re
 from collections.abc import Iterator
@@ -78,6 +79,6 @@ def naming(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.filename is None and error.errno is not None:
-            raise OSError(error.errno, error.strerror, str(path)) from error
+        if error.filename is None:
+            raise OSError(error.errno or errno.EIO, error.strerror or str(error), str(path)) from error
         raise

@@ -2,6 +2,7 @@
 
 import importlib
 import importlib.metadata
+import io
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import click
 
 from ray_dfml.errors import DfmlError
+from ray_dfml.files import shown
 
 COMMANDS = {
     "quickstart": ("ray_dfml.cli.quickstart", "quickstart"),
@@ -48,6 +50,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     words = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in words  # wherever it stands; the option of the group is there for --help
     words = [word for word in words if word != "--debug"]
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a console of few letters shows the others as \uXXXX
+            stream.reconfigure(errors="backslashreplace")
     try:
         result: Any = cli.main(words, prog_name="ray-dfml", standalone_mode=False)
         code = result if isinstance(result, int) else 0
@@ -60,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except DfmlError as error:
         if debug:
             raise
-        print(f"ray-dfml: {error}", file=sys.stderr)
+        print(f"ray-dfml: {shown(str(error))}", file=sys.stderr)
         code = error.exit_code
     except BrokenPipeError:
         sys.stderr.close()

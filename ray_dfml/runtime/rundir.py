@@ -26,6 +26,7 @@ import yaml
 from ray_dfml.config import RunConfig, build
 from ray_dfml.data import weights_file
 from ray_dfml.errors import RejectedError, UsageError
+from ray_dfml.files import naming
 from ray_dfml.runtime.shard import accelerators
 from ray_dfml.scores import as_row
 from ray_dfml.types import Score
@@ -53,14 +54,19 @@ class RunFolder:
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         shutil.rmtree(temporary, ignore_errors=True)
         try:
-            (temporary / "checkpoints").mkdir(parents=True)
-            (temporary / "config.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
-            (temporary / "manifest.json").write_text(json.dumps(manifest, indent=2))
-            (temporary / "metrics.jsonl").touch()
-            (temporary / "ledger.jsonl").touch()
-            (temporary / "scores.json").write_text("[]\n")
-            (temporary / "status.json").write_text(json.dumps({"state": "created", "round": None}))
+            with naming(path):
+                (temporary / "checkpoints").mkdir(parents=True)
+                (temporary / "config.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+                (temporary / "manifest.json").write_text(json.dumps(manifest, indent=2))
+                (temporary / "metrics.jsonl").touch()
+                (temporary / "ledger.jsonl").touch()
+                (temporary / "scores.json").write_text("[]\n")
+                (temporary / "status.json").write_text(json.dumps({"state": "created", "round": None}))
             os.rename(temporary, path)
+        except OSError:
+            if path.exists():
+                raise UsageError(f"{path}: another process has just made it; choose another --run-dir") from None
+            raise
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
         return cls(path)
@@ -119,7 +125,8 @@ class RunFolder:
 
     def log(self, row: Mapping[str, Any]) -> None:
         """Append one object to `metrics.jsonl`."""
-        with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as handle:
+        path = self.path / "metrics.jsonl"
+        with naming(path), path.open("a", encoding="utf-8") as handle:
             handle.write(json.dumps(row) + "\n")
 
     def resume_log(self, rounds: int, last: Mapping[str, Any]) -> None:
@@ -152,7 +159,8 @@ class RunFolder:
                 ):
                     columns[name].append(value)
         temporary = self.path / ".episodes.parquet.tmp"
-        pq.write_table(pa.table(columns), temporary)
+        with naming(self.path / "episodes.parquet"):
+            pq.write_table(pa.table(columns), temporary)
         os.replace(temporary, self.path / "episodes.parquet")
         write_text(self.path / "scores.json", json.dumps(rows, indent=2) + "\n")
         return rows
