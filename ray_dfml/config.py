@@ -43,7 +43,7 @@ class LearnerConfig(BaseModel):
 
 
 class RunConfig(BaseModel):
-    """Everything that decides a run's numbers, and nothing else (workers and devices do not)."""
+    """Everything that decides a run's numbers, and nothing else (shards and devices do not)."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
