@@ -16,9 +16,17 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
+from ray_dfml.runtime.shard import pin
 from tests.runtime import toy
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """The tests of the CPU see no accelerator on a machine that has one: a shard would choose it."""
+    if "not gpu" in config.option.markexpr:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -27,6 +35,19 @@ def array_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_DFML_CACHE", str(tmp_path_factory.mktemp("arrays")))
         yield
+
+
+@pytest.fixture(scope="session", params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
+    """Where the code under test does its work. `pytest -m gpu` runs the tests that take it on an accelerator.
+
+    There products are of full precision, as a shard's are, and convolutions have one order of sums.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param != "cpu":
+            pin()
+            patch.setattr(torch.backends.cudnn, "deterministic", True)
+        yield torch.device(request.param)
 
 
 @pytest.fixture(scope="session")

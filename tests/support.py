@@ -23,6 +23,8 @@ from ray_dfml.types import Arrays, ImageSpec, Job, TeacherCard
 
 torch.set_num_threads(1)
 
+CPU = torch.device("cpu")
+
 PROPERTY = settings(max_examples=25, deadline=None, derandomize=True, database=None)
 """Settings of a property test: few examples, the same ones on every machine."""
 
@@ -42,11 +44,11 @@ class FakeTeacher:
 
 
 class FakeShard:
-    """A shard process without the process: teachers drawn from their names, on the CPU. `sent` logs the work."""
+    """A shard process without the process: teachers drawn from their names. `sent` logs the work."""
 
-    def __init__(self, world: World, *, batched: bool = False) -> None:
-        self.device, self.batched = torch.device("cpu"), batched
-        self.teachers = {card.id: random_teacher(card) for card in world.cards}
+    def __init__(self, world: World, *, batched: bool = False, device: torch.device = CPU) -> None:
+        self.device, self.batched = device, batched
+        self.teachers = {card.id: random_teacher(card, device) for card in world.cards}
         self.sent: list[tuple[str, list[Job]]] = []
 
     def teacher(self, id: str) -> FakeTeacher:
@@ -67,10 +69,13 @@ class FakeShard:
 
 
 def play(
-    name: str, cfg: Any, world: World, *, rounds: int = 1, first: int = 1, shard: FakeShard | None = None
-) -> tuple[State, State, dict[str, Any]]:
-    """The state before and after `rounds` rounds of a method in this process, and the last metrics."""
-    shard, method = shard or FakeShard(world), METHODS[name]
+    name: str, cfg: Any, world: World, *, rounds: int = 1, first: int = 1, shard: FakeShard | None = None,
+    device: torch.device = CPU,
+) -> tuple[State, State, dict[str, Any]]:  # fmt: skip
+    """The state before and after `rounds` rounds of a method in this process, and the last metrics.
+
+    Shards, unless `shard` is given, and the learner's own work are on `device`."""
+    shard, method, world = shard or FakeShard(world, device=device), METHODS[name], at(world, device)
     state = before = method.init(cfg, world)
     metrics: dict[str, Any] = {}
     for r in range(first, first + rounds):
@@ -78,6 +83,34 @@ def play(
         results = shard.send(f"{name}.recover", jobs, method.shared(cfg, world, state, r)) if jobs else []
         state, metrics = method.learn(cfg, world, state, r, results, shard.send)
     return before, state, metrics
+
+
+def at(world: World, device: torch.device) -> World:
+    """The world whose learner works on a device."""
+    return replace(world, device=str(device))
+
+
+def alike(a: Any, b: Any, device: torch.device) -> bool:
+    """Whether two results of the same work are `same`; on an accelerator, whose sums have no fixed order, whether they
+    differ by rounding and by what optimisers make of it: 2 percent in norm, and half a level of a byte on average."""
+    if device.type == "cpu":
+        return same(a, b)
+    if isinstance(a, dict):
+        return isinstance(b, dict) and a.keys() == b.keys() and all(alike(a[key], b[key], device) for key in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(alike(one, other, device) for one, other in zip(a, b, strict=True))
+    one, other = (np.asarray(x.cpu() if isinstance(x, Tensor) else x) for x in (a, b))
+    if one.shape != other.shape or one.dtype != other.dtype or one.dtype.kind not in "fu":
+        return bool(np.array_equal(one, other))
+    error = one.astype(float) - other.astype(float)
+    if one.dtype.kind == "u":
+        return bool(np.abs(error).mean() < 0.5)
+    return bool(np.linalg.norm(error) <= 0.02 * np.linalg.norm(other) + 1e-7)
+
+
+def rounding(device: torch.device) -> dict[str, float]:
+    """Tolerances of `assert_close` for float32 numbers of a device against those of the CPU; on it, the usual ones."""
+    return {} if device.type == "cpu" else {"rtol": 1e-3, "atol": 1e-4}
 
 
 def same(a: Any, b: Any) -> bool:
@@ -89,13 +122,13 @@ def same(a: Any, b: Any) -> bool:
     return bool(np.array_equal(np.asarray(a), np.asarray(b)))
 
 
-def random_teacher(card: TeacherCard) -> FakeTeacher:
-    """Weights and statistics drawn from the card's name."""
+def random_teacher(card: TeacherCard, device: torch.device = CPU) -> FakeTeacher:
+    """Weights and statistics drawn from the card's name; the same numbers on every device."""
     network = Net(card.arch, card.image.shape, len(card.classes))
     rng = seeds.rng("fake teacher", card.id)
     theta = network.init(rng)
     _, stats = network.with_stats(theta, torch.rand(32, *card.image.shape, generator=rng) * 2 - 1)
-    return FakeTeacher(card, network, theta, stats)
+    return FakeTeacher(card, network, theta.to(device), stats.to(device))
 
 
 def image_spec(channels: int = 3, size: int = 16) -> ImageSpec:
@@ -187,9 +220,9 @@ def random_bank(classes: int, per_class: int, shape: tuple[int, int, int], seed:
     return {f"toy/{i}": rng.integers(0, 256, (per_class, *shape), dtype=np.uint8) for i in range(classes)}
 
 
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    """Standard normal numbers in float64."""
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+def normal(*shape: int, seed: int = 0, device: torch.device = CPU) -> Tensor:
+    """Standard normal numbers in float64; the same ones on every device."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(device)
 
 
 def slope(f: Callable[[Tensor], Tensor], x: Tensor, direction: Tensor, eps: float = 1e-3) -> float:

@@ -25,20 +25,21 @@ BN = pytest.mark.parametrize("bn", ["transductive", "support", "running"])
 SMALL = IcfilConfig(steps=2, images=2, inversion_steps=3, head_steps=2)
 
 
-def drawn() -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def drawn(device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Weights, statistics, support, labels and query in float64."""
-    theta = NETWORK.init(torch.Generator().manual_seed(0)).double()
-    theta = theta + 0.05 * normal(theta.numel(), seed=1)
-    stats = NETWORK.with_stats(theta, normal(16, 3, 16, 16, seed=2))[1]
-    labels = episodes.interleaved(WAY, 2)
-    means = normal(WAY, 3, 1, 1, seed=3)
-    support = means[labels] + normal(len(labels), 3, 16, 16, seed=4)
-    return theta, stats, support, labels, means[episodes.interleaved(WAY, 5)] + normal(15, 3, 16, 16, seed=5)
+    theta = NETWORK.init(torch.Generator().manual_seed(0)).to(device).double()
+    theta = theta + 0.05 * normal(theta.numel(), seed=1, device=device)
+    stats = NETWORK.with_stats(theta, normal(16, 3, 16, 16, seed=2, device=device))[1]
+    labels = episodes.interleaved(WAY, 2).to(device)
+    means = normal(WAY, 3, 1, 1, seed=3, device=device)
+    support = means[labels] + normal(len(labels), 3, 16, 16, seed=4, device=device)
+    query = means[episodes.interleaved(WAY, 5).to(device)] + normal(15, 3, 16, 16, seed=5, device=device)
+    return theta, stats, support, labels, query
 
 
-def by_definition(head: str, bn: str) -> Tensor:
+def by_definition(device: torch.device, head: str, bn: str) -> Tensor:
     """Probabilities [u k] of the query, each head and each batch norm written out."""
-    theta, stats, support, labels, query = drawn()
+    theta, stats, support, labels, query = drawn(device)
     at_support = stats if bn == "running" else None
     for _ in range(0 if head == "protonet" else STEPS):
         leaf = theta.detach().requires_grad_()
@@ -57,22 +58,26 @@ def by_definition(head: str, bn: str) -> Tensor:
 
 @HEADS
 @BN
-def test_finetune_follows_its_definition(head, bn):
+def test_finetune_follows_its_definition(device, head, bn):
     given: dict[str, Any] = {"steps": STEPS, "lr": LR, "bn": bn, "head": head}
-    found = finetune(NETWORK, *drawn(), **given).softmax(1)
-    torch.testing.assert_close(found, by_definition(head, bn))
-    others = [by_definition(h, b) for h in ("maml", "anil", "protonet") for b in ("transductive", "support", "running")]
+    found = finetune(NETWORK, *drawn(device), **given).softmax(1)
+    torch.testing.assert_close(found, by_definition(device, head, bn))
+    others = [
+        by_definition(device, h, b)
+        for h in ("maml", "anil", "protonet")
+        for b in ("transductive", "support", "running")
+    ]
     assert sum(bool(torch.allclose(found, other)) for other in others) == 1  # all nine differ
-    calibrated = finetune(NETWORK, *drawn(), **given, icfil=SMALL, seed=3).softmax(1)
+    calibrated = finetune(NETWORK, *drawn(device), **given, icfil=SMALL, seed=3).softmax(1)
     assert not torch.allclose(calibrated, found)
-    off = finetune(NETWORK, *drawn(), **given, icfil=IcfilConfig(head="fresh", head_steps=7), seed=3).softmax(1)
+    off = finetune(NETWORK, *drawn(device), **given, icfil=IcfilConfig(head="fresh", head_steps=7), seed=3).softmax(1)
     assert torch.equal(off, found)
 
 
 @HEADS
 @BN
-def test_calibration_comes_after_the_adaptation_and_with_its_batch_norm(head, bn):
-    theta, stats, support, labels, query = drawn()
+def test_calibration_comes_after_the_adaptation_and_with_its_batch_norm(device, head, bn):
+    theta, stats, support, labels, query = drawn(device)
     given: dict[str, Any] = {"steps": STEPS, "lr": LR, "bn": bn, "head": head}
     phi = adapt_to(NETWORK, theta, stats, support, labels, **given)
     fixed = stats if bn == "running" else None
@@ -87,17 +92,22 @@ def test_calibration_comes_after_the_adaptation_and_with_its_batch_norm(head, bn
 
 @HEADS
 @BN
-def test_a_learner_without_batch_norm_adapts_and_calibrates(head, bn):
+def test_a_learner_without_batch_norm_adapts_and_calibrates(device, head, bn):
     network = Net("mlp", (3, 16, 16), 4)
-    theta, stats = network.init(torch.Generator().manual_seed(0)).double(), network.initial_stats()
+    theta, stats = (
+        network.init(torch.Generator().manual_seed(0)).to(device).double(),
+        network.initial_stats().to(device),
+    )
     given: dict[str, Any] = {"steps": 1, "lr": LR, "bn": bn, "head": head}
-    plain, calibrated = (finetune(network, theta, stats, *drawn()[2:], **given, icfil=i) for i in (evaluate.OFF, SMALL))
+    plain, calibrated = (
+        finetune(network, theta, stats, *drawn(device)[2:], **given, icfil=i) for i in (evaluate.OFF, SMALL)
+    )
     assert torch.isfinite(calibrated).all()
     assert not torch.allclose(plain, calibrated)
 
 
-def test_no_query_enters_the_calibration(monkeypatch):
-    theta, stats, support, labels, query = drawn()
+def test_no_query_enters_the_calibration(device, monkeypatch):
+    theta, stats, support, labels, query = drawn(device)
     found = []
 
     def spy(*args: Any, **more: Any) -> Tensor:
@@ -119,39 +129,46 @@ LABELS = np.repeat(np.arange(6), 10)
 SPEC = image_spec()
 
 
-def accuracies(cfg: EvalConfig, count: int, *, shot: int = 2, **changes: Any) -> np.ndarray:
-    theta, stats, *_ = drawn()
+def accuracies(device: torch.device, cfg: EvalConfig, count: int, *, shot: int = 2, **changes: Any) -> np.ndarray:
+    theta, stats, *_ = drawn(device)
     weights = LearnerWeights(
-        arch="conv4", image=SPEC, outputs=4, theta=theta.float(), stats=stats.float(), head="maml", steps=STEPS, lr=LR
+        arch="conv4",
+        image=SPEC,
+        outputs=4,
+        theta=theta.float().cpu(),
+        stats=stats.float().cpu(),
+        head="maml",
+        steps=STEPS,
+        lr=LR,
     )
     weights = replace(weights, **changes)
     shared = evaluate.shared(cfg, weights, reading="finetune", images=IMAGES, labels=LABELS)
     jobs = evaluate.jobs(cfg, way=WAY, shot=shot, stop=count)
-    results = evaluate.evaluate(FakeShard(small_world(cards=0)), jobs, shared)
+    results = evaluate.evaluate(FakeShard(small_world(cards=0), device=device), jobs, shared)
     return np.concatenate([result["accuracies"] for result in results])
 
 
 @HEADS
 @pytest.mark.parametrize("icfil", [IcfilConfig(), SMALL], ids=["plain", "icfil"])
-def test_the_op_scores_each_episode_with_its_own_seed(head, icfil):
+def test_the_op_scores_each_episode_with_its_own_seed(device, head, icfil):
     cfg = EvalConfig(query=3, steps=STEPS, lr=9.0, seed=5, icfil=icfil)
-    found = accuracies(cfg, 12, head=head)
-    theta, stats, *_ = (part.float() for part in drawn())
-    mean, std = torch.tensor(SPEC.mean), torch.tensor(SPEC.std)
+    found = accuracies(device, cfg, 12, head=head)
+    theta, stats, *_ = (part.float() for part in drawn(device))
+    mean, std = torch.tensor(SPEC.mean, device=device), torch.tensor(SPEC.std, device=device)
     for i in (0, 11):
         episode = episodes.draw(LABELS, way=WAY, shot=2, query=3, seed=5, index=i)
-        support, query = (normalise(to_pixels(IMAGES[rows]), mean, std) for rows in episode[:2])
+        support, query = (normalise(to_pixels(IMAGES[rows], device=device), mean, std) for rows in episode[:2])
         logits = finetune(
-            NETWORK, theta, stats, support, episodes.interleaved(WAY, 2), query, steps=STEPS, lr=LR, bn=cfg.bn,
-            head=head, icfil=icfil, seed=seeds.derive(5, WAY, 2, 3, i, "icfil"),
+            NETWORK, theta, stats, support, episodes.interleaved(WAY, 2).to(device), query, steps=STEPS, lr=LR,
+            bn=cfg.bn, head=head, icfil=icfil, seed=seeds.derive(5, WAY, 2, 3, i, "icfil"),
         )  # fmt: skip
-        right = logits.argmax(1) == episodes.interleaved(WAY, 3)
+        right = logits.argmax(1) == episodes.interleaved(WAY, 3).to(device)
         assert found[i] == pytest.approx(100 * float(right.float().mean()))
 
 
 @pytest.mark.parametrize("shot", [1, 5])
 @pytest.mark.parametrize("bn", ["transductive", "support", "running"])
-def test_the_score_of_an_episode_does_not_depend_on_how_many_there_are(monkeypatch, bn, shot):
+def test_the_score_of_an_episode_does_not_depend_on_how_many_there_are(device, monkeypatch, bn, shot):
     """To the bit: the logits, of which accuracies show little."""
     found = []
 
@@ -161,22 +178,24 @@ def test_the_score_of_an_episode_does_not_depend_on_how_many_there_are(monkeypat
 
     monkeypatch.setattr(evaluate, "query_logits", spy)
     cfg = EvalConfig(query=3, steps=STEPS, bn=bn)
-    many = accuracies(cfg, 20, shot=shot)
+    many = accuracies(device, cfg, 20, shot=shot)
     for count in (1, 4, 5, 13):
         before = found[:20]
         found.clear()
-        assert np.array_equal(accuracies(cfg, count, shot=shot), many[:count])
+        assert np.array_equal(accuracies(device, cfg, count, shot=shot), many[:count])
         assert all(torch.equal(a, b) for a, b in zip(found, before[:count], strict=True))
         found[:] = before
 
 
-def test_the_op_adapts_as_the_weights_say_not_as_the_settings():
+def test_the_op_adapts_as_the_weights_say_not_as_the_settings(device):
     assert EvalConfig().lrs == (0.01, 0.05, 0.2, 0.5)
     with pytest.raises(ValueError, match="greater than 0"):
         EvalConfig(lrs=(0.1, 0.0))
-    one, other = (accuracies(EvalConfig(query=3, **more), 5) for more in ({}, {"lr": 3.0, "steps": 1, "lrs": (7.0,)}))
+    one, other = (
+        accuracies(device, EvalConfig(query=3, **more), 5) for more in ({}, {"lr": 3.0, "steps": 1, "lrs": (7.0,)})
+    )
     assert np.array_equal(one, other)
-    assert not np.array_equal(one, accuracies(EvalConfig(query=3), 5, lr=3.0))
+    assert not np.array_equal(one, accuracies(device, EvalConfig(query=3), 5, lr=3.0))
 
 
 def test_jobs_cover_episodes_once_and_begin_at_tens():

@@ -16,15 +16,15 @@ from tests.support import PROPERTY, normal
 
 @PROPERTY
 @given(st.integers(1, 3), st.integers(1, 3), st.integers(1, 3), st.integers(1, 5), st.integers(1, 5))
-def test_the_summed_kernel_equals_nearest_upsampling_then_convolution(n, inputs, outputs, height, width):
+def test_the_summed_kernel_equals_nearest_upsampling_then_convolution(device, n, inputs, outputs, height, width):
     x, weight = (
-        normal(n, inputs, height, width).requires_grad_(),
-        normal(outputs, inputs, 3, 3, seed=1).requires_grad_(),
+        normal(n, inputs, height, width, device=device).requires_grad_(),
+        normal(outputs, inputs, 3, 3, seed=1, device=device).requires_grad_(),
     )
     found = F.conv_transpose2d(x, upsampled_conv_kernel(weight), stride=2, padding=1)
     expected = F.conv2d(F.interpolate(x, scale_factor=2, mode="nearest"), weight, padding=1)
     torch.testing.assert_close(found, expected)
-    cotangent = normal(*expected.shape, seed=2)
+    cotangent = normal(*expected.shape, seed=2, device=device)
     for a, b in zip(
         torch.autograd.grad(found, (x, weight), cotangent),
         torch.autograd.grad(expected, (x, weight), cotangent),
@@ -40,25 +40,31 @@ def test_parameter_counts(shape, parameters):
     assert generator(shape, 256, 64).layout.numel == parameters
 
 
-def test_images_equal_those_of_plain_layers():
-    net_g, z = Generator((3, 16, 12), 8, 4), normal(6, 8)
-    theta = net_g.init(torch.Generator().manual_seed(0)).double()
-    theta = theta + 0.1 * normal(theta.numel(), seed=1)
+def test_images_equal_those_of_plain_layers(device):
+    net_g, z = Generator((3, 16, 12), 8, 4), normal(6, 8, device=device)
+    theta = net_g.init(torch.Generator().manual_seed(0)).to(device).double()
+    theta = theta + 0.1 * normal(theta.numel(), seed=1, device=device)
     plain = nn.Sequential(
         nn.Linear(8, 8 * 4 * 3), nn.Unflatten(1, (8, 4, 3)), nn.BatchNorm2d(8),
         nn.Upsample(scale_factor=2), nn.Conv2d(8, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.LeakyReLU(0.2),
         nn.Upsample(scale_factor=2), nn.Conv2d(8, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4), nn.LeakyReLU(0.2),
         nn.Conv2d(4, 3, 3, padding=1), nn.Sigmoid(),
-    ).double()  # fmt: skip
+    ).double().to(device)  # fmt: skip
     assert [p.shape for p in plain.parameters()] == list(net_g.layout.shapes.values())
     nn.utils.vector_to_parameters(theta, plain.parameters())
     torch.testing.assert_close(net_g(theta, z), plain(z))
 
 
-def test_a_conditional_generator_has_a_linear_layer_for_the_label():
+def test_a_conditional_generator_has_a_linear_layer_for_the_label(device):
     """Half of the first channels come from the code, half from the one-hot label behind it."""
-    net_g, z, labels = Generator((3, 16, 12), 8, 4, classes=3), normal(6, 8), torch.arange(3).repeat(2)
-    theta = net_g.init(torch.Generator().manual_seed(0)).double() + 0.1 * normal(net_g.layout.numel, seed=1)
+    net_g, z, labels = (
+        Generator((3, 16, 12), 8, 4, classes=3),
+        normal(6, 8, device=device),
+        torch.arange(3, device=device).repeat(2),
+    )
+    theta = net_g.init(torch.Generator().manual_seed(0)).to(device).double() + 0.1 * normal(
+        net_g.layout.numel, seed=1, device=device
+    )
     parts = net_g.layout.unflatten(theta)
     assert parts["project.weight"].shape == (4 * 4 * 3, 8)
     assert parts["label.weight"].shape == (4 * 4 * 3, 3)
@@ -66,16 +72,22 @@ def test_a_conditional_generator_has_a_linear_layer_for_the_label():
     from_label = parts["label.weight"].T[labels] + parts["label.bias"]
     plain = Generator((3, 16, 12), 96, 4)
     shared = {name: value for name, value in parts.items() if not name.startswith(("project", "label"))}
-    passing = {"project.weight": torch.eye(96).double(), "project.bias": torch.zeros(96).double()}
+    passing = {
+        "project.weight": torch.eye(96, device=device).double(),
+        "project.bias": torch.zeros(96, device=device).double(),
+    }
     expected = plain(plain.layout.flatten(passing | shared), torch.cat([from_code, from_label], 1))
     torch.testing.assert_close(net_g(theta, torch.cat([z, F.one_hot(labels, 3)], 1)), expected)
 
 
 @pytest.mark.parametrize("kind", ["init", "reset"])
-def test_images_follow_the_label_for_equal_codes(kind):
+def test_images_follow_the_label_for_equal_codes(device, kind):
     net_g = Generator((1, 8, 8), 4, 4, classes=2)
-    theta, z = getattr(net_g, kind)(torch.Generator().manual_seed(0)), normal(1, 4).float().expand(4, -1)
-    images = net_g(theta, torch.cat([z, F.one_hot(torch.tensor([0, 1, 0, 1]), 2)], 1))
+    theta, z = (
+        getattr(net_g, kind)(torch.Generator().manual_seed(0)).to(device),
+        normal(1, 4, device=device).float().expand(4, -1),
+    )
+    images = net_g(theta, torch.cat([z, F.one_hot(torch.tensor([0, 1, 0, 1], device=device), 2)], 1))
     torch.testing.assert_close(images[0], images[2])
     torch.testing.assert_close(images[1], images[3])
     assert (images[0] - images[1]).abs().max() > 1e-3
@@ -83,19 +95,19 @@ def test_images_follow_the_label_for_equal_codes(kind):
 
 @PROPERTY
 @given(st.integers(0, 1000), st.floats(0.1, 100))
-def test_pixels_are_between_zero_and_one(seed, scale):
+def test_pixels_are_between_zero_and_one(device, seed, scale):
     net_g = generator((1, 8, 8), 4, 4)
-    theta = net_g.init(torch.Generator().manual_seed(seed))
-    images = net_g(theta * scale, torch.randn(5, 4, generator=torch.Generator().manual_seed(seed)))
+    theta = net_g.init(torch.Generator().manual_seed(seed)).to(device)
+    images = net_g(theta * scale, torch.randn(5, 4, generator=torch.Generator().manual_seed(seed)).to(device))
     assert images.shape == (5, 1, 8, 8)
     assert images.min() >= 0
     assert images.max() <= 1
 
 
-def test_gradients_reach_weights_and_codes():
+def test_gradients_reach_weights_and_codes(device):
     net_g = generator((1, 8, 8), 4, 4)
-    theta = net_g.init(torch.Generator().manual_seed(0)).requires_grad_()
-    z = normal(5, 4).float().requires_grad_()
+    theta = net_g.init(torch.Generator().manual_seed(0)).to(device).requires_grad_()
+    z = normal(5, 4, device=device).float().requires_grad_()
     grads = torch.autograd.grad(net_g(theta, z).square().sum(), (theta, z))
     assert all(g.abs().sum() > 0 for g in grads)
 
@@ -143,10 +155,12 @@ def test_sizes_not_divisible_by_four_are_errors():
 
 @pytest.mark.parametrize("classes", [0, 3])
 @pytest.mark.parametrize("shape", [(3, 16, 12), (1, 28, 28)])
-def test_first_order_changes_no_more_than_rounding(shape, classes):
-    net_g, codes = Generator(shape, 8, 4, classes), normal(6, 8 + classes)
-    theta = net_g.init(torch.Generator().manual_seed(0)).double() + 0.1 * normal(net_g.layout.numel, seed=1)
-    cotangent = normal(6, *shape, seed=2)
+def test_first_order_changes_no_more_than_rounding(device, shape, classes):
+    net_g, codes = Generator(shape, 8, 4, classes), normal(6, 8 + classes, device=device)
+    theta = net_g.init(torch.Generator().manual_seed(0)).to(device).double() + 0.1 * normal(
+        net_g.layout.numel, seed=1, device=device
+    )
+    cotangent = normal(6, *shape, seed=2, device=device)
 
     def found(dtype: torch.dtype, *, first_order: bool) -> list[torch.Tensor]:
         leaf, z = theta.to(dtype).requires_grad_(), codes.to(dtype).requires_grad_()
@@ -160,9 +174,9 @@ def test_first_order_changes_no_more_than_rounding(shape, classes):
             assert (a - b).norm() <= bound * b.norm()
 
 
-def test_calls_from_eight_threads_equal_those_from_one():
-    net_g, z = generator((3, 16, 16), 8, 4), normal(4, 8).float()
-    thetas = [net_g.init(torch.Generator().manual_seed(seed)) for seed in range(8)]
+def test_calls_from_eight_threads_equal_those_from_one(device):
+    net_g, z = generator((3, 16, 16), 8, 4), normal(4, 8, device=device).float()
+    thetas = [net_g.init(torch.Generator().manual_seed(seed)).to(device) for seed in range(8)]
     alone = [net_g(theta, z) for theta in thetas]
     with ThreadPoolExecutor(8) as pool:
         for i, images in enumerate(pool.map(lambda i: net_g(thetas[i % 8], z), range(160))):

@@ -50,15 +50,15 @@ def smooth(monkeypatch) -> Net:
     return Net("smooth", (2, 6, 6), 3)
 
 
-def draw_tasks(shape: tuple[int, int, int], *, tasks: int = 3, way: int = 3) -> Task:
-    support_y, query_y = torch.arange(way).repeat(2), torch.arange(way).repeat(3)
-    images = normal(tasks, 5 * way, *shape, seed=5)
+def draw_tasks(device: torch.device, shape: tuple[int, int, int], *, tasks: int = 3, way: int = 3) -> Task:
+    support_y, query_y = torch.arange(way, device=device).repeat(2), torch.arange(way, device=device).repeat(3)
+    images = normal(tasks, 5 * way, *shape, seed=5, device=device)
     return Task(images[:, : 2 * way], support_y.expand(tasks, -1), images[:, 2 * way :], query_y.expand(tasks, -1))
 
 
-def weights(network: Net) -> Tensor:
-    theta = network.init(torch.Generator().manual_seed(0)).double()
-    return theta + 0.1 * normal(theta.numel(), seed=1)
+def weights(device: torch.device, network: Net) -> Tensor:
+    theta = network.init(torch.Generator().manual_seed(0)).to(device).double()
+    return theta + 0.1 * normal(theta.numel(), seed=1, device=device)
 
 
 def relative(found: Tensor, expected: Tensor) -> float:
@@ -66,14 +66,17 @@ def relative(found: Tensor, expected: Tensor) -> float:
 
 
 @BOTH
-def test_one_step_maml_of_two_parameters_equals_the_hand_derivation(batched):
+def test_one_step_maml_of_two_parameters_equals_the_hand_derivation(device: torch.device, batched):
     """phi = theta + lr s v, s = sigmoid(-theta.v); dL/dtheta = -sigmoid(-phi.u) (u - lr s (1 - s) (v.u) v)."""
-    theta, lr, xs, xq = torch.tensor([0.4, -0.3], dtype=torch.float64), 0.7, 1.5, -0.8
-    v, u = torch.tensor([xs, 1.0], dtype=torch.float64), torch.tensor([xq, 1.0], dtype=torch.float64)
+    theta, lr, xs, xq = torch.tensor([0.4, -0.3], dtype=torch.float64, device=device), 0.7, 1.5, -0.8
+    v, u = (
+        torch.tensor([xs, 1.0], dtype=torch.float64, device=device),
+        torch.tensor([xq, 1.0], dtype=torch.float64, device=device),
+    )
     s = torch.sigmoid(-(theta @ v))
     phi = theta + lr * s * v
     expected = -torch.sigmoid(-(phi @ u)) * (u - lr * s * (1 - s) * (v @ u) * v)
-    one = torch.ones(1, 1, dtype=torch.int64)
+    one = torch.ones(1, 1, dtype=torch.int64, device=device)
     task = Task(v[:1].view(1, 1, 1, 1, 1), one, u[:1].view(1, 1, 1, 1, 1), one)
     found = meta_gradient(TwoParameters(), theta, task, lr=lr, steps=1, batched=batched)
     torch.testing.assert_close(found.grad[0], expected, rtol=1e-12, atol=0)
@@ -105,10 +108,10 @@ def query_loss(network: Net, w: Tensor, task: Task, head: str, lr: float, steps:
 @BOTH
 @STEPS
 @HEADS
-def test_meta_gradient_equals_finite_differences_of_the_query_loss(smooth, head, batched, steps):
-    theta, tasks, lr = weights(smooth), draw_tasks(smooth.shape), 0.5
+def test_meta_gradient_equals_finite_differences_of_the_query_loss(device: torch.device, smooth, head, batched, steps):
+    theta, tasks, lr = weights(device, smooth), draw_tasks(device, smooth.shape), 0.5
     found = meta_gradient(smooth, theta, tasks, lr=lr, steps=steps, batched=batched, head=head)
-    direction = normal(theta.numel(), seed=2) / math.sqrt(theta.numel())
+    direction = normal(theta.numel(), seed=2, device=device) / math.sqrt(theta.numel())
     for t in range(3):
         one = Task(*(part[t] for part in tasks))
 
@@ -121,8 +124,8 @@ def test_meta_gradient_equals_finite_differences_of_the_query_loss(smooth, head,
 
 @STEPS
 @HEADS
-def test_batched_equals_looped_on_a_smooth_network(smooth, head, steps):
-    theta, tasks = weights(smooth), draw_tasks(smooth.shape)
+def test_batched_equals_looped_on_a_smooth_network(device: torch.device, smooth, head, steps):
+    theta, tasks = weights(device, smooth), draw_tasks(device, smooth.shape)
     looped, batched = (
         meta_gradient(smooth, theta, tasks, lr=0.5, steps=steps, batched=b, head=head) for b in (False, True)
     )
@@ -131,9 +134,9 @@ def test_batched_equals_looped_on_a_smooth_network(smooth, head, steps):
 
 
 @BOTH
-def test_a_protonet_learns_no_head_and_predicts_the_nearest_mean(batched):
+def test_a_protonet_learns_no_head_and_predicts_the_nearest_mean(device: torch.device, batched):
     network = Net("conv4", (3, 16, 16), 3)
-    theta, tasks = weights(network), draw_tasks(network.shape)
+    theta, tasks = weights(device, network), draw_tasks(device, network.shape)
     found = meta_gradient(network, theta, tasks, lr=0.1, steps=2, batched=batched, head="protonet")
     assert bool((network.split(found.grad[0])[1] == 0).all())
     for t in range(3):
@@ -146,10 +149,10 @@ def test_a_protonet_learns_no_head_and_predicts_the_nearest_mean(batched):
 
 @HEADS
 @pytest.mark.parametrize("fixed", [False, True])
-def test_outputs_beyond_the_classes_of_a_support_have_no_part(head, fixed):
+def test_outputs_beyond_the_classes_of_a_support_have_no_part(device: torch.device, head, fixed):
     network = Net("conv4", (3, 16, 16), 4)
-    theta, tasks = weights(network), draw_tasks(network.shape, way=2)
-    stats = network.with_stats(theta, normal(9, 3, 16, 16))[1] if fixed else None
+    theta, tasks = weights(device, network), draw_tasks(device, network.shape, way=2)
+    stats = network.with_stats(theta, normal(9, 3, 16, 16, device=device))[1] if fixed else None
     rest = theta.clone()
     network.layout.unflatten(rest)["head.weight"][2:] += 1.0
     given = {"head": head, "lr": 0.1, "steps": 3, "grad_of": plain_grad, "stats": stats, "way": 2}
@@ -165,11 +168,11 @@ def test_outputs_beyond_the_classes_of_a_support_have_no_part(head, fixed):
 
 
 @pytest.mark.parametrize("fixed", [False, True])
-def test_a_head_that_is_adapted_alone_takes_the_steps_of_logistic_regression(fixed):
+def test_a_head_that_is_adapted_alone_takes_the_steps_of_logistic_regression(device: torch.device, fixed):
     network = Net("conv4", (3, 16, 16), 3)
-    theta, tasks = weights(network), draw_tasks(network.shape)
+    theta, tasks = weights(device, network), draw_tasks(device, network.shape)
     support, labels = tasks.support[0, :5], tasks.support_y[0, :5]  # of the last class one image
-    stats = network.with_stats(theta, normal(9, 3, 16, 16))[1] if fixed else None
+    stats = network.with_stats(theta, normal(9, 3, 16, 16, device=device))[1] if fixed else None
     given = {"lr": 0.1, "steps": 3, "grad_of": plain_grad, "stats": stats}
     f, parts = network.features(theta, support, stats), network.layout.unflatten(theta)
     w, b = parts["head.weight"], parts["head.bias"]
@@ -186,9 +189,9 @@ def test_a_head_that_is_adapted_alone_takes_the_steps_of_logistic_regression(fix
 
 @STEPS
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-8), (torch.float32, 1e-4)])
-def test_batched_equals_looped_on_conv4(steps, dtype, bound):
+def test_batched_equals_looped_on_conv4(device: torch.device, steps, dtype, bound):
     network = Net("conv4", (3, 16, 16), 3)
-    theta, tasks = weights(network).to(dtype), draw_tasks(network.shape)
+    theta, tasks = weights(device, network).to(dtype), draw_tasks(device, network.shape)
     tasks = tasks._replace(support=tasks.support.to(dtype), query=tasks.query.to(dtype))
     looped, batched = (meta_gradient(network, theta, tasks, lr=0.01, steps=steps, batched=b) for b in (False, True))
     named = [network.layout.unflatten(row) for row in (looped.grad[0], batched.grad[0])]
@@ -204,8 +207,10 @@ def test_batched_equals_looped_on_conv4(steps, dtype, bound):
 
 @BOTH
 @pytest.mark.parametrize(("lr", "steps"), [(0.0, 3), (0.5, 0)])
-def test_without_adaptation_the_meta_gradient_is_that_of_the_query_loss(smooth, batched, lr, steps):
-    theta, tasks = weights(smooth), draw_tasks(smooth.shape)
+def test_without_adaptation_the_meta_gradient_is_that_of_the_query_loss(
+    device: torch.device, smooth, batched, lr, steps
+):
+    theta, tasks = weights(device, smooth), draw_tasks(device, smooth.shape)
     found = meta_gradient(smooth, theta, tasks, lr=lr, steps=steps, batched=batched)
     for t in range(3):
         expected = plain_grad(lambda w, t=t: F.cross_entropy(smooth(w, tasks.query[t]), tasks.query_y[t]))(theta)
@@ -214,8 +219,8 @@ def test_without_adaptation_the_meta_gradient_is_that_of_the_query_loss(smooth, 
 
 @BOTH
 @pytest.mark.parametrize("head", ["maml", "anil"])
-def test_the_second_order_term_is_there(smooth, head, batched):
-    theta, tasks = weights(smooth), draw_tasks(smooth.shape, tasks=1)
+def test_the_second_order_term_is_there(device: torch.device, smooth, head, batched):
+    theta, tasks = weights(device, smooth), draw_tasks(device, smooth.shape, tasks=1)
     found = meta_gradient(smooth, theta, tasks, lr=0.5, steps=3, batched=batched, head=head).grad[0]
     support, support_y, query, query_y = (part[0] for part in tasks)
     phi = adapted(smooth, theta, support, support_y, head=head, lr=0.5, steps=3, grad_of=plain_grad)
@@ -224,9 +229,9 @@ def test_the_second_order_term_is_there(smooth, head, batched):
 
 
 @BOTH
-def test_statistics_and_accuracy_are_those_of_the_query_under_adapted_weights(batched):
+def test_statistics_and_accuracy_are_those_of_the_query_under_adapted_weights(device: torch.device, batched):
     network = Net("conv4", (3, 16, 16), 3)
-    theta, tasks = weights(network), draw_tasks(network.shape)
+    theta, tasks = weights(device, network), draw_tasks(device, network.shape)
     found = meta_gradient(network, theta, tasks, lr=0.1, steps=2, batched=batched)
     for t in range(3):
         support, support_y, query, query_y = (part[t] for part in tasks)
@@ -241,8 +246,8 @@ def test_statistics_and_accuracy_are_those_of_the_query_under_adapted_weights(ba
 
 @BOTH
 @HEADS
-def test_tasks_do_not_influence_each_other_and_theta_is_untouched(smooth, head, batched):
-    theta, tasks = weights(smooth), draw_tasks(smooth.shape)
+def test_tasks_do_not_influence_each_other_and_theta_is_untouched(device: torch.device, smooth, head, batched):
+    theta, tasks = weights(device, smooth), draw_tasks(device, smooth.shape)
     before = theta.clone()
     given = {"lr": 0.5, "steps": 2, "batched": batched, "head": head}
     together = meta_gradient(smooth, theta, tasks, **given)
@@ -252,14 +257,14 @@ def test_tasks_do_not_influence_each_other_and_theta_is_untouched(smooth, head, 
     assert not theta.requires_grad
 
 
-def test_adaptation_to_a_quadratic_contracts_by_a_known_factor():
-    target, theta = normal(4, seed=1), normal(4)
+def test_adaptation_to_a_quadratic_contracts_by_a_known_factor(device: torch.device):
+    target, theta = normal(4, seed=1, device=device), normal(4, device=device)
     found = adapt(lambda w: 0.5 * (w - target).square().sum(), theta, lr=0.1, steps=7, grad_of=plain_grad)
     torch.testing.assert_close(found, target + 0.9**7 * (theta - target))
 
 
-def test_all_three_gradients_agree():
-    theta = normal(4)
+def test_all_three_gradients_agree(device: torch.device):
+    theta = normal(4, device=device)
     expected = 3 * theta**2
     leaf = theta.clone().requires_grad_()
     for grad in (graph_grad(lambda w: w.pow(3).sum())(leaf), plain_grad(lambda w: w.pow(3).sum())(theta)):

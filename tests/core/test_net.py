@@ -13,10 +13,10 @@ from ray_dfml.core.net import Net, net
 from tests.support import normal
 
 
-def drawn(network: Net, seed: int = 0) -> Tensor:
+def drawn(device: torch.device, network: Net, seed: int = 0) -> Tensor:
     """Float64 weights in general position: no part is exactly 0 or 1."""
-    theta = network.init(torch.Generator().manual_seed(seed)).double()
-    return theta + 0.05 * normal(theta.numel(), seed=seed + 1)
+    theta = network.init(torch.Generator().manual_seed(seed)).to(device).double()
+    return theta + 0.05 * normal(theta.numel(), seed=seed + 1, device=device)
 
 
 @pytest.mark.parametrize(
@@ -43,10 +43,10 @@ def test_multiply_accumulates_are_those_of_the_layers():
     assert Net("conv4", (3, 32, 32), 5).macs == by_hand
 
 
-def test_conv4_equals_plain_layers_in_the_published_order():
+def test_conv4_equals_plain_layers_in_the_published_order(device):
     """Conv with bias, batch norm, ReLU, max-pool: neither the pooling before the ReLU nor the dropped bias shows."""
-    network, x = Net("conv4", (3, 18, 18), 5), normal(6, 3, 18, 18)
-    theta = drawn(network)
+    network, x = Net("conv4", (3, 18, 18), 5), normal(6, 3, 18, 18, device=device)
+    theta = drawn(device, network)
     found, stats = network.with_stats(theta, x)
     parts, y, expected = network.layout.unflatten(theta), x, []
     for i in range(4):
@@ -58,9 +58,9 @@ def test_conv4_equals_plain_layers_in_the_published_order():
     torch.testing.assert_close(stats, torch.cat(expected))
 
 
-def test_resnet10_equals_plain_layers():
-    network, x = Net("resnet10", (3, 16, 16), 4), normal(3, 3, 16, 16)
-    theta = drawn(network)
+def test_resnet10_equals_plain_layers(device):
+    network, x = Net("resnet10", (3, 16, 16), 4), normal(3, 3, 16, 16, device=device)
+    theta = drawn(device, network)
     p = network.layout.unflatten(theta)
 
     def norm(y: Tensor, name: str) -> Tensor:
@@ -77,53 +77,53 @@ def test_resnet10_equals_plain_layers():
 
 
 @pytest.mark.parametrize(("arch", "size"), [("conv4", 16), ("conv4-adaptive", 20), ("resnet10", 8)])
-def test_statistics_of_a_batch_given_back_reproduce_its_logits(arch, size):
-    network, x = Net(arch, (3, size, size), 3), normal(5, 3, size, size)
-    theta = drawn(network)
+def test_statistics_of_a_batch_given_back_reproduce_its_logits(device, arch, size):
+    network, x = Net(arch, (3, size, size), 3), normal(5, 3, size, size, device=device)
+    theta = drawn(device, network)
     logits, stats = network.with_stats(theta, x)
     assert stats.shape == network.initial_stats().shape
     torch.testing.assert_close(network(theta, x), logits)
     torch.testing.assert_close(network(theta, x, stats), logits)
 
 
-def test_given_statistics_make_images_independent():
-    network, x = Net("conv4", (3, 16, 16), 3), normal(5, 3, 16, 16)
-    theta = drawn(network)
-    _, stats = network.with_stats(theta, normal(8, 3, 16, 16, seed=3))
+def test_given_statistics_make_images_independent(device):
+    network, x = Net("conv4", (3, 16, 16), 3), normal(5, 3, 16, 16, device=device)
+    theta = drawn(device, network)
+    _, stats = network.with_stats(theta, normal(8, 3, 16, 16, seed=3, device=device))
     together = network(theta, x, stats)
     torch.testing.assert_close(network(theta, x[2:3], stats), together[2:3])
     assert (network(theta, x[:2]) - network(theta, x)[:2]).abs().max() > 1e-3
 
 
-def test_statistics_found_under_given_statistics_equal_them_on_their_own_batch():
-    network, x = Net("conv4", (3, 16, 16), 3), normal(5, 3, 16, 16)
-    theta = drawn(network)
+def test_statistics_found_under_given_statistics_equal_them_on_their_own_batch(device):
+    network, x = Net("conv4", (3, 16, 16), 3), normal(5, 3, 16, 16, device=device)
+    theta = drawn(device, network)
     logits, stats = network.with_stats(theta, x)
     again, found = network.with_stats(theta, x, stats)
     torch.testing.assert_close(found, stats)
     torch.testing.assert_close(again, logits)
 
 
-def test_statistics_are_differentiable_with_respect_to_the_images():
+def test_statistics_are_differentiable_with_respect_to_the_images(device):
     network = Net("conv4", (3, 16, 16), 3)
-    x = normal(5, 3, 16, 16).requires_grad_()
-    theta = drawn(network)
-    _, found = network.with_stats(theta, x, network.initial_stats().double())
+    x = normal(5, 3, 16, 16, device=device).requires_grad_()
+    theta = drawn(device, network)
+    _, found = network.with_stats(theta, x, network.initial_stats().to(device).double())
     assert torch.autograd.grad(found.square().sum(), x)[0].abs().sum() > 0
 
 
-def test_a_call_after_a_capture_is_the_call_before_it():
-    network, x = Net("conv4", (3, 16, 16), 3), normal(5, 3, 16, 16)
-    theta = drawn(network)
+def test_a_call_after_a_capture_is_the_call_before_it(device):
+    network, x = Net("conv4", (3, 16, 16), 3), normal(5, 3, 16, 16, device=device)
+    theta = drawn(device, network)
     before = network(theta, x)
-    network.with_stats(theta, x, network.initial_stats())
+    network.with_stats(theta, x, network.initial_stats().to(device))
     assert torch.equal(network(theta, x), before)
 
 
-def test_the_adaptive_head_takes_any_image_size():
+def test_the_adaptive_head_takes_any_image_size(device):
     network = Net("conv4-adaptive", (3, 32, 32), 5)
-    theta = network.init(torch.Generator().manual_seed(0))
-    assert network(theta, torch.rand(3, 3, 48, 40)).shape == (3, 5)
+    theta = network.init(torch.Generator().manual_seed(0)).to(device)
+    assert network(theta, torch.rand(3, 3, 48, 40).to(device)).shape == (3, 5)
 
 
 def test_initial_weights_follow_the_published_distributions():
@@ -144,10 +144,10 @@ def test_initial_weights_follow_the_published_distributions():
 
 @pytest.mark.parametrize(("arch", "size"), [("conv4", 16), ("conv4-adaptive", 20), ("resnet10", 8)])
 @pytest.mark.parametrize("fixed", [False, True])
-def test_logits_are_the_linear_head_on_the_features(arch, size, fixed):
-    network, x = Net(arch, (3, size, size), 3), normal(5, 3, size, size)
-    theta = drawn(network)
-    stats = network.with_stats(theta, normal(6, 3, size, size, seed=3))[1] if fixed else None
+def test_logits_are_the_linear_head_on_the_features(device, arch, size, fixed):
+    network, x = Net(arch, (3, size, size), 3), normal(5, 3, size, size, device=device)
+    theta = drawn(device, network)
+    stats = network.with_stats(theta, normal(6, 3, size, size, seed=3, device=device))[1] if fixed else None
     before = network(theta, x, stats)
     backbone, head = network.split(theta)
     features = network.features(theta, x, stats)
@@ -169,10 +169,10 @@ def test_unknown_architectures_are_errors():
         net("vgg", (3, 32, 32), 5)
 
 
-def test_calls_from_eight_threads_equal_those_from_one():
+def test_calls_from_eight_threads_equal_those_from_one(device):
     """Every kind of call of one network at once: none sees the weights, statistics or settings of another."""
-    network, x = net("conv4", (3, 16, 16), 3), normal(5, 3, 16, 16)
-    thetas = [drawn(network, seed) for seed in range(8)]
+    network, x = net("conv4", (3, 16, 16), 3), normal(5, 3, 16, 16, device=device)
+    thetas = [drawn(device, network, seed) for seed in range(8)]
     stats = [network.with_stats(theta, x)[1] for theta in thetas]
 
     def calls(i: int) -> list[Tensor]:
@@ -192,11 +192,15 @@ CASES = [("conv4", 3, 16), ("conv4", 1, 28), ("conv4-64", 3, 16), ("conv4-adapti
 
 @pytest.mark.parametrize("kind", ["batch", "given", "batch, captured", "given, captured"])
 @pytest.mark.parametrize(("arch", "channels", "size"), CASES)
-def test_first_order_changes_no_more_than_rounding(arch, channels, size, kind):
+def test_first_order_changes_no_more_than_rounding(device, arch, channels, size, kind):
     """Logits, statistics, and gradients with respect to weights and images, in float64 and in float32."""
-    network, x = net(arch, (channels, size, size), 3), normal(6, channels, size, size)
-    theta, cotangent = drawn(network), normal(6, 3, seed=9)
-    given = network.with_stats(theta, normal(8, channels, size, size, seed=3))[1] if "given" in kind else None
+    network, x = net(arch, (channels, size, size), 3), normal(6, channels, size, size, device=device)
+    theta, cotangent = drawn(device, network), normal(6, 3, seed=9, device=device)
+    given = (
+        network.with_stats(theta, normal(8, channels, size, size, seed=3, device=device))[1]
+        if "given" in kind
+        else None
+    )
 
     def found(dtype: torch.dtype, *, first_order: bool) -> list[Tensor]:
         leaf, images = theta.to(dtype).requires_grad_(), x.to(dtype).requires_grad_()
@@ -207,7 +211,7 @@ def test_first_order_changes_no_more_than_rounding(arch, channels, size, kind):
             total = total if given is None else total + stats.square().sum()
         else:
             logits = network(leaf, images, fixed, first_order=first_order)
-            total, stats = (logits * cotangent.to(dtype)).sum(), torch.zeros(1)
+            total, stats = (logits * cotangent.to(dtype)).sum(), torch.zeros(1, device=device)
         grads = torch.autograd.grad(total, (leaf, images))
         return [logits.detach().double(), stats.detach().double(), *(grad.double() for grad in grads)]
 
@@ -219,9 +223,9 @@ def test_first_order_changes_no_more_than_rounding(arch, channels, size, kind):
 
 @pytest.mark.parametrize(("arch", "size"), [("conv4", 16), ("resnet10", 8)])
 @pytest.mark.parametrize("fixed", [False, True])
-def test_calls_under_vmap_and_grad_equal_the_loop(arch, size, fixed):
-    network, x = net(arch, (3, size, size), 3), normal(2, 5, 3, size, size)
-    thetas = torch.stack([drawn(network), drawn(network, 7)])
+def test_calls_under_vmap_and_grad_equal_the_loop(device, arch, size, fixed):
+    network, x = net(arch, (3, size, size), 3), normal(2, 5, 3, size, size, device=device)
+    thetas = torch.stack([drawn(device, network), drawn(device, network, 7)])
     stats = [network.with_stats(t, one)[1] if fixed else None for t, one in zip(thetas, x.flip(0), strict=True)]
 
     def loss(theta: Tensor, images: Tensor, given: Tensor | None) -> Tensor:

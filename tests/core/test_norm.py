@@ -10,13 +10,20 @@ from ray_dfml.core.norm import OnePassMoments
 from tests.support import normal, slope
 
 SHAPES = [(6, 3, 4, 5), (7, 3)]
-WEIGHTS = {"norm.weight": normal(3, seed=10), "norm.bias": normal(3, seed=11)}
-GIVEN = {"norm.running_mean": normal(3, seed=12), "norm.running_var": normal(3, seed=13).exp()}
 FORMS = pytest.mark.parametrize("first_order", [False, True], ids=["plain", "native"])
 
 
-def layers(*, given: bool = False, capture: bool = False, first_order: bool = False) -> Layers:
-    return Layers(WEIGHTS, GIVEN if given else None, capture=capture, first_order=first_order)
+def weights(device: torch.device) -> dict[str, Tensor]:
+    return {"norm.weight": normal(3, seed=10, device=device), "norm.bias": normal(3, seed=11, device=device)}
+
+
+def statistics(device: torch.device) -> dict[str, Tensor]:
+    mean, var = normal(3, seed=12, device=device), normal(3, seed=13, device=device).exp()
+    return {"norm.running_mean": mean, "norm.running_var": var}
+
+
+def layers(device: torch.device, *, given: bool = False, capture: bool = False, first_order: bool = False) -> Layers:
+    return Layers(weights(device), statistics(device) if given else None, capture=capture, first_order=first_order)
 
 
 def broadcast(shift: Tensor, x: Tensor) -> Tensor:
@@ -25,34 +32,34 @@ def broadcast(shift: Tensor, x: Tensor) -> Tensor:
 
 @FORMS
 @pytest.mark.parametrize("shape", SHAPES)
-def test_batch_statistics_equal_the_framework(shape, first_order):
-    x = normal(*shape) * 3 + 1
-    expected = F.batch_norm(x, None, None, WEIGHTS["norm.weight"], WEIGHTS["norm.bias"], training=True)
-    torch.testing.assert_close(layers(first_order=first_order).norm("norm", x), expected)
+def test_batch_statistics_equal_the_framework(device, shape, first_order):
+    x = normal(*shape, device=device) * 3 + 1
+    expected = F.batch_norm(x, None, None, *weights(device).values(), training=True)
+    torch.testing.assert_close(layers(device, first_order=first_order).norm("norm", x), expected)
 
 
 @FORMS
 @pytest.mark.parametrize("shape", SHAPES)
-def test_given_statistics_equal_the_framework(shape, first_order):
-    x = normal(*shape) * 3 + 1
-    expected = F.batch_norm(x, *GIVEN.values(), *WEIGHTS.values(), training=False)
-    torch.testing.assert_close(layers(given=True, first_order=first_order).norm("norm", x), expected)
+def test_given_statistics_equal_the_framework(device, shape, first_order):
+    x = normal(*shape, device=device) * 3 + 1
+    expected = F.batch_norm(x, *statistics(device).values(), *weights(device).values(), training=False)
+    torch.testing.assert_close(layers(device, given=True, first_order=first_order).norm("norm", x), expected)
 
 
 @FORMS
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("given", [False, True])
-def test_a_shift_stands_for_the_bias_of_the_layer_before(shape, given, first_order):
-    x, shift = normal(*shape), normal(3, seed=1)
-    call = layers(given=given, first_order=first_order)
+def test_a_shift_stands_for_the_bias_of_the_layer_before(device, shape, given, first_order):
+    x, shift = normal(*shape, device=device), normal(3, seed=1, device=device)
+    call = layers(device, given=given, first_order=first_order)
     torch.testing.assert_close(call.norm("norm", x, shift), call.norm("norm", x + broadcast(shift, x)))
 
 
 @FORMS
-def test_under_batch_statistics_the_shift_cancels_exactly(first_order):
-    x, shift = normal(6, 3, 4, 4), normal(3, seed=1).requires_grad_()
-    scale = normal(1, seed=2).requires_grad_()
-    call = layers(first_order=first_order)
+def test_under_batch_statistics_the_shift_cancels_exactly(device, first_order):
+    x, shift = normal(6, 3, 4, 4, device=device), normal(3, seed=1, device=device).requires_grad_()
+    scale = normal(1, seed=2, device=device).requires_grad_()
+    call = layers(device, first_order=first_order)
     out = call.norm("norm", x * scale, shift)
     assert torch.equal(out.detach(), call.norm("norm", x * scale).detach())
     assert torch.autograd.grad(out.tanh().sum(), shift, allow_unused=True) == (None,)
@@ -61,10 +68,10 @@ def test_under_batch_statistics_the_shift_cancels_exactly(first_order):
 @FORMS
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("given", [False, True])
-def test_captured_statistics_are_those_of_the_shifted_input(shape, given, first_order):
-    x, shift = normal(*shape), normal(3, seed=1)
-    call = layers(given=given, capture=True, first_order=first_order)
-    plain = layers(given=given, first_order=first_order).norm("norm", x, shift)
+def test_captured_statistics_are_those_of_the_shifted_input(device, shape, given, first_order):
+    x, shift = normal(*shape, device=device), normal(3, seed=1, device=device)
+    call = layers(device, given=given, capture=True, first_order=first_order)
+    plain = layers(device, given=given, first_order=first_order).norm("norm", x, shift)
     torch.testing.assert_close(call.norm("norm", x, shift), plain)
     moved, axes = x + broadcast(shift, x), (0, 2, 3)[: x.dim() - 1]
     torch.testing.assert_close(call.captured["norm.running_mean"], moved.mean(axes))
@@ -72,11 +79,11 @@ def test_captured_statistics_are_those_of_the_shifted_input(shape, given, first_
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_captured_statistics_are_differentiated_alike_in_both_forms(shape):
-    x, shift = normal(*shape).requires_grad_(), normal(3, seed=1).requires_grad_()
+def test_captured_statistics_are_differentiated_alike_in_both_forms(device, shape):
+    x, shift = normal(*shape, device=device).requires_grad_(), normal(3, seed=1, device=device).requires_grad_()
     grads = []
     for first_order in (False, True):
-        call = layers(given=True, capture=True, first_order=first_order)
+        call = layers(device, given=True, capture=True, first_order=first_order)
         loss = call.norm("norm", x, shift).tanh().sum()
         loss = loss + (call.captured["norm.running_mean"] ** 3).sum() + call.captured["norm.running_var"].tanh().sum()
         grads.append(torch.autograd.grad(loss, (x, shift)))
@@ -84,8 +91,8 @@ def test_captured_statistics_are_differentiated_alike_in_both_forms(shape):
         torch.testing.assert_close(native, plain)
 
 
-def test_statistics_with_a_backward_pass_of_their_own_refuse_a_second_one():
-    x = normal(6, 3, 4, 4).requires_grad_()
+def test_statistics_with_a_backward_pass_of_their_own_refuse_a_second_one(device):
+    x = normal(6, 3, 4, 4, device=device).requires_grad_()
     (grad,) = torch.autograd.grad(OnePassMoments.apply(x)[1].square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         grad.sum().backward()
@@ -102,8 +109,8 @@ def second_order(x: Tensor, w: Tensor, *, grad) -> Tensor:
     return grad(loss)(w).square().sum()
 
 
-def test_second_order_gradients_under_vmap_equal_the_loop_and_finite_differences():
-    xs, w = normal(4, 5, 1, 6, 6), normal(33, seed=1)
+def test_second_order_gradients_under_vmap_equal_the_loop_and_finite_differences(device):
+    xs, w = normal(4, 5, 1, 6, 6, device=device), normal(33, seed=1, device=device)
 
     def looped(x: Tensor, v: Tensor) -> Tensor:
         return second_order(x, v, grad=lambda f: lambda u: torch.autograd.grad(f(u), u, create_graph=True)[0])
@@ -113,7 +120,7 @@ def test_second_order_gradients_under_vmap_equal_the_loop_and_finite_differences
     loop = torch.stack([torch.autograd.grad(looped(x, leaf), leaf)[0] for x in xs])
     torch.testing.assert_close(batched, loop, rtol=1e-8, atol=1e-10)
 
-    direction = normal(33, seed=2)
+    direction = normal(33, seed=2, device=device)
     for x, gradient in zip(xs, batched, strict=True):
         measured = slope(lambda v, x=x: second_order(x, v, grad=torch.func.grad), w, direction)
         assert float(gradient @ direction) == pytest.approx(measured, rel=1e-7, abs=1e-9)

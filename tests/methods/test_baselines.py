@@ -23,9 +23,9 @@ WORLD = small_world()
 CONFIG = MethodConfig()
 
 
-def made(method: str, world: World) -> State:
+def made(device: torch.device, method: str, world: World) -> State:
     """The state after the method's one round."""
-    shard = FakeShard(world)
+    shard = FakeShard(world, device=device)
 
     def send(op: str, jobs: Sequence[Job], shared: Arrays) -> list[Arrays]:
         assert op == "weights"
@@ -43,17 +43,17 @@ def with_accuracies(*accuracies: float | None) -> World:
     return replace(WORLD, cards=tuple(replace(c, accuracy=a) for c, a in zip(WORLD.cards, accuracies, strict=True)))
 
 
-def test_the_average_is_the_mean_of_weights_and_statistics() -> None:
+def test_the_average_is_the_mean_of_weights_and_statistics(device: torch.device) -> None:
     world = small_world(cards=2)
     a, b = (FakeShard(world).teacher(c.id) for c in world.cards)
-    found = made("average", world)
+    found = made(device, "average", world)
     torch.testing.assert_close(found["theta"], (a.theta + b.theta) / 2, rtol=0, atol=1e-7)
     torch.testing.assert_close(found["stats"], (a.stats + b.stats) / 2, rtol=1e-6, atol=1e-7)
 
 
-def test_the_average_of_one_teacher_is_that_teacher() -> None:
+def test_the_average_of_one_teacher_is_that_teacher(device: torch.device) -> None:
     world = small_world(cards=1)
-    assert made("average", world)["theta"].equal(FakeShard(world).teacher("conv4-0").theta)
+    assert made(device, "average", world)["theta"].equal(FakeShard(world).teacher("conv4-0").theta)
 
 
 def refusal(method: str, world: World) -> str:
@@ -101,9 +101,9 @@ def test_without_teachers_there_is_nothing_to_merge(method: str) -> None:
     )
 
 
-def test_teachers_that_cannot_be_read_are_left_out() -> None:
+def test_teachers_that_cannot_be_read_are_left_out(device: torch.device) -> None:
     """The results name their teachers; none at all is an error."""
-    shard = FakeShard(WORLD)
+    shard = FakeShard(WORLD, device=device)
 
     def send(op: str, jobs: Sequence[Job], shared: Arrays) -> list[Arrays]:
         assert [(job.index, job.cost, job.memory) for job in jobs] == [
@@ -116,8 +116,8 @@ def test_teachers_that_cannot_be_read_are_left_out() -> None:
     macs, size = float(WORLD.net.macs), 4 * (WORLD.net.layout.numel + WORLD.net.stats_layout.numel)
     found = baselines.fetch(WORLD.cards, send)
     assert [one.teacher for one in found] == ["conv4-0", "conv4-2"]
-    assert found[1].theta.equal(shard.teacher("conv4-2").theta)
-    assert found[1].stats.equal(shard.teacher("conv4-2").stats)
+    assert found[1].theta.equal(shard.teacher("conv4-2").theta.cpu())
+    assert found[1].stats.equal(shard.teacher("conv4-2").stats.cpu())
     with pytest.raises(RejectedError, match="no teacher of the pool could be read"):
         baselines.fetch(WORLD.cards, lambda *_: [])
 
@@ -125,10 +125,12 @@ def test_teachers_that_cannot_be_read_are_left_out() -> None:
 @pytest.mark.parametrize(
     ("accuracies", "best"), [((70.0, 90.0, 80.0), 1), ((None, 10.0, None), 1), ((0.0, None, None), 0), ((5, 5, 5), 2)]
 )
-def test_the_best_model_has_the_highest_reported_accuracy(accuracies: tuple[float | None, ...], best: int) -> None:
+def test_the_best_model_has_the_highest_reported_accuracy(
+    device: torch.device, accuracies: tuple[float | None, ...], best: int
+) -> None:
     """The last by id among equals, so that the choice does not depend on the order of the pool."""
     world = with_accuracies(*accuracies)
-    found = made("best-model", world)
+    found = made(device, "best-model", world)
     teacher = FakeShard(world).teacher(WORLD.cards[best].id)
     assert found["theta"].equal(teacher.theta)
     assert found["stats"].equal(teacher.stats)
@@ -137,15 +139,15 @@ def test_the_best_model_has_the_highest_reported_accuracy(accuracies: tuple[floa
         "conv4",
         2,
     )
-    backwards = made("best-model", replace(world, cards=world.cards[::-1]))
+    backwards = made(device, "best-model", replace(world, cards=world.cards[::-1]))
     assert backwards["teacher"] == found["teacher"]
 
 
-def test_the_best_model_may_be_of_another_architecture() -> None:
+def test_the_best_model_may_be_of_another_architecture(device: torch.device) -> None:
     world = replace(
         WORLD, cards=(replace(WORLD.cards[0], accuracy=1.0), replace(card(7, arch="resnet10"), accuracy=2.0))
     )
-    found = made("best-model", world)
+    found = made(device, "best-model", world)
     assert (found["network"]["arch"], found["teacher"]) == ("resnet10", "resnet10-7")
     assert len(found["theta"]) != WORLD.net.layout.numel
 
@@ -156,15 +158,15 @@ def mixed(*accuracies: float | None) -> World:
     return replace(WORLD, cards=tuple(replace(c, accuracy=a) for c, a in zip(cards, accuracies, strict=True)), way=2)
 
 
-def test_the_best_model_of_a_mixed_pool_takes_the_input_of_the_learner() -> None:
+def test_the_best_model_of_a_mixed_pool_takes_the_input_of_the_learner(device: torch.device) -> None:
     world = mixed(99.0, 98.0, 70.0, 80.0, None)
-    assert made("best-model", world)["teacher"] == "resnet10-8"
+    assert made(device, "best-model", world)["teacher"] == "resnet10-8"
     assert METHODS["best-model"].notes(CONFIG, world) == [
         "best-model takes resnet10-8 (80.0 %): conv4-5 (99.0 %) takes 1x16x16 images and has 2 classes, which does not "
         "fit the episodes"
     ]
     best = mixed(1.0, 1.0, 70.0, 80.0, 90.0)
-    found = made("best-model", best)
+    found = made(device, "best-model", best)
     assert (found["teacher"], found["network"]["outputs"], len(found["theta"])) == (
         "conv4-9",
         4,
@@ -173,16 +175,16 @@ def test_the_best_model_of_a_mixed_pool_takes_the_input_of_the_learner() -> None
     assert METHODS["best-model"].notes(CONFIG, best) == []
 
 
-def test_the_best_model_of_few_classes_is_passed_over() -> None:
-    assert made("best-model", replace(mixed(9.0, 9.0, 70.0, 80.0, 50.0), way=3))["teacher"] == "conv4-9"
+def test_the_best_model_of_few_classes_is_passed_over(device: torch.device) -> None:
+    assert made(device, "best-model", replace(mixed(9.0, 9.0, 70.0, 80.0, 50.0), way=3))["teacher"] == "conv4-9"
 
 
-def test_the_best_model_sees_images_normalised_as_in_its_training() -> None:
+def test_the_best_model_sees_images_normalised_as_in_its_training(device: torch.device) -> None:
     """Exactly, also where the learner's images are normalised otherwise."""
     world = with_accuracies(1.0, 2.0, 3.0)
     odd = replace(world, image=replace(world.image, mean=(0.4,) * 3))
     for method, image in (("best-model", world.cards[2].image), ("random", odd.image)):
-        assert learner_weights(odd, made(method, odd), steps=1, lr=0.1).image == image
+        assert learner_weights(odd, made(device, method, odd), steps=1, lr=0.1).image == image
     assert METHODS["best-model"].notes(CONFIG, odd) == []
 
 
@@ -209,13 +211,13 @@ def test_the_best_model_is_read_in_three_ways(toy_pool: Path, toy_data: str) -> 
     assert rows["best-model-assign"].tolist() != rows["best-model-finetune"].tolist()
 
 
-def test_random_is_independent_of_the_pool() -> None:
-    found = made("random", WORLD)
-    other = made("random", small_world(cards=1))
-    none = made("random", replace(WORLD, cards=()))
+def test_random_is_independent_of_the_pool(device: torch.device) -> None:
+    found = made(device, "random", WORLD)
+    other = made(device, "random", small_world(cards=1))
+    none = made(device, "random", replace(WORLD, cards=()))
     assert found["theta"].equal(other["theta"])
     assert found["theta"].equal(none["theta"])
-    assert not found["theta"].equal(made("random", replace(WORLD, seed=1))["theta"])
+    assert not found["theta"].equal(made(device, "random", replace(WORLD, seed=1))["theta"])
 
 
 def driver_scores(method: str, pool: Path | None, data: str, *more: str) -> dict[str, np.ndarray]:

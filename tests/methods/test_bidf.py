@@ -18,30 +18,33 @@ from ray_dfml.methods.base import State, World, image_values
 from ray_dfml.methods.bidf import method as bidf
 from ray_dfml.methods.inversion import Inversion, Judge
 from ray_dfml.types import Arrays, Job
-from tests.support import FakeShard, card, mixed_world, normal, play, same, small_bidf, small_world
+from tests.support import FakeShard, alike, card, mixed_world, normal, play, same, small_bidf, small_world
 
 WORLD = small_world()
-CPU = torch.device("cpu")
 MEAN, STD = torch.full((3,), 0.5), torch.full((3,), 0.25)
 
 
-def synthesize(cfg: bidf.Config, judge: Judge | None = None, *, seed: int = 3, stream: str = "support") -> Arrays:
-    teachers = [FakeShard(WORLD).teacher("conv4-0")]
+def synthesize(
+    device: torch.device, cfg: bidf.Config, judge: Judge | None = None, *, seed: int = 3, stream: str = "support"
+) -> Arrays:
+    teachers = [FakeShard(WORLD, device=device).teacher("conv4-0")]
     (task,) = bidf.synthesize(
-        cfg, teachers, judge, [seed], WORLD.image.shape, 2, device=CPU, batched=False, stream=stream
+        cfg, teachers, judge, [seed], WORLD.image.shape, 2, device=device, batched=False, stream=stream
     )
     return task
 
 
-def seen(cfg: bidf.Config, task: Arrays, dtype: torch.dtype = torch.float32) -> Tensor:
-    """The stored images under the stored view, normalised for the learner."""
-    pixels = view(to_pixels(task["images"]), task["view"], pad=cfg.crop_pad, fill=cfg.crop_fill)
-    return normalise(pixels, MEAN.to(dtype), STD.to(dtype))
+def seen(cfg: bidf.Config, task: Arrays, like: Tensor) -> Tensor:
+    """The stored images under the stored view, normalised for a learner of the kind and on the device of `like`."""
+    pixels = view(to_pixels(task["images"], like.device), task["view"], pad=cfg.crop_pad, fill=cfg.crop_fill)
+    return normalise(pixels, MEAN.to(like), STD.to(like))
 
 
-def recover(cfg: bidf.Config, world: World = WORLD, *, batched: bool = False, **changes: Any) -> list[Arrays]:
+def recover(
+    device: torch.device, cfg: bidf.Config, world: World = WORLD, *, batched: bool = False, **changes: Any
+) -> list[Arrays]:
     """The results of a first round whose plan is one job per teacher."""
-    state, shard = bidf.init(cfg, world), FakeShard(world, batched=batched)
+    state, shard = bidf.init(cfg, world), FakeShard(world, batched=batched, device=device)
     jobs = [Job(index=j, seed=j, teacher=c.id) for j, c in enumerate(world.cards)]
     return bidf.recover(shard, jobs, bidf.shared(cfg, world, state, 0) | changes)
 
@@ -58,24 +61,26 @@ def values(cfg: bidf.Config, **changes: Any) -> tuple[Arrays, Arrays]:
     return job, image_values(WORLD.image) | numbers | {"cfg": cfg.model_dump(), "arch": "conv4", "way": 2} | changes
 
 
-def grad(job: Arrays, shared: Arrays) -> Arrays:
-    return bidf.grad(FakeShard(small_world(cards=0)), [Job(index=0, seed=0, values=job)], shared)[0]
+def grad(device: torch.device, job: Arrays, shared: Arrays) -> Arrays:
+    return bidf.grad(FakeShard(small_world(cards=0), device=device), [Job(index=0, seed=0, values=job)], shared)[0]
 
 
 def distillation(cfg: bidf.Config, task: Arrays) -> Loss:
     """The distillation loss of learner weights on a set."""
     soft = torch.tensor(task["logits"])
-    return lambda w: losses.distillation(soft, WORLD.net(w, seen(cfg, task, w.dtype)), form=cfg.distill)
+    return lambda w: losses.distillation(soft.to(w.device), WORLD.net(w, seen(cfg, task, w)), form=cfg.distill)
 
 
 @pytest.mark.parametrize("form", ["kl", "probdot"])
-def test_the_gradient_equals_finite_differences_through_the_inner_steps(form):
+def test_the_gradient_equals_finite_differences_through_the_inner_steps(device, form):
     """Large inner steps: without the second-order term the slope would be another."""
     cfg = small_bidf(inner_lr=0.5, inner_steps=3, distill=form)
     job, shared = values(cfg)
-    found, direction = grad(job, shared), normal(len(shared["theta"]), seed=5)
+    found, direction = grad(device, job, shared), normal(len(shared["theta"]), seed=5)
     eps = 1e-8  # small: the net has kinks
-    up, down = (grad(job, shared | {"theta": shared["theta"] + e * direction.numpy()})["loss"] for e in (eps, -eps))
+    up, down = (
+        grad(device, job, shared | {"theta": shared["theta"] + e * direction.numpy()})["loss"] for e in (eps, -eps)
+    )
     measured = (up - down) / (2 * eps)
     assert float(torch.tensor(found["grad"]) @ direction) == pytest.approx(measured, rel=1e-4)
     theta = torch.tensor(shared["theta"])
@@ -85,29 +90,29 @@ def test_the_gradient_equals_finite_differences_through_the_inner_steps(form):
 
 
 @pytest.mark.parametrize("changes", [{"inner_steps": 0}, {"inner_lr": 1e-12}])
-def test_without_inner_distillation_the_gradient_is_that_of_the_query_s_distillation(changes):
+def test_without_inner_distillation_the_gradient_is_that_of_the_query_s_distillation(device, changes):
     cfg = small_bidf(**changes)
     job, shared = values(cfg)
-    found, loss = grad(job, shared), distillation(cfg, job["query"])
+    found, loss = grad(device, job, shared), distillation(cfg, job["query"])
     theta = torch.tensor(shared["theta"]).requires_grad_()
     torch.testing.assert_close(torch.tensor(found["grad"]), torch.autograd.grad(loss(theta), theta)[0])
     assert found["loss"] == pytest.approx(float(loss(theta).detach()), rel=1e-9)
-    logits = WORLD.net(theta, seen(cfg, job["query"], theta.dtype))
+    logits = WORLD.net(theta, seen(cfg, job["query"], theta))
     soft = torch.tensor(job["query"]["logits"])
     assert found["accuracy"] == pytest.approx(float((logits.argmax(1) == soft.argmax(1)).double().mean()))
 
 
-def test_the_inner_distillation_moves_the_outer_one():
+def test_the_inner_distillation_moves_the_outer_one(device):
     """Support and query are not exchanged, and the inner loss is the outer's: steps lower it on the support."""
     cfg = small_bidf(inner_lr=0.1, inner_steps=5)
     job, shared = values(cfg)
     itself, plain = job | {"query": job["support"]}, shared | {"cfg": cfg.model_dump() | {"inner_steps": 0}}
-    assert grad(itself, shared)["loss"] < 0.8 * grad(itself, plain)["loss"]
+    assert grad(device, itself, shared)["loss"] < 0.8 * grad(device, itself, plain)["loss"]
     swapped = {"support": job["query"], "query": job["support"]}
-    assert abs(grad(swapped, shared)["loss"] - grad(job, shared)["loss"]) > 1e-3
+    assert abs(grad(device, swapped, shared)["loss"] - grad(device, job, shared)["loss"]) > 1e-3
 
 
-def test_the_images_of_the_lowest_loss_are_kept(monkeypatch):
+def test_the_images_of_the_lowest_loss_are_kept(device, monkeypatch):
     cfg, tried = small_bidf(iterations=12, lr_generator=0.3, crop_pad=0, flip="off"), []
     original = Inversion.losses
 
@@ -120,7 +125,7 @@ def test_the_images_of_the_lowest_loss_are_kept(monkeypatch):
     bests = set()
     for seed in range(4):
         tried.clear()
-        task = synthesize(cfg, seed=seed)
+        task = synthesize(device, cfg, seed=seed)
         assert len(tried) == 12
         found = [float(loss) for loss, _, _ in tried]
         best = int(np.argmin(found))
@@ -133,23 +138,23 @@ def test_the_images_of_the_lowest_loss_are_kept(monkeypatch):
 
 @pytest.mark.parametrize(("spoilt", "kept"), [((0,), True), ((1, 2), True), ((0, 1, 2, 3), False)])
 @pytest.mark.parametrize("batched", [False, True])
-def test_a_pass_without_a_finite_loss_is_never_the_best_and_moves_nothing(monkeypatch, batched, spoilt, kept):
+def test_a_pass_without_a_finite_loss_is_never_the_best_and_moves_nothing(device, monkeypatch, batched, spoilt, kept):
     """Only a teacher without any finite loss is rejected; its neighbour in the stack does not notice."""
     cfg, original, calls = small_bidf(iterations=4, boundary=False), Inversion.losses, []
 
     def spoil(self: Inversion, *parts: Any) -> tuple[Tensor, Tensor, Tensor]:
         found = original(self, *parts)
-        rows = torch.tensor([t.card.id == "conv4-0" for t in self.teachers])
+        rows = torch.tensor([t.card.id == "conv4-0" for t in self.teachers], device=found[0].device)
         calls.append(rows)
         passed = sum(bool((one == rows).all()) for one in calls if one.shape == rows.shape) - 1
         bad = rows & (passed % cfg.iterations in spoilt)
         return found[0] * torch.where(bad, math.nan, 1.0), *found[1:]
 
-    sound = recover(cfg, batched=batched)
+    sound = recover(device, cfg, batched=batched)
     monkeypatch.setattr(Inversion, "losses", spoil)
-    first, *others = recover(cfg, batched=batched)
+    first, *others = recover(device, cfg, batched=batched)
     for one, other in zip(others, sound[1:], strict=True):
-        assert same(one, other)
+        assert alike(one, other, device)
     if not kept:
         assert first == {"rejected": "the inversion loss is not finite"}
         return
@@ -158,80 +163,79 @@ def test_a_pass_without_a_finite_loss_is_never_the_best_and_moves_nothing(monkey
         assert first[kind]["loss_last"] <= first[kind]["loss_first"]
 
 
-def test_a_set_follows_the_framework_s_adam_from_a_fresh_generator():
+def test_a_set_follows_the_framework_s_adam_from_a_fresh_generator(device):
     cfg = small_bidf(iterations=3, crop_pad=0, flip="off", conditional=False, lr_generator=0.01)
-    teacher, rng = FakeShard(WORLD).teacher("conv4-0"), seeds.rng(3, "support")
-    net_g, labels = generator(WORLD.image.shape, 8, 4), torch.arange(2).repeat(4)
-    theta_g = net_g.reset(rng).requires_grad_()
-    z = torch.randn(8, 8, generator=rng).requires_grad_()
+    teacher, rng = FakeShard(WORLD, device=device).teacher("conv4-0"), seeds.rng(3, "support")
+    net_g, labels = generator(WORLD.image.shape, 8, 4), torch.arange(2, device=device).repeat(4)
+    theta_g = net_g.reset(rng).to(device).requires_grad_()
+    z = torch.randn(8, 8, generator=rng).to(device).requires_grad_()
     adam, values = torch.optim.Adam([theta_g, z], lr=0.01, betas=(0.5, 0.999)), []
     for _ in range(3):
         adam.zero_grad()
         images = net_g(theta_g, z)
-        logits = teacher.net(teacher.theta, normalise(images, MEAN, STD), teacher.stats)
+        logits = teacher.net(teacher.theta, normalise(images, MEAN.to(device), STD.to(device)), teacher.stats)
         loss = torch.nn.functional.cross_entropy(logits, labels)
         loss.backward()
         adam.step()
         values.append(float(loss.detach()))
-    task = synthesize(cfg)
+    task = synthesize(device, cfg)
     assert [task["loss_first"], task["loss_last"]] == pytest.approx([values[0], min(values)], rel=1e-4)
     assert min(values) == values[-1] < values[0] - 1e-3
     assert np.abs(task["images"].astype(int) - to_bytes(images).astype(int)).max() <= 1
 
 
-def test_inversion_finds_images_of_the_wished_classes():
-    task = synthesize(small_bidf(iterations=40, lr_generator=0.02, crop_pad=1))
+def test_inversion_finds_images_of_the_wished_classes(device):
+    task = synthesize(device, small_bidf(iterations=40, lr_generator=0.02, crop_pad=1))
     assert task["loss_last"] < 0.6 * task["loss_first"]
     assert task["accuracy"] == 100
 
 
 @pytest.mark.parametrize("conditional", [True, False])
-def test_a_generator_is_told_the_label_or_not(conditional, monkeypatch):
+def test_a_generator_is_told_the_label_or_not(device, conditional, monkeypatch):
     made = []
     monkeypatch.setattr(bidf, "generator", lambda *shape: made.append(shape) or generator(*shape))
-    synthesize(small_bidf(conditional=conditional, iterations=1))
+    synthesize(device, small_bidf(conditional=conditional, iterations=1))
     assert made == [(WORLD.image.shape, 8, 4, 2 if conditional else 0)]
 
 
-def test_seeds_alone_decide_a_set():
+def test_seeds_alone_decide_a_set(device):
     cfg = small_bidf()
-    assert same(synthesize(cfg), synthesize(cfg))
-    assert not np.array_equal(synthesize(cfg)["images"], synthesize(cfg, seed=4)["images"])
-    assert not np.array_equal(synthesize(cfg)["images"], synthesize(cfg, stream="query")["images"])
+    assert alike(synthesize(device, cfg), synthesize(device, cfg), device)
+    assert not np.array_equal(synthesize(device, cfg)["images"], synthesize(device, cfg, seed=4)["images"])
+    assert not np.array_equal(synthesize(device, cfg)["images"], synthesize(device, cfg, stream="query")["images"])
 
 
-def test_the_query_set_is_recovered_against_the_distilled_weights():
+def test_the_query_set_is_recovered_against_the_distilled_weights(device):
     """Both sets by hand: support without a judge, phi by steps on it, query with phi as the judge."""
     cfg = small_bidf(inner_lr=0.5, inner_steps=3, adversarial=5.0)
-    found, theta = recover(cfg)[0], bidf.init(cfg, WORLD)["theta"]
-    support = synthesize(cfg, seed=0)
-    assert same(found["support"], support)
-    soft = torch.tensor(support["logits"]).softmax(1)
-    phi = adapted(
-        WORLD.net, theta, seen(cfg, support, theta.dtype), soft, head="maml", lr=0.5, steps=3, grad_of=plain_grad
-    )
+    found, theta = recover(device, cfg)[0], bidf.init(cfg, WORLD)["theta"].to(device)
+    support = synthesize(device, cfg, seed=0)
+    assert alike(found["support"], support, device)
+    soft = torch.tensor(support["logits"], device=device).softmax(1)
+    phi = adapted(WORLD.net, theta, seen(cfg, support, theta), soft, head="maml", lr=0.5, steps=3, grad_of=plain_grad)
     torch.testing.assert_close(phi, adapt(distillation(cfg, support), theta, lr=0.5, steps=3, grad_of=plain_grad))
     queries = {}
     for name, weights in (("phi", phi), ("theta", theta)):
         queries[name] = synthesize(
-            cfg, lambda pixels, w=weights: WORLD.net(w, normalise(pixels[0], MEAN, STD))[None],
+            device,
+            cfg, lambda pixels, w=weights: WORLD.net(w, normalise(pixels[0], MEAN.to(w), STD.to(w)))[None],
             seed=0, stream="query",
         )  # fmt: skip
-    queries["none"] = synthesize(cfg, seed=0, stream="query")
-    assert same(found["query"], queries["phi"])
+    queries["none"] = synthesize(device, cfg, seed=0, stream="query")
+    assert alike(found["query"], queries["phi"], device)
     assert found["query"]["loss_last"] != queries["theta"]["loss_last"]
     assert found["query"]["loss_last"] < queries["none"]["loss_last"]
-    still = recover(small_bidf(inner_steps=0, adversarial=5.0))[0]
-    assert same(still["support"], found["support"])
-    assert same(still["query"], queries["theta"])
+    still = recover(device, small_bidf(inner_steps=0, adversarial=5.0))[0]
+    assert alike(still["support"], found["support"], device)
+    assert alike(still["query"], queries["theta"], device)
 
 
-def test_without_the_boundary_no_disagreement_is_in_the_query_s_loss():
+def test_without_the_boundary_no_disagreement_is_in_the_query_s_loss(device):
     cfg = small_bidf(boundary=False, adversarial=5.0)
-    found = recover(cfg)[0]
-    assert same(found["query"], synthesize(cfg, seed=0, stream="query"))
-    with_ = recover(small_bidf(adversarial=5.0))[0]
-    assert same(found["support"], with_["support"])
+    found = recover(device, cfg)[0]
+    assert alike(found["query"], synthesize(device, cfg, seed=0, stream="query"), device)
+    with_ = recover(device, small_bidf(adversarial=5.0))[0]
+    assert alike(found["support"], with_["support"], device)
     assert with_["query"]["loss_first"] < found["query"]["loss_first"]
 
 
@@ -253,9 +257,9 @@ def test_a_plan_draws_teachers_with_replacement_and_seeds_jobs():
     assert any(len(set(one)) < 3 for one in drawn)
 
 
-def sends(cfg: bidf.Config, *, rounds: int = 1) -> tuple[list[tuple[str, int]], State, State]:
-    shard = FakeShard(WORLD)
-    before, after, _ = play("bidf-mkd", cfg, WORLD, rounds=rounds, shard=shard)
+def sends(device: torch.device, cfg: bidf.Config, *, rounds: int = 1) -> tuple[list[tuple[str, int]], State, State]:
+    shard = FakeShard(WORLD, device=device)
+    before, after, _ = play("bidf-mkd", cfg, WORLD, rounds=rounds, shard=shard, device=device)
     return [(op, len(jobs)) for op, jobs in shard.sent], before, after
 
 
@@ -265,23 +269,23 @@ def sends(cfg: bidf.Config, *, rounds: int = 1) -> tuple[list[tuple[str, int]], 
     (3, 2, [("bidf.grad", 3), ("maml.grad", 3)]),
     (4, 1, [("bidf.grad", 4)]),
 ])  # fmt: skip
-def test_the_first_update_holds_the_distillations_and_the_rest_is_replay(teachers, every, expected):
-    sent, _, after = sends(small_bidf(teachers_per_round=teachers, generate_every=every))
+def test_the_first_update_holds_the_distillations_and_the_rest_is_replay(device, teachers, every, expected):
+    sent, _, after = sends(device, small_bidf(teachers_per_round=teachers, generate_every=every))
     assert sent == [("bidf-mkd.recover", teachers), *expected]
     assert after["updates"] == after["adam"]["step"] == every
 
 
-def test_a_round_may_last_until_a_plateau():
+def test_a_round_may_last_until_a_plateau(device):
     bout = {"shot": 1, "query": 2, "tasks": 2, "inner_steps": 0, "patience": 2, "max_updates": 30}
-    sent, _, after = sends(small_bidf(generate_every=0, replay=bout))
+    sent, _, after = sends(device, small_bidf(generate_every=0, replay=bout))
     assert 3 <= after["updates"] < 31
-    short, _, capped = sends(small_bidf(generate_every=0, replay=bout | {"patience": 9, "max_updates": 4}))
+    short, _, capped = sends(device, small_bidf(generate_every=0, replay=bout | {"patience": 9, "max_updates": 4}))
     assert capped["updates"] == 5
     assert len(sent) - len(short) == after["updates"] - 5
 
 
-def test_the_first_update_is_a_step_on_the_mean_gradient_of_both_kinds():
-    cfg, shard = small_bidf(generate_every=1), FakeShard(WORLD)
+def test_the_first_update_is_a_step_on_the_mean_gradient_of_both_kinds(device):
+    cfg, shard = small_bidf(generate_every=1), FakeShard(WORLD, device=device)
     state = bidf.init(cfg, WORLD)
     results = shard.send("bidf-mkd.recover", bidf.plan(cfg, WORLD, state, 1), bidf.shared(cfg, WORLD, state, 1))
     after, metrics = bidf.learn(cfg, WORLD, state, 1, results, shard.send)
@@ -295,10 +299,10 @@ def test_the_first_update_is_a_step_on_the_mean_gradient_of_both_kinds():
     assert metrics["distill/agreement"] == pytest.approx(50 * sum(one["accuracy"] for one in own))
 
 
-def test_the_bank_holds_both_sets_under_their_class_names():
-    cfg, shard = small_bidf(), FakeShard(WORLD)
+def test_the_bank_holds_both_sets_under_their_class_names(device):
+    cfg, shard = small_bidf(), FakeShard(WORLD, device=device)
     state = bidf.init(cfg, WORLD)
-    results = recover(cfg)[:2]
+    results = recover(device, cfg)[:2]
     after, metrics = bidf.learn(cfg, WORLD, state, 0, results, shard.send)
     one, two = results
     parts = [one["support"], one["query"], two["support"], two["query"]]
@@ -312,22 +316,22 @@ def test_the_bank_holds_both_sets_under_their_class_names():
     assert {len(images) for images in units.values()} == {5}
 
 
-def test_without_enough_images_a_round_is_its_distillations():
+def test_without_enough_images_a_round_is_its_distillations(device):
     cfg = small_bidf(replay={"shot": 3, "query": 6, "tasks": 3, "inner_steps": 0})
-    sent, before, after = sends(cfg)
+    sent, before, after = sends(device, cfg)
     assert [op for op, _ in sent] == ["bidf-mkd.recover", "bidf.grad"]
     assert after["updates"] == 1
     assert not torch.equal(after["theta"], before["theta"])
-    _, _, metrics = play("bidf-mkd", cfg, WORLD)
+    _, _, metrics = play("bidf-mkd", cfg, WORLD, device=device)
     assert (metrics["bank/classes"], metrics["bank/missing_classes"], metrics["replay/updates"]) == (0, 4, 1)
     with pytest.raises(ValueError, match="needs 2 classes of one group with 9 images or more; the bank has 0 in all"):
         replay.draw(cfg.replay, WORLD, after["bank"], (0,))
 
 
-def test_teachers_at_once_give_what_they_give_one_by_one():
+def test_teachers_at_once_give_what_they_give_one_by_one(device):
     world = replace(WORLD, cards=(card(0), card(1), card(2, arch="conv4-64"), card(3, way=3)))
     one, all_ = (
-        recover(small_bidf(iterations=2, adversarial=0.0), world, batched=batched) for batched in (False, True)
+        recover(device, small_bidf(iterations=2, adversarial=0.0), world, batched=batched) for batched in (False, True)
     )
     for a, b in zip(one, all_, strict=True):
         for kind in ("support", "query"):
@@ -338,25 +342,26 @@ def test_teachers_at_once_give_what_they_give_one_by_one():
 
 
 @pytest.mark.parametrize("batched", [False, True])
-def test_task_models_at_once_judge_as_they_do_one_by_one(batched):
-    cfg, theta = small_bidf(inner_lr=0.5), bidf.init(small_bidf(), WORLD)["theta"]
-    supports = [one["support"] for one in recover(cfg)]
-    judge = bidf._task_models(cfg, WORLD.net, theta, supports, MEAN, STD, batched)
-    pixels = torch.rand(3, 8, *WORLD.image.shape, generator=torch.Generator().manual_seed(0))
+def test_task_models_at_once_judge_as_they_do_one_by_one(device, batched):
+    cfg, theta = small_bidf(inner_lr=0.5), bidf.init(small_bidf(), WORLD)["theta"].to(device)
+    supports = [one["support"] for one in recover(device, cfg)]
+    mean, std = MEAN.to(device), STD.to(device)
+    judge = bidf._task_models(cfg, WORLD.net, theta, supports, mean, std, batched)
+    pixels = torch.rand(3, 8, *WORLD.image.shape, generator=torch.Generator().manual_seed(0)).to(device)
     for logits, support, x in zip(judge(pixels), supports, pixels, strict=True):
         phi = adapt(distillation(cfg, support), theta, lr=0.5, steps=2, grad_of=plain_grad)
-        torch.testing.assert_close(logits, WORLD.net(phi, normalise(x, MEAN, STD)), rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(logits, WORLD.net(phi, normalise(x, mean, std)), rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("batched", [False, True])
-def test_a_teacher_of_bad_weights_is_rejected_alone(batched):
-    cfg, shard = small_bidf(), FakeShard(WORLD, batched=batched)
+def test_a_teacher_of_bad_weights_is_rejected_alone(device, batched):
+    cfg, shard = small_bidf(), FakeShard(WORLD, batched=batched, device=device)
     shard.spoil("conv4-1")
     del shard.teachers["conv4-2"]
     jobs = [Job(index=j, seed=j, teacher=c.id) for j, c in enumerate(WORLD.cards)]
     results = bidf.recover(shard, jobs, bidf.shared(cfg, WORLD, bidf.init(cfg, WORLD), 0))
     assert results[1:] == [{"rejected": "the inversion loss is not finite"}, {"rejected": "conv4-2: unreadable"}]
-    np.testing.assert_allclose(results[0]["support"]["logits"], recover(cfg)[0]["support"]["logits"], atol=2e-2)
+    np.testing.assert_allclose(results[0]["support"]["logits"], recover(device, cfg)[0]["support"]["logits"], atol=2e-2)
     after, metrics = bidf.learn(cfg, WORLD, bidf.init(cfg, WORLD), 0, results[:1], shard.send)
     assert metrics["recover/tasks"] == 1
     assert sorted(after["bank"]) == ["toy/0", "toy/1"]
@@ -364,29 +369,31 @@ def test_a_teacher_of_bad_weights_is_rejected_alone(batched):
     assert bidf.learn(cfg, WORLD, nothing, 0, [], shard.send) == (nothing, {"recover/tasks": 0})
 
 
-def test_a_round_on_a_mixed_pool():
+def test_a_round_on_a_mixed_pool(device):
     world, cfg = mixed_world(), small_bidf(replay={"shot": 1, "query": 2, "tasks": 2, "inner_steps": 1})
-    for result, given in zip(recover(cfg, world), world.cards, strict=True):
+    for result, given in zip(recover(device, cfg, world), world.cards, strict=True):
         for task in result.values():
             assert task["images"].shape == (8, 3, 20, 20)
             grey = (task["images"] == task["images"][:, :1]).all()
             assert bool(grey) == (given.image.channels == 1)
             assert len(set(task["classes"])) == 2
             assert set(task["classes"]) <= set(given.classes)
-    _, after, metrics = play("bidf-mkd", cfg, world, rounds=2)
+    _, after, metrics = play("bidf-mkd", cfg, world, rounds=2, device=device)
     assert after["updates"] == 6
     assert all(np.isfinite(value) for value in metrics.values())
 
 
-def test_support_and_query_ask_a_larger_teacher_for_the_same_classes():
+def test_support_and_query_ask_a_larger_teacher_for_the_same_classes(device):
     world = replace(WORLD, cards=tuple(card(i, way=6) for i in range(3)))
-    for result in recover(small_bidf(iterations=1), world):
+    for result in recover(device, small_bidf(iterations=1), world):
         assert result["support"]["classes"] == result["query"]["classes"]
 
 
-def test_rounds_leave_their_state_untouched_and_are_reproducible():
+def test_rounds_leave_their_state_untouched_and_are_reproducible(device):
     cfg = small_bidf()
-    pristine, (before, after, _) = bidf.init(cfg, WORLD), play("bidf-mkd", cfg, WORLD, rounds=2)
+    pristine, (before, after, _) = bidf.init(cfg, WORLD), play("bidf-mkd", cfg, WORLD, rounds=2, device=device)
     assert same(before, pristine)
-    assert same(after, play("bidf-mkd", cfg, WORLD, rounds=2)[1])
-    assert not torch.equal(after["theta"], play("bidf-mkd", cfg, small_world(seed=1), rounds=2)[1]["theta"])
+    assert alike(after, play("bidf-mkd", cfg, WORLD, rounds=2, device=device)[1], device)
+    assert not torch.equal(
+        after["theta"], play("bidf-mkd", cfg, small_world(seed=1), rounds=2, device=device)[1]["theta"]
+    )

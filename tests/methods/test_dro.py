@@ -16,7 +16,7 @@ from ray_dfml.runtime.checkpoint import Checkpoints
 from ray_dfml.runtime.storage import Folder
 from ray_dfml.types import Arrays, Job
 from tests.runtime import toy
-from tests.support import FakeShard, normal, slope, small_world
+from tests.support import FakeShard, at, normal, slope, small_world
 
 WORLD = small_world(channels=1)
 SHARD = FakeShard(WORLD)
@@ -41,19 +41,19 @@ def train(cfg: dro.Config, world: World, rounds: int, state: State | None = None
     return state
 
 
-def puzzle(**changes: Any) -> tuple[dro.Config, Layout, Tensor, Tensor]:
+def puzzle(device: torch.device, **changes: Any) -> tuple[dro.Config, Layout, Tensor, Tensor]:
     """Config, parts, psi and the targets of three teachers of 13 weights, in float64."""
     cfg = config(chunk=5, **changes)
     parts = dro.layout(cfg, 3, 13)
-    return cfg, parts, 0.5 * normal(parts.numel, seed=1), normal(3, 13, seed=2)
+    return cfg, parts, 0.5 * normal(parts.numel, seed=1, device=device), normal(3, 13, seed=2, device=device)
 
 
 # ---------------------------------------------------------------------------------------------------------- mathematics
 
 
-def test_the_weights_come_chunk_by_chunk() -> None:
+def test_the_weights_come_chunk_by_chunk(device: torch.device) -> None:
     """Chunk k is the network's answer to (embedding, chunk embedding k); the last one is cut."""
-    _, parts, psi, _ = puzzle()
+    _, parts, psi, _ = puzzle(device)
     one = parts.unflatten(psi)
     found = dro.hyper(one, one["teachers"], 13)
     assert found.shape == (3, 13)
@@ -66,10 +66,10 @@ def test_the_weights_come_chunk_by_chunk() -> None:
             torch.testing.assert_close(found[i, 5 * k : 5 * k + 5], wanted)
 
 
-def test_the_objective_is_the_mean_square_less_the_price_of_the_shift() -> None:
-    cfg, parts, psi, target = puzzle(gamma=3.0)
+def test_the_objective_is_the_mean_square_less_the_price_of_the_shift(device: torch.device) -> None:
+    cfg, parts, psi, target = puzzle(device, gamma=3.0)
     one = parts.unflatten(psi)
-    shift = normal(3, 4, seed=3)
+    shift = normal(3, 4, seed=3, device=device)
     found = dro.penalised(cfg, one, one["teachers"], shift, target)
     made = dro.hyper(one, one["teachers"] + shift, 13)
     for i in range(3):
@@ -78,8 +78,8 @@ def test_the_objective_is_the_mean_square_less_the_price_of_the_shift() -> None:
 
 
 @pytest.mark.parametrize("gamma", [1.0, 10.0, 1000.0])
-def test_each_step_of_the_ascent_raises_the_objective(gamma: float) -> None:
-    _, parts, psi, target = puzzle()
+def test_each_step_of_the_ascent_raises_the_objective(device: torch.device, gamma: float) -> None:
+    _, parts, psi, target = puzzle(device)
     one = parts.unflatten(psi)
     values = []
     for steps in range(4):
@@ -92,9 +92,9 @@ def test_each_step_of_the_ascent_raises_the_objective(gamma: float) -> None:
     assert dro.Config().ascent_steps == 3
 
 
-def test_a_high_price_leaves_no_shift() -> None:
+def test_a_high_price_leaves_no_shift(device: torch.device) -> None:
     """At the maximum the shift is (gradient of the error) / (2 gamma)."""
-    _, parts, psi, target = puzzle()
+    _, parts, psi, target = puzzle(device)
     one = parts.unflatten(psi)
     e = one["teachers"].clone().requires_grad_()
     (grad,) = torch.autograd.grad((dro.hyper(one, e, 13) - target).square().mean(1).sum(), e)
@@ -104,9 +104,9 @@ def test_a_high_price_leaves_no_shift() -> None:
         assert 0 < float(shift.norm()) < 10 / gamma
 
 
-def test_the_gradient_is_that_of_the_loss_at_the_shift() -> None:
+def test_the_gradient_is_that_of_the_loss_at_the_shift(device: torch.device) -> None:
     """Against differences along random directions; teachers that were not drawn have none."""
-    cfg, parts, psi, target = puzzle()
+    cfg, parts, psi, target = puzzle(device)
     rows = [2, 0]
     start = parts.unflatten(psi)
     shift = dro.worst_shift(cfg, start, start["teachers"][rows], target[rows])
@@ -118,7 +118,7 @@ def test_the_gradient_is_that_of_the_loss_at_the_shift() -> None:
     value, grad = dro.gradient(cfg, parts, psi, rows, target[rows])
     assert float(value) == pytest.approx(float(loss(psi)), rel=1e-12)
     for seed in range(4):
-        direction = normal(parts.numel, seed=10 + seed)
+        direction = normal(parts.numel, seed=10 + seed, device=device)
         assert float(grad @ direction) == pytest.approx(slope(loss, psi, direction, eps=1e-6), rel=1e-5)
     embeddings = parts.unflatten(grad)["teachers"]
     assert embeddings[1].abs().sum() == 0
@@ -140,11 +140,11 @@ def test_each_tensor_has_its_own_standard() -> None:
 # ------------------------------------------------------------------------------------------------------------- training
 
 
-def test_the_fit_falls_and_the_learner_is_the_network_at_the_mean_embedding() -> None:
+def test_the_fit_falls_and_the_learner_is_the_network_at_the_mean_embedding(device: torch.device) -> None:
     cfg = config(hidden=64, steps_per_round=20)
     state, fits = dro.init(cfg, WORLD), []
     for r in range(3):
-        state, metrics = dro.learn(cfg, WORLD, state, r, [], send)
+        state, metrics = dro.learn(cfg, at(WORLD, device), state, r, [], send)
         fits.append(metrics["dro/fit"])
     assert fits == sorted(fits, reverse=True)
     assert fits[-1] < 0.8 * fits[0]
@@ -155,10 +155,10 @@ def test_the_fit_falls_and_the_learner_is_the_network_at_the_mean_embedding() ->
     torch.testing.assert_close(state["stats"], stats, rtol=1e-5, atol=1e-6)
 
 
-def test_one_teacher_at_a_high_price_is_that_teacher() -> None:
+def test_one_teacher_at_a_high_price_is_that_teacher(device: torch.device) -> None:
     world = replace(WORLD, cards=WORLD.cards[:1])
     cfg = config(hidden=64, gamma=1e9, lr=3e-3, steps_per_round=400)
-    state = train(cfg, world, 1)
+    state = train(cfg, at(world, device), 1)
     theta = SHARD.teacher(WORLD.cards[0].id).theta
     start = dro.init(cfg, world)["theta"]
     assert float((state["theta"] - theta).norm() / theta.norm()) < 0.05
@@ -177,7 +177,7 @@ def test_a_run_cut_anywhere_has_the_same_bits(tmp_path: Path) -> None:
     assert not whole["theta"].equal(train(cfg, replace(WORLD, seed=1), 2)["theta"])
 
 
-def test_a_step_sees_the_teachers_it_drew() -> None:
+def test_a_step_sees_the_teachers_it_drew(device: torch.device) -> None:
     """One a step: the embeddings of the others stay. In twelve steps all three are drawn."""
     cfg = config(teachers_per_step=1, steps_per_round=1)
     before = dro.init(cfg, WORLD)
@@ -185,7 +185,7 @@ def test_a_step_sees_the_teachers_it_drew() -> None:
     seen = []
     for step in range(12):
         fresh = before | {"adam": {"m": torch.zeros(count), "v": torch.zeros(count), "step": step}}
-        after, _ = dro.learn(cfg, WORLD, fresh, 0, [], send)
+        after, _ = dro.learn(cfg, at(WORLD, device), fresh, 0, [], send)
         first, second = (
             dro.layout(cfg, 3, WORLD.net.layout.numel).unflatten(s["psi"])["teachers"] for s in (before, after)
         )
@@ -194,11 +194,11 @@ def test_a_step_sees_the_teachers_it_drew() -> None:
     assert set(seen) == {0, 1, 2}
 
 
-def test_a_rejected_teacher_leaves_the_others_their_embeddings() -> None:
+def test_a_rejected_teacher_leaves_the_others_their_embeddings(device: torch.device) -> None:
     """All of the remaining teachers in each step, also where more are asked for."""
     cfg = config(teachers_per_step=9, steps_per_round=1)
     before = dro.init(cfg, WORLD)
-    after, _ = dro.learn(cfg, replace(WORLD, cards=WORLD.cards[1:]), before, 0, [], send)
+    after, _ = dro.learn(cfg, at(replace(WORLD, cards=WORLD.cards[1:]), device), before, 0, [], send)
     parts = dro.layout(cfg, 3, WORLD.net.layout.numel)
     first, second = (parts.unflatten(s["psi"])["teachers"] for s in (before, after))
     assert (first != second).any(1).tolist() == [False, True, True]
@@ -230,9 +230,9 @@ def test_a_convex_sample_is_between_the_embeddings_and_the_same_in_every_round()
     assert not state["theta"].equal(other["theta"])
 
 
-def test_a_loss_that_is_not_finite_is_an_error() -> None:
+def test_a_loss_that_is_not_finite_is_an_error(device: torch.device) -> None:
     with pytest.raises(FloatingPointError, match=r"lower method\.lr or raise method\.gamma"):
-        train(config(lr=1e30), WORLD, 1)
+        train(config(lr=1e30), at(WORLD, device), 1)
 
 
 def test_the_published_number_of_steps_and_the_name_of_the_reconstruction() -> None:

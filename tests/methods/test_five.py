@@ -19,6 +19,7 @@ from ray_dfml.types import Arrays, Job
 from tests.support import (
     FakeShard,
     FakeTeacher,
+    alike,
     card,
     double_by_default,
     normal,
@@ -35,11 +36,11 @@ PLAIN: dict[str, Any] = {"crop_pad": 0, "flip": "off", "steps": 3, "lr_generator
 class Case:
     """A random teacher, a narrow generator, and a learner."""
 
-    def __init__(self, channels: int = 3) -> None:
-        self.teacher = random_teacher(card(0, channels=channels))
+    def __init__(self, device: torch.device, channels: int = 3) -> None:
+        self.teacher = random_teacher(card(0, channels=channels), device)
         self.net_g = Generator((channels, 16, 16), 8, 4)
-        self.theta_g = self.net_g.init(torch.Generator().manual_seed(1))
-        self.theta = self.teacher.net.init(torch.Generator().manual_seed(2))
+        self.theta_g = self.net_g.init(torch.Generator().manual_seed(1)).to(device)
+        self.theta = self.teacher.net.init(torch.Generator().manual_seed(2)).to(device)
 
     def double(self) -> "Case":
         self.teacher, self.theta_g, self.theta = self.teacher.double(), self.theta_g.double(), self.theta.double()
@@ -47,7 +48,7 @@ class Case:
 
     def run(self, *, learner: bool = False, seed: int = 3, **changes: Any) -> tuple[Arrays, Tensor]:
         image = self.teacher.card.image
-        mean, std = (torch.tensor(v, dtype=self.theta.dtype) for v in (image.mean, image.std))
+        mean, std = (torch.tensor(v, dtype=self.theta.dtype, device=self.theta.device) for v in (image.mean, image.std))
 
         def judge(pixels: Tensor) -> Tensor:
             return self.teacher.net(self.theta, normalise(pixels[0], mean, std))[None]
@@ -59,14 +60,16 @@ class Case:
         return task, adapted[0]
 
 
-def codes(n: int, latent: int, seed: int) -> Tensor:
-    return torch.randn(n, latent, generator=torch.Generator().manual_seed(seed))
+def codes(device: torch.device, n: int, latent: int, seed: int) -> Tensor:
+    return torch.randn(n, latent, generator=torch.Generator().manual_seed(seed)).to(device)
 
 
-def independent_copy(case: Case, cfg: free.Config, *, learner: bool, seed: int) -> tuple[Tensor, Tensor, Callable]:
+def independent_copy(
+    device: torch.device, case: Case, cfg: free.Config, *, learner: bool, seed: int
+) -> tuple[Tensor, Tensor, Callable]:
     """Adapted generator weights and codes by `torch.optim.Adam`, and the final loss as a function of these weights."""
-    teacher, labels = case.teacher, interleaved(2, cfg.images_per_class)
-    theta_g, z = case.theta_g.clone().requires_grad_(), codes(len(labels), cfg.latent, seed).requires_grad_()
+    teacher, labels = case.teacher, interleaved(2, cfg.images_per_class).to(device)
+    theta_g, z = case.theta_g.clone().requires_grad_(), codes(device, len(labels), cfg.latent, seed).requires_grad_()
 
     def see(weights: Tensor, z: Tensor) -> Tensor:
         return (case.net_g(weights, z) - 0.5) / 0.25
@@ -95,56 +98,58 @@ def independent_copy(case: Case, cfg: free.Config, *, learner: bool, seed: int) 
 
 
 @pytest.mark.parametrize(("learner", "form"), [(False, "kl"), (True, "kl"), (True, "probdot")])
-def test_meta_gradient_equals_finite_differences_of_the_final_loss_at_the_adapted_weights(learner, form):
-    case, changes = Case().double(), PLAIN | {"adversarial_form": form}
+def test_meta_gradient_equals_finite_differences_of_the_final_loss_at_the_adapted_weights(
+    device: torch.device, learner, form
+):
+    case, changes = Case(device).double(), PLAIN | {"adversarial_form": form}
     with double_by_default():
         task, adapted = case.run(learner=learner, **changes)
-        theta_g, z, final = independent_copy(case, small_config(**changes), learner=learner, seed=3)
+        theta_g, z, final = independent_copy(device, case, small_config(**changes), learner=learner, seed=3)
         torch.testing.assert_close(adapted, theta_g, rtol=1e-9, atol=1e-11)
         assert np.array_equal(task["images"], to_bytes(case.net_g(theta_g, z)))
-        direction = normal(theta_g.numel(), seed=4)
+        direction = normal(theta_g.numel(), seed=4, device=device)
         measured = slope(final, theta_g, direction, eps=1e-8)  # small: the nets have kinks
     assert (theta_g - case.theta_g).abs().max() > 1e-3
-    assert float(torch.tensor(task["grad"]) @ direction) == pytest.approx(measured, rel=1e-5)
+    assert float(torch.tensor(task["grad"], device=device) @ direction) == pytest.approx(measured, rel=1e-5)
 
 
-def test_last_loss_is_the_loss_of_the_returned_images():
-    case = Case().double()
+def test_last_loss_is_the_loss_of_the_returned_images(device: torch.device):
+    case = Case(device).double()
     with double_by_default():
         task, _ = case.run(**PLAIN)
-        theta_g, _, final = independent_copy(case, small_config(**PLAIN), learner=False, seed=3)
+        theta_g, _, final = independent_copy(device, case, small_config(**PLAIN), learner=False, seed=3)
         assert task["loss_last"] == pytest.approx(float(final(theta_g)), rel=1e-9)
         assert task["ce"] == pytest.approx(task["loss_last"], rel=1e-9)
 
 
 @pytest.mark.parametrize("final_pass", [True, False])
-def test_without_steps_the_gradient_is_the_plain_one(final_pass):
-    case, cfg = Case(), small_config(**PLAIN)
+def test_without_steps_the_gradient_is_the_plain_one(device: torch.device, final_pass):
+    case, cfg = Case(device), small_config(**PLAIN)
     task, adapted = case.run(**PLAIN | {"steps": 0, "final_pass": final_pass})
-    leaf, labels = case.theta_g.clone().requires_grad_(), interleaved(2, cfg.images_per_class)
-    images = case.net_g(leaf, codes(len(labels), cfg.latent, 3))
+    leaf, labels = case.theta_g.clone().requires_grad_(), interleaved(2, cfg.images_per_class).to(device)
+    images = case.net_g(leaf, codes(device, len(labels), cfg.latent, 3))
     logits = case.teacher.net(case.teacher.theta, (images - 0.5) / 0.25, case.teacher.stats)
     F.cross_entropy(logits, labels).backward()
-    torch.testing.assert_close(torch.tensor(task["grad"]), leaf.grad, rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(torch.tensor(task["grad"], device=device), leaf.grad, rtol=1e-4, atol=1e-7)
     assert np.array_equal(task["images"], to_bytes(images))
     assert torch.equal(adapted, case.theta_g)
     assert task["loss_first"] == task["loss_last"]
 
 
-def test_without_the_final_pass_images_and_gradient_come_from_before_the_last_update():
-    case = Case()
+def test_without_the_final_pass_images_and_gradient_come_from_before_the_last_update(device: torch.device):
+    case = Case(device)
     released, released_adapted = case.run(steps=3, final_pass=False)
     early, early_adapted = case.run(steps=2, final_pass=True)
     late, late_adapted = case.run(steps=3, final_pass=True)
     for name in ("images", "grad", "logits"):
-        assert np.array_equal(released[name], early[name]), name
+        assert alike(released[name], early[name], device), name
     assert not np.array_equal(released["grad"], late["grad"])
-    assert torch.equal(released_adapted, late_adapted)
+    assert alike(released_adapted, late_adapted, device)
     assert not torch.equal(released_adapted, early_adapted)
 
 
-def test_arguments_are_left_untouched():
-    case = Case()
+def test_arguments_are_left_untouched(device: torch.device):
+    case = Case(device)
     tensors = [case.theta_g, case.theta, case.teacher.theta, case.teacher.stats]
     copies = [t.clone() for t in tensors]
     _, adapted = case.run(learner=True, bn_weight=1.0, steps=3)
@@ -153,20 +158,20 @@ def test_arguments_are_left_untouched():
     assert not torch.equal(adapted, case.theta_g)
 
 
-def test_inversion_lowers_the_loss_on_average_over_seeds():
-    case = Case()
+def test_inversion_lowers_the_loss_on_average_over_seeds(device: torch.device):
+    case = Case(device)
     found = [case.run(seed=seed, steps=25, lr_generator=0.01, lr_latent=0.05, crop_pad=1)[0] for seed in range(5)]
     first, last = (np.mean([task[name] for task in found]) for name in ("loss_first", "loss_last"))
     assert last < 0.8 * first
     assert np.mean([task["accuracy"] for task in found]) > 80
 
 
-def test_results_depend_on_the_seed_alone():
-    one, same, other = (Case().run(learner=True, seed=seed) for seed in (3, 3, 4))
+def test_results_depend_on_the_seed_alone(device: torch.device):
+    one, same, other = (Case(device).run(learner=True, seed=seed) for seed in (3, 3, 4))
     assert one[0].keys() == same[0].keys()
     for name, value in one[0].items():
-        assert np.array_equal(value, same[0][name]), name
-    assert torch.equal(one[1], same[1])
+        assert alike(value, same[0][name], device), name
+    assert alike(one[1], same[1], device)
     assert not np.array_equal(one[0]["images"], other[0]["images"])
 
 
@@ -174,15 +179,15 @@ def test_results_depend_on_the_seed_alone():
     ("flip", "channels", "mirrors"),
     [("auto", 3, {False, True}), ("auto", 1, {False}), ("on", 1, {False, True}), ("off", 3, {False})],
 )
-def test_auto_mirrors_colour_images_only(flip, channels, mirrors):
-    case = Case(channels)
+def test_auto_mirrors_colour_images_only(device: torch.device, flip, channels, mirrors):
+    case = Case(device, channels)
     views = [case.run(seed=seed, steps=0, flip=flip)[0]["view"] for seed in range(12)]
     assert {mirror for *_, mirror in views} == mirrors
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_a_task_has_the_layout_it_claims(channels):
-    case = Case(channels)
+def test_a_task_has_the_layout_it_claims(device: torch.device, channels):
+    case = Case(device, channels)
     task, _ = case.run(images_per_class=5)
     assert task["images"].shape == (10, channels, 16, 16)
     assert task["images"].dtype == np.uint8
@@ -191,17 +196,17 @@ def test_a_task_has_the_layout_it_claims(channels):
     assert np.isfinite(task["grad"]).all()
 
 
-def test_logits_are_those_of_the_stored_bytes_under_the_stored_view():
-    case, cfg = Case(), small_config()
+def test_logits_are_those_of_the_stored_bytes_under_the_stored_view(device: torch.device):
+    case, cfg = Case(device), small_config()
     task, _ = case.run()
-    seen = view(to_pixels(task["images"]), task["view"], pad=cfg.crop_pad, fill=cfg.crop_fill)
-    mean, std = torch.full((3,), 0.5), torch.full((3,), 0.25)
+    seen = view(to_pixels(task["images"], device=device), task["view"], pad=cfg.crop_pad, fill=cfg.crop_fill)
+    mean, std = torch.full((3,), 0.5, device=device), torch.full((3,), 0.25, device=device)
     expected = case.teacher.net(case.teacher.theta, normalise(seen, mean, std), case.teacher.stats)
-    torch.testing.assert_close(torch.tensor(task["logits"]), expected)
+    torch.testing.assert_close(torch.tensor(task["logits"], device=device), expected)
 
 
-def test_spread_is_the_rms_pixel_distance_within_classes():
-    task, _ = Case().run()
+def test_spread_is_the_rms_pixel_distance_within_classes(device: torch.device):
+    task, _ = Case(device).run()
     pixels = task["images"].reshape(8, -1) / 255.0
     rms = [
         np.mean([np.sqrt(np.mean((rows[i] - rows[j]) ** 2)) for i in range(4) for j in range(i)])
@@ -210,18 +215,18 @@ def test_spread_is_the_rms_pixel_distance_within_classes():
     assert task["spread"] == pytest.approx(np.mean(rms), abs=2 / 255)
 
 
-def test_the_adversarial_term_acts_only_with_a_learner_and_a_weight():
-    case = Case()
+def test_the_adversarial_term_acts_only_with_a_learner_and_a_weight(device: torch.device):
+    case = Case(device)
     without = case.run(adversarial=0.0)[0]["grad"]
     assert np.array_equal(case.run(adversarial=5.0)[0]["grad"], without)
     assert np.array_equal(case.run(learner=True, adversarial=0.0)[0]["grad"], without)
     assert not np.allclose(case.run(learner=True, adversarial=5.0)[0]["grad"], without)
 
 
-def test_prior_terms_add_their_weighted_value_to_the_loss():
-    case, cfg = Case(), small_config(**PLAIN)
+def test_prior_terms_add_their_weighted_value_to_the_loss(device: torch.device):
+    case, cfg = Case(device), small_config(**PLAIN)
     teacher: FakeTeacher = case.teacher
-    images = case.net_g(case.theta_g, codes(8, cfg.latent, 3))
+    images = case.net_g(case.theta_g, codes(device, 8, cfg.latent, 3))
     found = teacher.net.with_stats(teacher.theta, (images - 0.5) / 0.25, teacher.stats)[1]
     expected = {
         "bn_weight": float(losses.batch_norm_distance(found, teacher.stats)),
@@ -236,12 +241,12 @@ def test_prior_terms_add_their_weighted_value_to_the_loss():
 
 
 @pytest.mark.parametrize("name", ["bn_weight", "tv_weight"])
-def test_prior_terms_lower_what_they_weigh(name):
-    case = Case()
+def test_prior_terms_lower_what_they_weigh(device: torch.device, name):
+    case = Case(device)
     strong: dict[str, Any] = PLAIN | {"steps": 15}
     values = []
     for weight in (0.0, 10.0):
-        images = to_pixels(case.run(**strong | {name: weight})[0]["images"])
+        images = to_pixels(case.run(**strong | {name: weight})[0]["images"], device=device)
         if name == "tv_weight":
             values.append(float(losses.total_variation(images)))
         else:
@@ -251,52 +256,52 @@ def test_prior_terms_lower_what_they_weigh(name):
     assert values[1] < values[0]
 
 
-def run_jobs(world, state, cfg, jobs: list[Job], r: int = 1) -> list[Arrays]:
-    return FakeShard(world).send("free.recover", jobs, free.shared(cfg, world, state, r))
+def run_jobs(device: torch.device, world, state, cfg, jobs: list[Job], r: int = 1) -> list[Arrays]:
+    return FakeShard(world, device=device).send("free.recover", jobs, free.shared(cfg, world, state, r))
 
 
-def test_recovered_tasks_do_not_depend_on_how_jobs_are_sharded():
+def test_recovered_tasks_do_not_depend_on_how_jobs_are_sharded(device: torch.device):
     world, cfg = small_world(), small_config(teachers_per_round=3)
     state = free.init(cfg, world)
     jobs = free.plan(cfg, world, state, 1)
-    together = run_jobs(world, state, cfg, jobs)
-    apart = [run_jobs(world, state, cfg, [job])[0] for job in reversed(jobs)][::-1]
+    together = run_jobs(device, world, state, cfg, jobs)
+    apart = [run_jobs(device, world, state, cfg, [job])[0] for job in reversed(jobs)][::-1]
     for a, b in zip(together, apart, strict=True):
         assert a["teacher"] == b["teacher"]
         for name in ("images", "grad", "logits"):
-            assert np.array_equal(a[name], b[name])
+            assert alike(a[name], b[name], device)
 
 
-def test_a_sequential_generator_continues_where_the_teacher_before_left_it():
+def test_a_sequential_generator_continues_where_the_teacher_before_left_it(device: torch.device):
     world, cfg = small_world(), small_config(generator_sharing="sequential")
     state = free.init(cfg, world)
-    theta_g, shard = state["theta_g"], FakeShard(world)
+    theta_g, shard = state["theta_g"].to(device), FakeShard(world, device=device)
     net_g = Generator(world.image.shape, cfg.latent, cfg.width)
     after, _ = free.learn(cfg, world, state, 0, [], shard.send)
     for job in free.plan(small_config(), world, state, 0):
         teachers = [shard.teacher(str(job.teacher))]
         (expected,), (theta_g,) = five(cfg, net_g, teachers, theta_g[None], None, [job.seed], way=2, batched=False)
         assert expected["teacher"] == job.teacher
-    assert torch.equal(after["theta_g"], theta_g)
+    assert alike(after["theta_g"], theta_g, device)
 
 
-def test_a_learner_may_judge_images_of_a_teacher_with_another_architecture():
+def test_a_learner_may_judge_images_of_a_teacher_with_another_architecture(device: torch.device):
     world = small_world(cards=1, arch="resnet10")
     cfg = small_config(teachers_per_round=1, steps=0, images_per_class=2)
     state = free.init(cfg, world)
     assert world.arch == "conv4"
-    (found,) = run_jobs(world, state, cfg, free.plan(cfg, world, state, 1))
+    (found,) = run_jobs(device, world, state, cfg, free.plan(cfg, world, state, 1))
     assert np.isfinite(found["grad"]).all()
 
 
 @pytest.mark.parametrize("bn_weight", [0.0, 0.5])
-def test_batched_slots_equal_slots_one_by_one(bn_weight: float):
+def test_batched_slots_equal_slots_one_by_one(device: torch.device, bn_weight: float):
     world = small_world(cards=3)
     cfg = small_config(steps=2, bn_weight=bn_weight)
-    shard, net_g = FakeShard(world), Generator(world.image.shape, cfg.latent, cfg.width)
+    shard, net_g = FakeShard(world, device=device), Generator(world.image.shape, cfg.latent, cfg.width)
     teachers = [shard.teacher(c.id).double() for c in world.cards]
-    theta_g = net_g.init(torch.Generator().manual_seed(1)).double()
-    learner = world.net.init(torch.Generator().manual_seed(2)).double()
+    theta_g = net_g.init(torch.Generator().manual_seed(1)).to(device).double()
+    learner = world.net.init(torch.Generator().manual_seed(2)).to(device).double()
 
     def judge(pixels: Tensor) -> Tensor:
         return torch.stack([world.net(learner, one) for one in pixels])
@@ -311,12 +316,12 @@ def test_batched_slots_equal_slots_one_by_one(bn_weight: float):
             assert np.abs(batched[j]["images"].astype(int) - task["images"].astype(int)).max() <= 1
 
 
-def test_an_accelerator_batches_and_gives_the_same_tasks_within_rounding():
+def test_an_accelerator_batches_and_gives_the_same_tasks_within_rounding(device: torch.device):
     world = small_world(cards=3)
     cfg = small_config(teachers_per_round=3)
     state = free.init(cfg, world)
     jobs = free.plan(cfg, world, state, 1)
-    alone, together = FakeShard(world), FakeShard(world)
+    alone, together = FakeShard(world, device=device), FakeShard(world, device=device)
     together.batched = True
     one = free.recover(alone, jobs, free.shared(cfg, world, state, 1))
     all_ = free.recover(together, jobs, free.shared(cfg, world, state, 1))

@@ -17,9 +17,11 @@ from ray_dfml.methods.free import method as free
 from ray_dfml.types import Arrays, Job
 from tests.support import (
     FakeShard,
+    alike,
     image_numbers,
     mixed_world,
     play,
+    rounding,
     same,
     small_config,
     small_world,
@@ -44,8 +46,8 @@ def fake_task(teacher: str, *, grad: float = 0.0, images: np.ndarray | None = No
     }
 
 
-def learn(cfg: free.Config, state: State, tasks: list[Arrays], r: int) -> State:
-    return free.learn(cfg, WORLD, state, r, tasks, FakeShard(WORLD).send)[0]
+def learn(device: torch.device, cfg: free.Config, state: State, tasks: list[Arrays], r: int) -> State:
+    return free.learn(cfg, WORLD, state, r, tasks, FakeShard(WORLD, device=device).send)[0]
 
 
 def test_a_plan_is_a_function_of_seed_and_round():
@@ -74,11 +76,11 @@ def test_teachers_are_drawn_uniformly_and_with_replacement():
     assert any(len(set(plan)) < 4 for plan in plans)
 
 
-def test_a_sequential_generator_goes_through_the_same_teachers_one_by_one():
+def test_a_sequential_generator_goes_through_the_same_teachers_one_by_one(device: torch.device):
     meta, sequential = (small_config(teachers_per_round=3, generator_sharing=s) for s in ("meta", "sequential"))
     assert free.plan(sequential, WORLD, {}, 5) == []
-    shard = FakeShard(WORLD)
-    play("free", sequential, WORLD, first=5, shard=shard)
+    shard = FakeShard(WORLD, device=device)
+    play("free", sequential, WORLD, first=5, shard=shard, device=device)
     sent = [jobs for op, jobs in shard.sent if op == "free.recover"]
     assert [[replace(job, index=0)] for job in free.plan(meta, WORLD, {}, 5)] == sent
 
@@ -89,8 +91,8 @@ def test_the_learner_judges_images_only_after_the_warm_up():
     assert [free.shared(cfg, WORLD, state, r)["theta"] is None for r in range(4)] == [True, True, False, False]
 
 
-def test_warm_up_trains_the_generator_only():
-    before, after, metrics = play("free", small_config(warmup=3), WORLD, rounds=3, first=0)
+def test_warm_up_trains_the_generator_only(device: torch.device):
+    before, after, metrics = play("free", small_config(warmup=3), WORLD, rounds=3, first=0, device=device)
     assert not torch.equal(after["theta_g"], before["theta_g"])
     for name in ("theta", "stats", "adam", "adam_bell", "bank", "updates"):
         assert same(after[name], before[name]), name
@@ -98,8 +100,8 @@ def test_warm_up_trains_the_generator_only():
     assert not any(name.startswith(("bell", "replay", "bank")) for name in metrics)
 
 
-def test_a_round_trains_generator_and_learner_and_fills_the_bank():
-    before, after, metrics = play("free", small_config(), WORLD)
+def test_a_round_trains_generator_and_learner_and_fills_the_bank(device: torch.device):
+    before, after, metrics = play("free", small_config(), WORLD, device=device)
     for name in ("theta", "theta_g", "stats"):
         assert not torch.equal(after[name], before[name]), name
     assert 1 <= after["updates"] == metrics["replay/updates"] <= 2
@@ -108,23 +110,23 @@ def test_a_round_trains_generator_and_learner_and_fills_the_bank():
     assert all(np.isfinite(value) for value in metrics.values())
 
 
-def test_the_state_before_a_round_is_left_untouched():
+def test_the_state_before_a_round_is_left_untouched(device: torch.device):
     cfg = small_config()
     pristine = free.init(cfg, WORLD)
-    before, _, _ = play("free", cfg, WORLD, rounds=2)
+    before, _, _ = play("free", cfg, WORLD, rounds=2, device=device)
     assert same(before, pristine)
 
 
-def test_rounds_are_reproducible_bit_for_bit_and_differ_by_seed():
+def test_rounds_are_reproducible_bit_for_bit_and_differ_by_seed(device: torch.device):
     cfg = small_config()
-    one, again, other = (play("free", cfg, small_world(seed=seed), rounds=2)[1] for seed in (0, 0, 1))
-    assert same(one, again)
+    one, again, other = (play("free", cfg, small_world(seed=seed), rounds=2, device=device)[1] for seed in (0, 0, 1))
+    assert alike(one, again, device)
     assert not torch.equal(one["theta"], other["theta"])
 
 
 @pytest.mark.parametrize(("adds", "tasks"), [("all", 2), ("last", 1)])
-def test_all_tasks_of_a_round_or_the_last_one_enter_the_bank(adds, tasks):
-    _, after, _ = play("free", small_config(bank_adds=adds, teachers_per_round=2), WORLD)
+def test_all_tasks_of_a_round_or_the_last_one_enter_the_bank(device: torch.device, adds, tasks):
+    _, after, _ = play("free", small_config(bank_adds=adds, teachers_per_round=2), WORLD, device=device)
     assert sum(len(images) for images in after["bank"].values()) == tasks * 2 * 4
 
 
@@ -135,49 +137,49 @@ def test_all_tasks_of_a_round_or_the_last_one_enter_the_bank(adds, tasks):
         ("last", {"toy/1": [100, 102], "toy/2": [101, 103]}),
     ],
 )
-def test_images_enter_the_bank_under_the_class_name_of_their_label(adds, expected):
+def test_images_enter_the_bank_under_the_class_name_of_their_label(device: torch.device, adds, expected):
     short = {"shot": 1, "query": 1, "tasks": 1, "inner_steps": 0, "max_updates": 1}
     cfg = small_config(bank_adds=adds, replay=short)
     first, second = (unique_images(4, WORLD.image.shape, first=n) for n in (0, 100))
     tasks = [fake_task("conv4-0", images=first), fake_task("conv4-1", images=second)]
-    bank = learn(cfg, free.init(cfg, WORLD), tasks, 1)["bank"]
+    bank = learn(device, cfg, free.init(cfg, WORLD), tasks, 1)["bank"]
     assert {key: image_numbers(images) for key, images in bank.items()} == expected
 
 
-def test_without_class_names_bank_classes_are_units_of_teachers():
+def test_without_class_names_bank_classes_are_units_of_teachers(device: torch.device):
     cfg = small_config(
         bank_key="teacher", replay={"shot": 1, "query": 1, "tasks": 1, "inner_steps": 0, "max_updates": 1}
     )
-    bank = learn(cfg, free.init(cfg, WORLD), [fake_task("conv4-0"), fake_task("conv4-1")], 1)["bank"]
+    bank = learn(device, cfg, free.init(cfg, WORLD), [fake_task("conv4-0"), fake_task("conv4-1")], 1)["bank"]
     assert {key: image_numbers(images) for key, images in bank.items()} == {
         "toy/0#conv4-0": [0, 2], "toy/1#conv4-0": [1, 3], "toy/1#conv4-1": [0, 2], "toy/2#conv4-1": [1, 3],
     }  # fmt: skip
 
 
-def test_the_bank_never_exceeds_its_capacity():
-    _, after, metrics = play("free", small_config(bank_capacity=5), WORLD, rounds=4)
+def test_the_bank_never_exceeds_its_capacity(device: torch.device):
+    _, after, metrics = play("free", small_config(bank_capacity=5), WORLD, rounds=4, device=device)
     counts = [len(images) for images in after["bank"].values()]
     assert max(counts) == 5
     assert metrics["bank/images"] == sum(counts)
 
 
 @pytest.mark.parametrize(("reduction", "grad"), [("mean", 2.0), ("sum", 4.0)])
-def test_plain_meta_steps_follow_the_reduced_gradient(reduction, grad):
+def test_plain_meta_steps_follow_the_reduced_gradient(device: torch.device, reduction, grad):
     cfg = small_config(meta_optimizer="sgd", meta_reduction=reduction, lr_meta=0.5)
     state = free.init(cfg, WORLD)
-    new = learn(cfg, state, [fake_task("conv4-0", grad=1.0), fake_task("conv4-1", grad=3.0)], 0)
+    new = learn(device, cfg, state, [fake_task("conv4-0", grad=1.0), fake_task("conv4-1", grad=3.0)], 0)
     torch.testing.assert_close(new["theta_g"], state["theta_g"] - 0.5 * grad)
     assert same(new["adam_g"], state["adam_g"])
 
 
-def test_the_persistent_meta_optimiser_equals_the_framework_and_the_fresh_one_steps_by_sign():
+def test_the_persistent_meta_optimiser_equals_the_framework_and_the_fresh_one_steps_by_sign(device: torch.device):
     gradients = [1.0, -0.1, 0.3]
     ends = {}
     for kind in ("adam", "adam-fresh"):
         cfg = small_config(meta_optimizer=kind, lr_meta=0.01, warmup=10)
         state = start = free.init(cfg, WORLD)
         for r, g in enumerate(gradients):
-            state = learn(cfg, state, [fake_task("conv4-0", grad=g)], r)
+            state = learn(device, cfg, state, [fake_task("conv4-0", grad=g)], r)
         ends[kind] = (state["theta_g"] - start["theta_g"]).mean().item()
     reference = torch.zeros(1, requires_grad=True)
     theirs = torch.optim.Adam([reference], lr=0.01, betas=(0.5, 0.999))
@@ -188,23 +190,23 @@ def test_the_persistent_meta_optimiser_equals_the_framework_and_the_fresh_one_st
     assert ends["adam-fresh"] == pytest.approx(-0.01 * sum(np.sign(gradients)), rel=1e-3)
 
 
-def test_a_sequential_generator_replaces_the_meta_generator():
+def test_a_sequential_generator_replaces_the_meta_generator(device: torch.device):
     cfg = small_config(generator_sharing="sequential", warmup=5)
-    state, shard = free.init(cfg, WORLD), FakeShard(WORLD)
+    state, shard = free.init(cfg, WORLD), FakeShard(WORLD, device=device)
     new, _ = free.learn(cfg, WORLD, state, 0, [], shard.send)
     assert [op for op, _ in shard.sent] == ["free.recover"] * cfg.teachers_per_round
     assert not torch.equal(new["theta_g"], state["theta_g"])
     assert same(new["adam_g"], state["adam_g"])
 
 
-def test_without_distillation_only_replay_trains_the_learner():
-    before, after, metrics = play("free", small_config(learner_update="none"), WORLD)
+def test_without_distillation_only_replay_trains_the_learner(device: torch.device):
+    before, after, metrics = play("free", small_config(learner_update="none"), WORLD, device=device)
     assert same(after["adam_bell"], before["adam_bell"])
     assert after["updates"] >= 1
     assert not any(name.startswith("bell") for name in metrics)
 
 
-def test_the_learner_distils_what_the_teacher_saw(monkeypatch):
+def test_the_learner_distils_what_the_teacher_saw(device: torch.device, monkeypatch):
     """The stored bytes under the stored view give the teacher the logits it is distilled with."""
     cfg, seen = small_config(), []
     original = bell.update
@@ -216,17 +218,18 @@ def test_the_learner_distils_what_the_teacher_saw(monkeypatch):
         return original(cfg, world, state, tasks, r)
 
     monkeypatch.setattr(bell, "update", spy)
-    play("free", cfg, WORLD)
-    shard, jobs = FakeShard(WORLD), free.plan(cfg, WORLD, {}, 1)
+    play("free", cfg, WORLD, device=device)
+    shard, jobs = FakeShard(WORLD, device=device), free.plan(cfg, WORLD, {}, 1)
     assert len(seen) == len(jobs) == 2
     for task, job in zip(seen, jobs, strict=True):
         teacher = shard.teacher(str(job.teacher))
-        torch.testing.assert_close(teacher.net(teacher.theta, task.images, teacher.stats), task.logits)
+        logits = teacher.net(teacher.theta, task.images.to(device), teacher.stats)
+        torch.testing.assert_close(logits.cpu(), task.logits, **rounding(device))
         assert task.labels.tolist() == [0, 1] * 4
 
 
-def test_a_state_holds_plain_values_only():
-    _, after, _ = play("free", small_config(), WORLD)
+def test_a_state_holds_plain_values_only(device: torch.device):
+    _, after, _ = play("free", small_config(), WORLD, device=device)
 
     def check(value: Any) -> None:
         if isinstance(value, dict):
@@ -283,9 +286,9 @@ def test_configurations_are_frozen_and_refuse_unknown_keys():
         free.Config.model_validate({}).steps = 3
 
 
-def test_replay_waits_until_the_bank_has_enough_classes():
+def test_replay_waits_until_the_bank_has_enough_classes(device: torch.device):
     cfg = small_config(learner_update="none", replay={"shot": 2, "query": 2, "tasks": 1, "max_updates": 1})
-    before, shard = free.init(cfg, WORLD), FakeShard(WORLD)
+    before, shard = free.init(cfg, WORLD), FakeShard(WORLD, device=device)
     after, metrics = free.learn(cfg, WORLD, before, 1, [fake_task("conv4-0")], shard.send)
     assert torch.equal(after["theta"], before["theta"])
     assert (metrics["bank/classes"], metrics["bank/missing_classes"], metrics["replay/updates"]) == (0, 4, 0)
@@ -296,8 +299,11 @@ def test_replay_waits_until_the_bank_has_enough_classes():
 
 @pytest.mark.parametrize("sharing", ["meta", "sequential"])
 @pytest.mark.parametrize("batched", [False, True])
-def test_a_teacher_of_bad_weights_is_rejected_alone(sharing, batched):
-    cfg, shard = small_config(generator_sharing=sharing, teachers_per_round=6), FakeShard(WORLD, batched=batched)
+def test_a_teacher_of_bad_weights_is_rejected_alone(device: torch.device, sharing, batched):
+    cfg, shard = (
+        small_config(generator_sharing=sharing, teachers_per_round=6),
+        FakeShard(WORLD, batched=batched, device=device),
+    )
     shard.spoil("conv4-1")
     del shard.teachers["conv4-2"]
     state = free.init(cfg, WORLD)
@@ -315,19 +321,19 @@ def test_a_teacher_of_bad_weights_is_rejected_alone(sharing, batched):
     assert torch.isfinite(after["theta"]).all()
 
 
-def test_a_round_of_rejected_teachers_changes_nothing():
+def test_a_round_of_rejected_teachers_changes_nothing(device: torch.device):
     cfg = small_config()
     state = free.init(cfg, WORLD)
-    after, metrics = free.learn(cfg, WORLD, state, 1, [], FakeShard(WORLD).send)
+    after, metrics = free.learn(cfg, WORLD, state, 1, [], FakeShard(WORLD, device=device).send)
     assert same(after, state)
     assert metrics == {"recover/tasks": 0}
 
 
 @pytest.mark.parametrize("sharing", ["meta", "sequential"])
-def test_a_round_on_a_mixed_pool(sharing):
+def test_a_round_on_a_mixed_pool(device: torch.device, sharing):
     """Whatever the teacher's size, the bank holds images of the learner's; of the grey one, grey."""
     world, cfg = mixed_world(), small_config(generator_sharing=sharing, teachers_per_round=4, bank_key="teacher")
-    shard, state, tasks = FakeShard(world), free.init(cfg, world), []
+    shard, state, tasks = FakeShard(world, device=device), free.init(cfg, world), []
 
     def send(op: str, jobs: Sequence[Job], shared: Arrays) -> list[Arrays]:
         found = shard.send(op, jobs, shared)

@@ -33,28 +33,34 @@ CONFIG: dict[str, Any] = {"images_per_class": 4, "latent": 8, "width": 4, "crop_
 GREY, COLOUR = mixed_world().cards
 OTHER = replace(COLOUR, id="other", image=replace(COLOUR.image, mean=(0.1, 0.2, 0.3), std=(0.5, 0.4, 0.6)))
 LEARNER = (3, 20, 20)
-CPU = torch.device("cpu")
 
 
 def inverse(
-    *cards: TeacherCard, seed: int = 3, batched: bool = False, classes: int = 0, stream: str = "", **changes: Any
+    device: torch.device,
+    *cards: TeacherCard,
+    seed: int = 3,
+    batched: bool = False,
+    classes: int = 0,
+    stream: str = "",
+    **changes: Any,
 ) -> Inversion:
     """An inversion of random teachers in float64, with the learner's 20x20 colour images; seeds count from `seed`."""
-    cfg, teachers = InversionConfig.model_validate(CONFIG | changes), [random_teacher(c).double() for c in cards]
+    cfg = InversionConfig.model_validate(CONFIG | changes)
+    teachers = [random_teacher(c, device=device).double() for c in cards]
     numbers = list(range(seed, seed + len(cards)))
     with double_by_default():
         return Inversion(
-            cfg, Generator(LEARNER, 8, 4, classes), teachers, 2, numbers, device=CPU, batched=batched, stream=stream
+            cfg, Generator(LEARNER, 8, 4, classes), teachers, 2, numbers, device=device, batched=batched, stream=stream
         )
 
 
-def weights(one: Inversion) -> Tensor:
-    rows = [one.net_g.init(torch.Generator().manual_seed(j)).double() for j in range(len(one.teachers))]
-    return torch.stack(rows) + 0.05 * normal(len(rows), one.net_g.layout.numel)
+def weights(device: torch.device, one: Inversion) -> Tensor:
+    rows = [one.net_g.init(torch.Generator().manual_seed(j)).to(device).double() for j in range(len(one.teachers))]
+    return torch.stack(rows) + 0.05 * normal(len(rows), one.net_g.layout.numel, device=device)
 
 
-def codes(one: Inversion) -> Tensor:
-    return normal(len(one.teachers), len(one.labels), 8, seed=9)
+def codes(device: torch.device, one: Inversion) -> Tensor:
+    return normal(len(one.teachers), len(one.labels), 8, seed=9, device=device)
 
 
 def judge(pixels: Tensor) -> Tensor:
@@ -63,17 +69,17 @@ def judge(pixels: Tensor) -> Tensor:
     return 9 * torch.stack([pixels[..., :9].mean((2, 3, 4)), pixels[..., 9:].mean((2, 3, 4))], -1)
 
 
-def kinds(image: ImageSpec) -> tuple[Tensor, Tensor]:
-    return torch.tensor(image.mean, dtype=torch.float64), torch.tensor(image.std, dtype=torch.float64)
+def kinds(device: torch.device, image: ImageSpec) -> list[Tensor]:
+    return [torch.tensor(values, dtype=torch.float64, device=device) for values in (image.mean, image.std)]
 
 
 @pytest.mark.parametrize("form", ["kl", "probdot"])
 @pytest.mark.parametrize("given", [GREY, COLOUR], ids=lambda c: c.id)
-def test_the_loss_is_the_sum_of_its_terms_on_what_the_teacher_sees(given, form):
+def test_the_loss_is_the_sum_of_its_terms_on_what_the_teacher_sees(device, given, form):
     """Grey 16x16 and colour 20x20 with three classes, of which two are asked for, under one learner."""
     changes = {"adversarial": 0.7, "kl_clamp": 0.05, "bn_weight": 0.3, "tv_weight": 0.2, "crop_pad": 2}
-    one, again = (inverse(given, adversarial_form=form, **changes) for _ in range(2))
-    theta_g, z = weights(one), codes(one)
+    one, again = (inverse(device, given, adversarial_form=form, **changes) for _ in range(2))
+    theta_g, z = weights(device, one), codes(device, one)
     with double_by_default():
         (loss,), images, logits = one.losses(theta_g, z, judge)
     made = one.net_g(theta_g[0], z[0])
@@ -81,7 +87,7 @@ def test_the_loss_is_the_sum_of_its_terms_on_what_the_teacher_sees(given, form):
     torch.testing.assert_close(images[0], pixels)
     teacher: Any = one.teachers[0]
     viewed = again.look(images)
-    seen = normalise(fit(viewed[0], given.image.shape), *kinds(given.image))
+    seen = normalise(fit(viewed[0], given.image.shape), *kinds(device, given.image))
     t, found = teacher.net.with_stats(teacher.theta, seen, teacher.stats)
     torch.testing.assert_close(logits[0], t)
     units = one.units[0]
@@ -93,26 +99,26 @@ def test_the_loss_is_the_sum_of_its_terms_on_what_the_teacher_sees(given, form):
         term = -(agree * (p * (p / q).log()).sum(1).clamp(max=0.05)).mean()
     else:
         term = (agree * (p * q - q * q.log()).sum(1)).mean()
-    expected = F.cross_entropy(t, units[torch.arange(8) % 2]) + 0.7 * term
+    expected = F.cross_entropy(t, units[torch.arange(8, device=device) % 2]) + 0.7 * term
     expected = expected + 0.3 * batch_norm_distance(found, teacher.stats) + 0.2 * total_variation(pixels)
     torch.testing.assert_close(loss, expected)
 
 
 @pytest.mark.parametrize("given", [GREY, COLOUR], ids=lambda c: c.id)
-def test_gradients_flow_through_the_change_of_size(given):
-    one = inverse(given)
-    theta_g, z = weights(one).requires_grad_(), codes(one)
+def test_gradients_flow_through_the_change_of_size(device, given):
+    one = inverse(device, given)
+    theta_g, z = weights(device, one).requires_grad_(), codes(device, one)
     with double_by_default():
         (grad,) = torch.autograd.grad(one.losses(theta_g, z, None)[0].sum(), theta_g)
-        direction = normal(*theta_g.shape, seed=2)
+        direction = normal(*theta_g.shape, seed=2, device=device)
         with torch.no_grad():
             up, down = (one.losses(theta_g + eps * direction, z, None)[0].sum() for eps in (1e-7, -1e-7))
     assert float((grad * direction).sum()) == pytest.approx(float(up - down) / 2e-7, rel=1e-5)
 
 
-def test_the_judge_gets_no_gradient_and_sees_the_view_that_the_teacher_sees():
-    one, again = (inverse(COLOUR, crop_pad=3, flip="on") for _ in range(2))
-    theta_g, z, seen = weights(one).requires_grad_(), codes(one), []
+def test_the_judge_gets_no_gradient_and_sees_the_view_that_the_teacher_sees(device):
+    one, again = (inverse(device, COLOUR, crop_pad=3, flip="on") for _ in range(2))
+    theta_g, z, seen = weights(device, one).requires_grad_(), codes(device, one), []
 
     def spy(pixels: Tensor) -> Tensor:
         assert not torch.is_grad_enabled()
@@ -126,16 +132,16 @@ def test_the_judge_gets_no_gradient_and_sees_the_view_that_the_teacher_sees():
         teacher: Any = one.teachers[0]
         torch.testing.assert_close(
             logits[0],
-            teacher.net(teacher.theta, normalise(seen[0][0], *kinds(COLOUR.image)), teacher.stats),
+            teacher.net(teacher.theta, normalise(seen[0][0], *kinds(device, COLOUR.image)), teacher.stats),
         )
 
 
 @pytest.mark.parametrize("bn_weight", [0.0, 0.5])
-def test_teachers_of_other_normalisations_go_together_and_do_not_touch(bn_weight):
+def test_teachers_of_other_normalisations_go_together_and_do_not_touch(device, bn_weight):
     changes = {"bn_weight": bn_weight, "crop_pad": 2, "flip": "on"}
-    both, looped = (inverse(COLOUR, OTHER, batched=batched, **changes) for batched in (True, False))
-    alone = [inverse(c, seed=3 + j, **changes) for j, c in enumerate((COLOUR, OTHER))]
-    theta_g, z = weights(both), codes(both)
+    both, looped = (inverse(device, COLOUR, OTHER, batched=batched, **changes) for batched in (True, False))
+    alone = [inverse(device, c, seed=3 + j, **changes) for j, c in enumerate((COLOUR, OTHER))]
+    theta_g, z = weights(device, both), codes(device, both)
     with double_by_default():
         found, expected = both.losses(theta_g, z, judge), looped.losses(theta_g, z, judge)
         for a, b in zip(found, expected, strict=True):
@@ -149,38 +155,38 @@ def test_teachers_of_other_normalisations_go_together_and_do_not_touch(bn_weight
             np.testing.assert_allclose(tasks[0]["logits"], tasks[1]["logits"])
 
 
-def test_a_generator_that_is_told_the_label_gets_that_of_each_image():
-    one = inverse(GREY, classes=2)
-    theta_g, z = weights(one), codes(one)
-    told = torch.cat([z[0], F.one_hot(torch.arange(8) % 2, 2)], 1)
+def test_a_generator_that_is_told_the_label_gets_that_of_each_image(device):
+    one = inverse(device, GREY, classes=2)
+    theta_g, z = weights(device, one), codes(device, one)
+    told = torch.cat([z[0], F.one_hot(torch.arange(8, device=device) % 2, 2)], 1)
     made = one.net_g(theta_g[0], told).mean(1, keepdim=True).expand(-1, 3, -1, -1)
     torch.testing.assert_close(one.generate(theta_g, z)[0], made)
 
 
-def test_codes_are_standard_normal_of_each_teacher_s_own_stream():
-    found = inverse(COLOUR, OTHER).codes()
+def test_codes_are_standard_normal_of_each_teacher_s_own_stream(device):
+    found = inverse(device, COLOUR, OTHER).codes()
     assert found.shape == (2, 8, 8)
-    assert torch.equal(found, torch.cat([inverse(COLOUR).codes(), inverse(OTHER, seed=4).codes()]))
+    assert torch.equal(found, torch.cat([inverse(device, COLOUR).codes(), inverse(device, OTHER, seed=4).codes()]))
     assert not torch.allclose(found[0], found[1])
-    many = inverse(COLOUR, images_per_class=400).codes()
+    many = inverse(device, COLOUR, images_per_class=400).codes()
     assert many.mean().item() == pytest.approx(0, abs=0.05)
     assert many.std().item() == pytest.approx(1, abs=0.05)
 
 
-def test_sets_of_one_seed_are_of_the_same_units_and_of_other_draws():
+def test_sets_of_one_seed_are_of_the_same_units_and_of_other_draws(device):
     large = replace(COLOUR, classes=tuple("abcdefg"))
     for seed in range(2):
-        plain, one, other = (inverse(large, seed=seed, stream=stream) for stream in ("", "support", "query"))
+        plain, one, other = (inverse(device, large, seed=seed, stream=stream) for stream in ("", "support", "query"))
         assert plain.units[0].tolist() == one.units[0].tolist() == other.units[0].tolist()
         drawn = [x.codes() for x in (plain, one, other)]
         assert not any(torch.allclose(a, b) for a, b in ((drawn[0], drawn[1]), (drawn[1], drawn[2])))
 
 
 @pytest.mark.parametrize("given", [GREY, COLOUR], ids=lambda c: c.id)
-def test_a_task_holds_what_teacher_and_learner_need(given):
-    one = inverse(given, crop_pad=2)
+def test_a_task_holds_what_teacher_and_learner_need(device, given):
+    one = inverse(device, given, crop_pad=2)
     with double_by_default():
-        _, images, logits = one.losses(weights(one), codes(one), None)
+        _, images, logits = one.losses(weights(device, one), codes(device, one), None)
         task = one.task(0, images[0], logits[0])
     teacher: Any = one.teachers[0]
     units = one.units[0].tolist()
@@ -189,39 +195,50 @@ def test_a_task_holds_what_teacher_and_learner_need(given):
     assert task["images"].dtype == np.uint8
     assert task["images"].shape == (8, *LEARNER)
     assert task["labels"].tolist() == [0, 1] * 4
-    seen = view(to_pixels(task["images"]).double(), task["view"], pad=2, fill="edge")
-    whole = teacher.net(teacher.theta, normalise(fit(seen, given.image.shape), *kinds(given.image)), teacher.stats)
-    np.testing.assert_allclose(task["logits"], whole[:, units].numpy(), rtol=1e-5)
-    wished = torch.tensor(units)[torch.arange(8) % 2]
+    seen = view(to_pixels(task["images"], device=device).double(), task["view"], pad=2, fill="edge")
+    whole = teacher.net(
+        teacher.theta, normalise(fit(seen, given.image.shape), *kinds(device, given.image)), teacher.stats
+    )
+    np.testing.assert_allclose(task["logits"], whole[:, units].cpu().numpy(), rtol=1e-5)
+    wished = torch.tensor(units, device=device)[torch.arange(8, device=device) % 2]
     assert task["ce"] == pytest.approx(float(F.cross_entropy(logits[0], wished)))
     assert task["accuracy"] == 100 * float((logits[0].argmax(1) == wished).double().mean())
 
 
-def test_images_of_a_grey_teacher_are_grey_and_those_of_a_colour_teacher_are_not():
+def test_images_of_a_grey_teacher_are_grey_and_those_of_a_colour_teacher_are_not(device):
     for given, equal in ((GREY, True), (COLOUR, False)):
-        one = inverse(given)
-        images = one.generate(weights(one), codes(one))
+        one = inverse(device, given)
+        images = one.generate(weights(device, one), codes(device, one))
         assert images.shape == (1, 8, *LEARNER)
         assert bool((images == images[:, :, :1]).all()) == equal
 
 
-def test_a_colour_teacher_may_see_a_grey_learner_s_images():
+def test_a_colour_teacher_may_see_a_grey_learner_s_images(device):
     cfg = InversionConfig.model_validate(CONFIG)
     with double_by_default():
         one = Inversion(
-            cfg, Generator((1, 8, 8), 8, 4), [random_teacher(COLOUR).double()], 2, [0], device=CPU, batched=False
+            cfg,
+            Generator((1, 8, 8), 8, 4),
+            [random_teacher(COLOUR, device=device).double()],
+            2,
+            [0],
+            device=device,
+            batched=False,
         )
-        _, images, _ = one.losses(weights(one), codes(one), None)
+        _, images, _ = one.losses(weights(device, one), codes(device, one), None)
     assert images.shape == (1, 8, 1, 8, 8)
 
 
 @pytest.mark.parametrize(("flip", "mirrors"), [("auto", {False, True}), ("off", {False})])
-def test_auto_mirrors_where_the_teacher_sees_colour(flip, mirrors):
+def test_auto_mirrors_where_the_teacher_sees_colour(device, flip, mirrors):
     def drawn(given: TeacherCard) -> set[bool]:
-        one = inverse(given, flip=flip)
-        blank = torch.zeros(8, *LEARNER)
+        one = inverse(device, given, flip=flip)
+        blank = torch.zeros(8, *LEARNER, device=device)
         with double_by_default():
-            return {one.task(0, blank.double(), torch.zeros(8, len(given.classes)))["view"][2] for _ in range(12)}
+            return {
+                one.task(0, blank.double(), torch.zeros(8, len(given.classes), device=device))["view"][2]
+                for _ in range(12)
+            }
 
     assert drawn(COLOUR) == mirrors
     assert drawn(GREY) == {False}
@@ -245,8 +262,8 @@ def test_units_and_codes_are_of_streams_of_their_own():
     assert same <= 6  # of 60 independent draws one agrees on average
 
 
-def test_a_teacher_sees_pixels_of_its_size_normalised():
-    pixels = torch.rand(2, 3, 20, 20, generator=torch.Generator().manual_seed(0))
+def test_a_teacher_sees_pixels_of_its_size_normalised(device):
+    pixels = torch.rand(2, 3, 20, 20, generator=torch.Generator().manual_seed(0)).to(device)
     found = inversion.as_teacher_sees(pixels, GREY.image)
     small = F.interpolate(pixels.mean(1, keepdim=True), (16, 16), mode="bilinear", antialias=True)
     torch.testing.assert_close(found, (small - 0.3) / 0.5)
@@ -282,11 +299,11 @@ def test_notes_name_the_teachers_without_batch_norm():
     assert inversion.dropped_statistics(small_world().cards, 1.0) == []
 
 
-def test_the_term_is_left_out_for_a_teacher_without_batch_norm():
-    one, plain = (inverse(card(0, arch="mlp", size=20), bn_weight=w) for w in (5.0, 0.0))
+def test_the_term_is_left_out_for_a_teacher_without_batch_norm(device):
+    one, plain = (inverse(device, card(0, arch="mlp", size=20), bn_weight=w) for w in (5.0, 0.0))
     with double_by_default():
-        found = one.losses(weights(one), codes(one), None)[0]
-        torch.testing.assert_close(found, plain.losses(weights(one), codes(one), None)[0])
+        found = one.losses(weights(device, one), codes(device, one), None)[0]
+        torch.testing.assert_close(found, plain.losses(weights(device, one), codes(device, one), None)[0])
 
 
 def test_generators_of_the_cache_are_those_of_the_settings():

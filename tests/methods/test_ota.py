@@ -182,14 +182,14 @@ def test_an_unknown_family_is_refused() -> None:
 # --------------------------------------------------------------------------------------------------------------- fusion
 
 
-def fused(*models: Weights) -> Weights:
+def fused(device: torch.device, *models: Weights) -> Weights:
     """Weights and statistics of the method's one round on teachers of these weights."""
     world = small_world(cards=0, way=5)
     world = replace(world, cards=tuple(card(i, way=5) for i in range(len(models))))
-    shard = FakeShard(world)
+    shard = FakeShard(world, device=device)
     for one, (theta, stats) in zip(world.cards, models, strict=True):
         teacher = shard.teacher(one.id)
-        teacher.theta, teacher.stats = theta, stats
+        teacher.theta, teacher.stats = theta.to(device), stats.to(device)
 
     def send(op: str, jobs: Sequence[Job], shared: Arrays) -> list[Arrays]:
         assert op == "weights"
@@ -207,33 +207,33 @@ def small(seed: int = 0) -> tuple[Net, Tensor, Tensor]:
     return network, theta + 0.1 * normal(len(theta), seed=seed), 1 + normal(network.stats_layout.numel).abs()
 
 
-def test_a_model_fused_with_its_shuffled_copies_is_the_model() -> None:
+def test_a_model_fused_with_its_shuffled_copies_is_the_model(device: torch.device) -> None:
     network, theta, stats = small()
-    found = fused((theta, stats), *(shuffled(network, theta, stats, seed=seed) for seed in (1, 2)))
+    found = fused(device, (theta, stats), *(shuffled(network, theta, stats, seed=seed) for seed in (1, 2)))
     torch.testing.assert_close(found[0], theta, rtol=1e-12, atol=0)
     torch.testing.assert_close(found[1], stats, rtol=1e-12, atol=0)
 
 
-def test_the_first_teacher_gives_the_order() -> None:
+def test_the_first_teacher_gives_the_order(device: torch.device) -> None:
     network, theta, stats = small()
     copy = shuffled(network, theta, stats)
-    torch.testing.assert_close(fused(copy, (theta, stats))[0], copy[0], rtol=1e-12, atol=0)
+    torch.testing.assert_close(fused(device, copy, (theta, stats))[0], copy[0], rtol=1e-12, atol=0)
 
 
-def test_the_fused_head_is_the_mean_of_aligned_inputs_and_of_outputs_as_they_are() -> None:
+def test_the_fused_head_is_the_mean_of_aligned_inputs_and_of_outputs_as_they_are(device: torch.device) -> None:
     """Reversing a copy's outputs reverses its part of the mean: units of a head have no other order than their own."""
     network, theta, stats = small()
     tensors = network.layout.unflatten(shuffled(network, theta, stats)[0])
     tensors |= {name: part.flip(0) for name, part in tensors.items() if name.startswith("head")}
     copy = network.layout.flatten(tensors), shuffled(network, theta, stats)[1]
-    found, own = (network.layout.unflatten(one) for one in (fused((theta, stats), copy)[0], theta))
+    found, own = (network.layout.unflatten(one) for one in (fused(device, (theta, stats), copy)[0], theta))
     for name in ("head.weight", "head.bias"):
         torch.testing.assert_close(found[name], (own[name] + own[name].flip(0)) / 2, rtol=1e-12, atol=1e-15)
     torch.testing.assert_close(found["blocks.3.conv.weight"], own["blocks.3.conv.weight"], rtol=1e-12, atol=0)
 
 
-def test_one_teacher_is_itself() -> None:
+def test_one_teacher_is_itself(device: torch.device) -> None:
     _, theta, stats = small()
-    found = fused((theta, stats))
+    found = fused(device, (theta, stats))
     assert found[0].equal(theta)
     assert found[1].equal(stats)

@@ -14,7 +14,7 @@ from ray_dfml.errors import RejectedError, UsageError
 from ray_dfml.methods.base import State, World
 from ray_dfml.methods.purer import method as purer
 from ray_dfml.types import TeacherCard
-from tests.support import FakeShard, card, image_spec, mixed_world, play, same, small_purer, small_world
+from tests.support import FakeShard, alike, card, image_spec, mixed_world, play, same, small_purer, small_world
 
 WORLD = small_world()
 DUE: dict[str, Any] = {"curriculum_after": 2, "curriculum_patience": 1000}
@@ -31,9 +31,11 @@ def painted(world: World, state: State) -> State:
     return {**state, "images": found}
 
 
-def drawn(cfg: purer.Config, world: World, rounds: int = 6) -> list[dict[str, list[list[tuple[int, int]]]]]:
+def drawn(
+    device: torch.device, cfg: purer.Config, world: World, rounds: int = 6
+) -> list[dict[str, list[list[tuple[int, int]]]]]:
     """(teacher, row) of the support and query of each pseudo task, one list per label."""
-    tasks, shard = [], FakeShard(world)
+    tasks, shard = [], FakeShard(world, device=device)
     state = painted(world, purer.init(cfg, world))
     for r in range(1, 1 + rounds):
         purer.learn(cfg, world, state, r, [], shard.send)
@@ -64,8 +66,8 @@ def test_images_start_as_standard_normal_noise_of_each_teacher():
     assert not any(torch.equal(images[0], x) for x in images[1:])
 
 
-def test_a_job_holds_a_teacher_s_images_moments_and_seed():
-    cfg, (_, state, _) = small_purer(), play("purer", small_purer(), WORLD)
+def test_a_job_holds_a_teacher_s_images_moments_and_seed(device):
+    cfg, (_, state, _) = small_purer(), play("purer", small_purer(), WORLD, device=device)
     jobs = purer.plan(cfg, WORLD, state, 3)
     assert [job.teacher for job in jobs] == [c.id for c in WORLD.cards]
     assert [job.seed for job in jobs] == [seeds.derive(0, 3, "recover", j) for j in range(3)]
@@ -76,22 +78,22 @@ def test_a_job_holds_a_teacher_s_images_moments_and_seed():
         assert job.cost > 1
 
 
-def test_a_round_may_move_the_images_of_a_few_teachers_drawn_without_replacement():
+def test_a_round_may_move_the_images_of_a_few_teachers_drawn_without_replacement(device):
     cfg, world = small_purer(teachers_per_round=2), small_world(cards=4)
     state = purer.init(cfg, world)
     plans = [[job.teacher for job in purer.plan(cfg, world, state, r)] for r in range(100)]
     assert all(len(set(plan)) == 2 for plan in plans)
     assert plans == [[job.teacher for job in purer.plan(cfg, world, state, r)] for r in range(100)]
     assert all(35 < sum(c.id in plan for plan in plans) < 65 for c in world.cards)  # mean 50, deviation 5
-    _, after, _ = play("purer", cfg, world)
+    _, after, _ = play("purer", cfg, world, device=device)
     moved = [c.id for c in world.cards if not same(after["images"][c.id], state["images"][c.id])]
     assert set(moved) == set(plans[1])
     few = small_purer(teachers_per_round=9)
     assert len(purer.plan(few, world, state, 0)) == 4
 
 
-def test_images_move_in_recovery_and_the_learner_in_its_updates():
-    cfg, shard = small_purer(image_steps=3, updates=4), FakeShard(WORLD)
+def test_images_move_in_recovery_and_the_learner_in_its_updates(device):
+    cfg, shard = small_purer(image_steps=3, updates=4), FakeShard(WORLD, device=device)
     state = purer.init(cfg, WORLD)
     results = shard.send("purer.recover", purer.plan(cfg, WORLD, state, 1), purer.shared(cfg, WORLD, state, 1))
     after, metrics = purer.learn(cfg, WORLD, state, 1, results, shard.send)
@@ -105,28 +107,28 @@ def test_images_move_in_recovery_and_the_learner_in_its_updates():
     assert all(np.isfinite(value or 0) for value in metrics.values())
 
 
-def test_the_first_rounds_train_no_learner():
-    before, after, metrics = play("purer", small_purer(image_warmup=2), WORLD, rounds=2, first=0)
+def test_the_first_rounds_train_no_learner(device):
+    before, after, metrics = play("purer", small_purer(image_warmup=2), WORLD, rounds=2, first=0, device=device)
     for name in ("theta", "stats", "adam", "updates", "switch"):
         assert same(after[name], before[name]), name
     assert {own["step"] for own in after["images"].values()} == {4}
     assert not any(name.startswith("replay") for name in metrics)
-    _, trained, _ = play("purer", small_purer(image_warmup=2), WORLD, rounds=3, first=0)
+    _, trained, _ = play("purer", small_purer(image_warmup=2), WORLD, rounds=3, first=0, device=device)
     assert trained["updates"] == 2
 
 
-def test_rounds_leave_their_state_untouched_and_are_reproducible():
+def test_rounds_leave_their_state_untouched_and_are_reproducible(device):
     cfg = small_purer(**DUE)
-    pristine, (before, after, _) = purer.init(cfg, WORLD), play("purer", cfg, WORLD, rounds=3)
+    pristine, (before, after, _) = purer.init(cfg, WORLD), play("purer", cfg, WORLD, rounds=3, device=device)
     assert same(before, pristine)
-    assert same(after, play("purer", cfg, WORLD, rounds=3)[1])
-    assert not torch.equal(after["theta"], play("purer", cfg, small_world(seed=1), rounds=3)[1]["theta"])
+    assert alike(after, play("purer", cfg, WORLD, rounds=3, device=device)[1], device)
+    assert not torch.equal(after["theta"], play("purer", cfg, small_world(seed=1), rounds=3, device=device)[1]["theta"])
 
 
-def test_tasks_are_distinct_rows_of_the_class_that_the_label_stands_for():
+def test_tasks_are_distinct_rows_of_the_class_that_the_label_stands_for(device):
     """Every label of a task is one class name; a class that two teachers know has the images of both."""
     cfg = small_purer(meta={"shot": 1, "query": 2, "tasks": 4, "inner_steps": 0})
-    tasks, met = drawn(cfg, WORLD), set()
+    tasks, met = drawn(device, cfg, WORLD), set()
     for task in tasks:
         names = []
         for support, query in zip(task["support"], task["query"], strict=True):
@@ -145,17 +147,17 @@ def test_tasks_are_distinct_rows_of_the_class_that_the_label_stands_for():
     assert len({str(task) for task in tasks}) == len(tasks) == 6 * 2 * 4
 
 
-def test_without_class_names_a_class_is_that_of_one_teacher():
-    tasks = drawn(small_purer(image_key="teacher"), WORLD)
+def test_without_class_names_a_class_is_that_of_one_teacher(device):
+    tasks = drawn(device, small_purer(image_key="teacher"), WORLD)
     origins = [{(i, row % 2) for i, row in s + q} for t in tasks for s, q in zip(t["support"], t["query"], strict=True)]
     assert all(len(origin) == 1 for origin in origins)
     assert len({one for origin in origins for one in origin}) == 6
 
 
-def test_tasks_are_normalised_for_the_learner():
+def test_tasks_are_normalised_for_the_learner(device):
     world = mixed_world()
     cfg = small_purer()
-    state, shard = purer.init(cfg, world), FakeShard(world)
+    state, shard = purer.init(cfg, world), FakeShard(world, device=device)
     white = {}
     for c in world.cards:
         pixels = torch.full((4 * len(c.classes), *c.image.shape), 0.75)
@@ -193,9 +195,9 @@ def test_an_accuracy_of_zero_is_a_first_best():
     assert purer.switched(cfg, purer.switched(cfg, switch, 2, 0.0), 3, 0.0)["due"] == 1
 
 
-def test_the_curriculum_sends_one_task_and_pushes_the_images_it_was_drawn_from():
-    cfg, shard = small_purer(**DUE), FakeShard(WORLD)
-    _, after, metrics = play("purer", cfg, WORLD, shard=shard)
+def test_the_curriculum_sends_one_task_and_pushes_the_images_it_was_drawn_from(device):
+    cfg, shard = small_purer(**DUE), FakeShard(WORLD, device=device)
+    _, after, metrics = play("purer", cfg, WORLD, shard=shard, device=device)
     assert [op for op, _ in shard.sent] == ["purer.recover", "maml.grad", "maml.grad", "purer.grad"]
     assert np.isfinite(metrics["curriculum/outer_loss"])
     assert after["switch"] | {"best": 0} == {"best": 0, "waited": 0, "due": 0, "fired": 1}
@@ -215,17 +217,17 @@ def test_the_curriculum_sends_one_task_and_pushes_the_images_it_was_drawn_from()
     plan = purer.plan(cfg, WORLD, after, 2)
     assert {job.teacher for job in plan if job.values["push"] is not None} == hit.keys()
     assert all(np.array_equal(job.values["push"], after["push"][job.teacher]) for job in plan if job.teacher in hit)
-    later = play("purer", cfg, WORLD, rounds=2)[1]
+    later = play("purer", cfg, WORLD, rounds=2, device=device)[1]
     assert later["push"] == {}
     assert later["switch"]["fired"] == 1
 
 
-def test_an_adversarial_step_raises_the_outer_loss_of_the_same_task():
+def test_an_adversarial_step_raises_the_outer_loss_of_the_same_task(device):
     """Against the same step of the same images without the push; also where they pass a change of size."""
     for world in (WORLD, mixed_world()):
         cfg = small_purer(**DUE, shift=0, image_steps=1, lr_images=0.02)
-        shard = FakeShard(world)
-        _, after, metrics = play("purer", cfg, world, shard=shard)
+        shard = FakeShard(world, device=device)
+        _, after, metrics = play("purer", cfg, world, shard=shard, device=device)
         theta = after["theta"].double().requires_grad_()
         values: list[float] = []
         for push in (after["push"], {}):
@@ -241,20 +243,20 @@ def test_an_adversarial_step_raises_the_outer_loss_of_the_same_task():
         assert values[0] > max(values[1], float(metrics["curriculum/outer_loss"] or 0)) + 0.02
 
 
-def test_without_curriculum_no_pixel_gradient_is_asked_for():
-    shard = FakeShard(WORLD)
-    _, after, metrics = play("purer", small_purer(**DUE, curriculum=0.0), WORLD, rounds=3, shard=shard)
+def test_without_curriculum_no_pixel_gradient_is_asked_for(device):
+    shard = FakeShard(WORLD, device=device)
+    _, after, metrics = play("purer", small_purer(**DUE, curriculum=0.0), WORLD, rounds=3, shard=shard, device=device)
     assert {op for op, _ in shard.sent} == {"purer.recover", "maml.grad"}
     assert after["push"] == {}
     assert "curriculum/outer_loss" not in metrics
-    due = FakeShard(WORLD)
-    play("purer", small_purer(**DUE), WORLD, rounds=3, shard=due)
+    due = FakeShard(WORLD, device=device)
+    play("purer", small_purer(**DUE), WORLD, rounds=3, shard=due, device=device)
     assert [op for op, _ in due.sent].count("purer.grad") == 1
 
 
-def test_a_round_on_a_mixed_pool():
+def test_a_round_on_a_mixed_pool(device):
     world = mixed_world()
-    _, after, metrics = play("purer", small_purer(**DUE), world, rounds=2)
+    _, after, metrics = play("purer", small_purer(**DUE), world, rounds=2, device=device)
     assert [tuple(after["images"][c.id]["x"].shape) for c in world.cards] == [(8, 1, 16, 16), (12, 3, 20, 20)]
     assert after["updates"] == 4
     assert after["switch"]["fired"] == 1
@@ -264,12 +266,12 @@ def test_a_round_on_a_mixed_pool():
 
 
 @pytest.mark.parametrize("arch", ["conv4", "mlp"])
-def test_teachers_at_once_give_what_they_give_one_by_one(arch):
+def test_teachers_at_once_give_what_they_give_one_by_one(device, arch):
     cards = (card(0, arch=arch), card(1, arch=arch), card(2, arch="conv4-64"), card(3, arch=arch, way=3))
     world, cfg = replace(WORLD, cards=cards), small_purer(image_steps=1)
     state = purer.init(cfg, world)
     one, all_ = (
-        FakeShard(world, batched=batched).send(
+        FakeShard(world, batched=batched, device=device).send(
             "purer.recover", purer.plan(cfg, world, state, 0), purer.shared(cfg, world, state, 0)
         )
         for batched in (False, True)
@@ -281,8 +283,8 @@ def test_teachers_at_once_give_what_they_give_one_by_one(arch):
 
 
 @pytest.mark.parametrize("batched", [False, True])
-def test_a_teacher_of_bad_weights_is_rejected_alone(batched):
-    shard, cfg = FakeShard(WORLD, batched=batched), small_purer()
+def test_a_teacher_of_bad_weights_is_rejected_alone(device, batched):
+    shard, cfg = FakeShard(WORLD, batched=batched, device=device), small_purer()
     shard.spoil("conv4-1")
     del shard.teachers["conv4-2"]
     state = purer.init(cfg, WORLD)
@@ -290,16 +292,16 @@ def test_a_teacher_of_bad_weights_is_rejected_alone(batched):
     results = purer.recover(shard, jobs, shared)
     assert results[1] == {"rejected": "the inversion loss is not finite"}
     assert results[2] == {"rejected": "conv4-2: unreadable"}
-    sound = purer.recover(FakeShard(WORLD), jobs[:1], shared)[0]
+    sound = purer.recover(FakeShard(WORLD, device=device), jobs[:1], shared)[0]
     np.testing.assert_allclose(results[0]["m"], sound["m"], rtol=1e-3, atol=1e-6)  # Adam magnifies rounding in `x`
     after, metrics = purer.learn(cfg, WORLD, state, 0, [results[0]], shard.send)
     assert metrics["recover/tasks"] == 1
     assert same(after["images"]["conv4-1"], state["images"]["conv4-1"])
 
 
-def test_what_a_rejected_teacher_left_behind_goes():
-    cfg, shard = small_purer(curriculum_after=1), FakeShard(WORLD)
-    _, state, _ = play("purer", cfg, WORLD, shard=shard)
+def test_what_a_rejected_teacher_left_behind_goes(device):
+    cfg, shard = small_purer(curriculum_after=1), FakeShard(WORLD, device=device)
+    _, state, _ = play("purer", cfg, WORLD, shard=shard, device=device)
     assert set(state["images"]) == {"conv4-0", "conv4-1", "conv4-2"}
     state = {**state, "push": dict.fromkeys(state["images"], np.zeros(1))}
     left = replace(WORLD, cards=WORLD.cards[:2])
@@ -307,9 +309,9 @@ def test_what_a_rejected_teacher_left_behind_goes():
     assert list(after["images"]) == list(after["push"]) == ["conv4-0", "conv4-1"]
 
 
-def test_a_push_waits_for_its_teacher():
+def test_a_push_waits_for_its_teacher(device):
     """With one teacher a round, the pushes of the others stay until theirs is planned."""
-    cfg, shard = small_purer(teachers_per_round=1, image_warmup=99), FakeShard(WORLD)
+    cfg, shard = small_purer(teachers_per_round=1, image_warmup=99), FakeShard(WORLD, device=device)
     state = purer.init(cfg, WORLD)
     push = {c.id: np.full(tuple(state["images"][c.id]["x"].shape), 0.1, np.float32) for c in WORLD.cards}
     state = {**state, "push": push}
@@ -323,7 +325,7 @@ def test_a_push_waits_for_its_teacher():
     assert state["push"] == {}
 
 
-def test_a_curriculum_gradient_that_is_not_finite_stops_the_run():
+def test_a_curriculum_gradient_that_is_not_finite_stops_the_run(device):
     class Diverged(FakeShard):
         def send(self, op, jobs, shared):
             found = super().send(op, jobs, shared)
@@ -332,18 +334,18 @@ def test_a_curriculum_gradient_that_is_not_finite_stops_the_run():
             return found
 
     with pytest.raises(FloatingPointError, match="the pixel gradient of the curriculum is not finite; lower"):
-        play("purer", small_purer(**DUE), WORLD, rounds=3, shard=Diverged(WORLD))
+        play("purer", small_purer(**DUE), WORLD, rounds=3, shard=Diverged(WORLD, device=device), device=device)
 
 
-def test_tasks_need_classes_of_teachers_that_are_left():
+def test_tasks_need_classes_of_teachers_that_are_left(device):
     cfg = small_purer()
     state = purer.init(cfg, replace(WORLD, way=3))
     left = replace(WORLD, way=3, cards=WORLD.cards[:1])
     message = "the usable teachers and the bank have 2 classes, too few of any one data set for a task of 3"
     with pytest.raises(RejectedError, match=message):
-        purer.learn(cfg, left, state, 1, [], FakeShard(left).send)
+        purer.learn(cfg, left, state, 1, [], FakeShard(left, device=device).send)
     both = replace(left, cards=WORLD.cards[:2])
-    rows = [row for t in drawn(cfg, both) for part in t["support"] for row in part]
+    rows = [row for t in drawn(device, cfg, both) for part in t["support"] for row in part]
     assert {i for i, _ in rows} == {0, 1}
 
 
@@ -353,15 +355,15 @@ def test_too_few_images_for_a_task_are_an_error_before_the_run():
     purer.init(small_purer(meta={"shot": 2, "query": 2}), WORLD)
 
 
-def test_a_learner_may_start_from_the_mean_of_the_teachers():
-    cfg, shard = small_purer(start="average", image_warmup=2), FakeShard(WORLD)
-    _, after, _ = play("purer", cfg, WORLD, rounds=2, first=0, shard=shard)
-    mean = torch.stack([shard.teacher(c.id).theta for c in WORLD.cards]).mean(0)
+def test_a_learner_may_start_from_the_mean_of_the_teachers(device):
+    cfg, shard = small_purer(start="average", image_warmup=2), FakeShard(WORLD, device=device)
+    _, after, _ = play("purer", cfg, WORLD, rounds=2, first=0, shard=shard, device=device)
+    mean = torch.stack([shard.teacher(c.id).theta.cpu() for c in WORLD.cards]).mean(0)
     torch.testing.assert_close(after["theta"], mean)
     assert [op for op, _ in shard.sent] == ["purer.recover", "weights", "purer.recover"]
-    trained = play("purer", cfg, WORLD, rounds=3, first=0)[1]["theta"]
+    trained = play("purer", cfg, WORLD, rounds=3, first=0, device=device)[1]["theta"]
     assert 0 < (trained - mean).abs().max() < 3 * cfg.meta.lr
-    random = play("purer", small_purer(image_warmup=2), WORLD, first=0)[1]["theta"]
+    random = play("purer", small_purer(image_warmup=2), WORLD, first=0, device=device)[1]["theta"]
     assert (random - mean).abs().max() > 0.05
 
 
@@ -375,9 +377,9 @@ def test_teachers_unlike_the_learner_have_no_mean(odd: TeacherCard):
     purer.init(small_purer(), world)
 
 
-def test_notes_say_for_whom_the_statistics_term_is_dropped():
+def test_notes_say_for_whom_the_statistics_term_is_dropped(device):
     world = replace(WORLD, cards=(*WORLD.cards, card(5, arch="mlp")))
     expected = ["the batch-norm statistics term is dropped for mlp-5: no batch norm in the network"]
     assert purer.notes(small_purer(), world) == expected
     assert purer.notes(small_purer(bn_weight=0.0), world) == purer.notes(small_purer(), WORLD) == []
-    play("purer", small_purer(), world)
+    play("purer", small_purer(), world, device=device)

@@ -19,10 +19,10 @@ def test_groups_hold_what_one_stack_can_and_keep_the_order():
     assert recovery.groups(slots, batched=False) == [[slot] for slot in slots]
 
 
-def test_results_are_in_the_order_of_jobs_whoever_is_rejected():
+def test_results_are_in_the_order_of_jobs_whoever_is_rejected(device):
     world = small_world(cards=4)
     for batched in (False, True):
-        shard, calls = FakeShard(world, batched=batched), []
+        shard, calls = FakeShard(world, batched=batched, device=device), []
         del shard.teachers["conv4-1"]
 
         def invert(

@@ -36,10 +36,10 @@ def held(one: Shard) -> list[str]:
     return list(one._hosted)
 
 
-def test_the_longest_unused_teachers_go(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_longest_unused_teachers_go(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shard, "CACHE_BYTES", 2 * BYTES)
     source = Source()
-    one = Shard(source, device=torch.device("cpu"))
+    one = Shard(source, device=device)
     for id in "1213":
         assert float(one.teacher(id).theta[0]) == int(id)
     assert (source.loads, held(one)) == (["1", "2", "3"], ["1", "3"])
@@ -47,24 +47,25 @@ def test_the_longest_unused_teachers_go(monkeypatch: pytest.MonkeyPatch) -> None
     assert (source.loads, held(one)) == (["1", "2", "3", "2"], ["3", "2"])
 
 
-def test_the_bound_holds_to_the_byte(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_bound_holds_to_the_byte(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """Statistics count as well as weights."""
     monkeypatch.setattr(shard, "CACHE_BYTES", 2 * BYTES - 1)
-    one = Shard(Source(), device=torch.device("cpu"))
+    one = Shard(Source(), device=device)
     for id in "12":
         one.teacher(id)
     assert held(one) == ["2"]
     assert one.teacher("2").bytes == BYTES
 
 
-def test_a_teacher_larger_than_the_bound_is_hosted_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_teacher_larger_than_the_bound_is_hosted_alone(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shard, "CACHE_BYTES", 1)
-    one = Shard(Source(), device=torch.device("cpu"))
+    one = Shard(Source(), device=device)
     assert [float(one.teacher(id).theta[0]) for id in "12"] == [1.0, 2.0]
     assert held(one) == ["2"]
 
 
 @pytest.mark.parametrize("batched", [False, True])
+@pytest.mark.usefixtures("device")
 def test_a_pool_larger_than_the_bound_is_worked_through(monkeypatch: pytest.MonkeyPatch, batched: bool) -> None:
     """Each teacher is loaded once, in whatever order, and results come in job order."""
     monkeypatch.setattr(shard, "CACHE_BYTES", 2 * BYTES)
@@ -100,16 +101,16 @@ def crowded(room: int, calls: list[int]) -> Callable[..., list[Arrays]]:
     return op
 
 
-def test_a_batch_without_room_is_done_in_halves(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_batch_without_room_is_done_in_halves(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[int] = []
     monkeypatch.setitem(OPS, "weights", crowded(2, calls))
-    one = Shard(Source(), device=torch.device("cpu"))
+    one = Shard(Source(), device=device)
     jobs = [Job(index=i, seed=0) for i in range(7)]
     assert one.run("weights", jobs, {}) == [{"index": i} for i in range(7)]
     assert calls == [7, 3, 1, 2, 4, 2, 2]
 
 
-def test_a_job_without_room_for_itself_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_job_without_room_for_itself_ends_the_run(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(OPS, "weights", crowded(0, []))
     with pytest.raises(torch.OutOfMemoryError):
-        Shard(Source(), device=torch.device("cpu")).run("weights", [Job(index=i, seed=0) for i in range(3)], {})
+        Shard(Source(), device=device).run("weights", [Job(index=i, seed=0) for i in range(3)], {})
