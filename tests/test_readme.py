@@ -15,6 +15,7 @@ from ray_dfml import errors
 from ray_dfml.cli import cli
 from ray_dfml.config import resolve
 from ray_dfml.core.backbones import BACKBONES
+from ray_dfml.data import foreign, images, listing
 from ray_dfml.methods import METHODS
 from ray_dfml.methods.base import MethodConfig
 from ray_dfml.methods.free.config import CHARACTERS
@@ -24,7 +25,8 @@ from ray_dfml.ops import OPS
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text("utf-8")
 PAGES = (
-    "README.md", "docs/architecture.md", "docs/methods.md", "docs/methods_purer_bidf.md", "docs/CHANGELOG.md",
+    "README.md", "docs/architecture.md", "docs/inputs.md", "docs/methods.md", "docs/methods_purer_bidf.md",
+    "docs/CHANGELOG.md",
 )  # fmt: skip
 TEXT = {page: (ROOT / page).read_text("utf-8") for page in PAGES}
 METHOD_PAGES = "\n".join(TEXT[page] for page in PAGES if page.startswith("docs/methods"))
@@ -249,3 +251,11 @@ def test_readme_names_every_architecture() -> None:
     section = README.split("## What this is not")[1].split("\n## ")[0]
     sentence = section.split("architectures")[1].split(".\n")[0]
     assert re.findall(r"`([\w-]+)`", sentence) == list(BACKBONES)
+
+
+def test_the_page_of_inputs_names_the_suffixes_and_splits_of_the_code():
+    page = " ".join(TEXT["docs/inputs.md"].split())
+    assert f"`{' '.join(images.SUFFIXES)}`" in page
+    assert f"`{' '.join(foreign.SUFFIXES)}`" in page
+    words = re.findall(r"`([a-z]+)`", page.partition("Their names may be in any case;")[2].partition("accepted")[0])
+    assert {listing.split_of(word.title()) for word in ("train", "val", "test", *words)} == {"train", "val", "test"}
