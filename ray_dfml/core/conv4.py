@@ -33,16 +33,21 @@ from ray_dfml.core.layers import channels_last
 from ray_dfml.core.net import Net
 from ray_dfml.core.norm import EPS
 
+ROWS = 8192
+"""Rows of a piece in `moments`: 1 MiB for 32 channels."""
+
 
 class Patches(NamedTuple):
-    """Mean [t k] and covariance [t k k] of the 3x3 patches of the images of t learners."""
+    """Mean [t k] and covariance [t k k] of the 3x3 patches of the images of t learners, and `room` [n h w t*c] that
+    every step uses for the gradient at y of the first block: to get the largest tensor anew from the system is slow."""
 
     mean: Tensor
     cov: Tensor
+    room: Tensor
 
 
 class Images(NamedTuple):
-    """Images [n h w t*c] of t learners; optionally the statistics of their patches."""
+    """Images [n h w t*c] of t learners, with their patches if learners adapt to them."""
 
     values: Tensor
     patches: Patches | None = None
@@ -115,21 +120,23 @@ def convolve_backward(
     return nhwc(found[0]) if of_input else x.new_empty(0), found[1] if of_weight else x.new_empty(0)
 
 
-def lay(images: Tensor, *, patches: bool = False) -> Images:
-    """Images [t n c h w] with their learners as groups of channels; with `patches`, their patches' mean and covariance.
+def lay(images: Tensor, *, channels: int = 0) -> Images:
+    """Images [t n c h w] with their learners as groups of channels; with the `channels` of a learner's first block, the
+    patches too.
 
     The convolution with the identity writes all patches, and its weight's gradient is their products.
     """
     t, n, c, h, w = images.shape
-    x = images.permute(1, 3, 4, 0, 2).reshape(n, h, w, t * c)
-    if not patches:
+    x = images.permute(1, 3, 4, 0, 2).reshape(n, h, w, t * c).contiguous()
+    if not channels:
         return Images(x)
     k = 9 * c
     identity = torch.eye(k, dtype=x.dtype, device=x.device).view(k, c, 3, 3).repeat(t, 1, 1, 1)
     found = convolve(x, identity, t)
     mean = found.mean((0, 1, 2))
     products = convolve_backward(found.sub_(mean), x, identity, of_input=False, groups=t)[1]
-    return Images(x, Patches(mean.view(t, k), products.reshape(t, k, k) / (n * h * w)))
+    cov = products.reshape(t, k, k) / (n * h * w)
+    return Images(x, Patches(mean.view(t, k), cov, x.new_empty(n, h, w, t * channels)))
 
 
 def error(logits: Tensor, targets: Tensor) -> Tensor:
@@ -146,6 +153,7 @@ class Conv4Passes:
     def __init__(self, net: Net) -> None:
         assert isinstance(net.backbone, Conv4)
         self.net, self.depth, self.adaptive = net, len(net.backbone.norms), net.backbone.adaptive
+        self.channels = net.backbone.norms["blocks.0.norm"]
 
     def parts(self, theta: Tensor) -> tuple[list[tuple[Tensor, Tensor, Tensor]], Tensor, Tensor]:
         """Of weights [t p]: each block's weight [t*c c 3 3], gamma and beta [t*c]; the head's [t q f] and [t q]."""
@@ -198,17 +206,20 @@ class Conv4Passes:
         return gradient.view(t, n, -1, h, w).permute(1, 3, 4, 0, 2).reshape(n, h, w, -1)
 
     def backward(self, trace: Trace, error: Tensor, images: Images) -> tuple[Tensor, list[Slope]]:
-        """Gradients [t p] from those of the logits [t n q], and what the Hessian needs of them."""
+        """Gradients [t p] from those of the logits [t n q], and what the Hessian needs of them.
+
+        Without patches no Hessian follows, and the gradient at y is written over y in the trace.
+        """
         t, gradient = len(error), self.features_backward(error @ trace.head, trace)
         slopes, found = [], []
         for i in reversed(range(self.depth)):
             b = trace.blocks[i]
-            slope, of_gamma, spread = _through_norm(b, gradient)
+            slope, of_gamma, at_y = _through_norm(b, gradient, images.patches)
             if b.weight_cov is None:
-                gradient, of_weight = convolve_backward(spread, b.input, b.weight, of_input=i > 0, groups=t)
+                gradient, of_weight = convolve_backward(at_y, b.input, b.weight, of_input=i > 0, groups=t)
             else:
                 assert images.patches is not None
-                of_weight = convolve_backward(spread, b.input, b.weight, of_input=False, groups=t)[1]
+                of_weight = convolve_backward(at_y, b.input, b.weight, of_input=False, groups=t)[1]
                 of_mean = (-b.gamma * slope.r * slope.beta).view(t, -1, 1) * images.patches.mean[:, None]
                 of_weight = of_weight.reshape(t, -1, of_mean.shape[-1]) + of_mean
                 of_weight = (of_weight + 2 * slope.var.view(t, -1, 1) * b.weight_cov).view(b.weight.shape)
@@ -232,7 +243,7 @@ class Conv4Passes:
 
         `targets` are probabilities [t s way] of the first `way` outputs.
         """
-        images = lay(support, patches=True)
+        images = lay(support, channels=self.channels)
         for _ in range(steps):
             trace = self.forward(theta, images)
             theta = theta - lr * self.backward(trace, error(trace.logits, targets), images)[0]
@@ -258,9 +269,7 @@ def _block(
         mean = (rows @ patches.mean[:, :, None]).flatten()
         var = (weight_cov * rows).sum(-1).flatten()
     else:
-        values = y.view(-1, c)
-        mean = values.mean(0)
-        var = (values - mean).square_().mean(0)
+        mean, var = moments(y.view(-1, c))
     gamma = gamma.abs()
     normed = torch.batch_norm(nchw(pooled), gamma, beta, mean, var, False, 0.0, EPS, False)
     return Block(
@@ -269,7 +278,13 @@ def _block(
     )  # fmt: skip
 
 
-def _through_norm(b: Block, gradient: Tensor) -> tuple[Slope, Tensor, Tensor]:
+def moments(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance [c] of rows [m c], in pieces that stay in a core's cache."""
+    mean = rows.mean(0)
+    return mean, torch.stack([(part - mean).square_().sum(0) for part in rows.split(ROWS)]).sum(0) / len(rows)
+
+
+def _through_norm(b: Block, gradient: Tensor, patches: Patches | None) -> tuple[Slope, Tensor, Tensor]:
     """From the gradient at a block's output: its `Slope`, the gradient of |gamma|, and that at y [n h w t*c], for the
     first block without the part that the statistics add."""
     n, c = b.size[0], b.size[3]
@@ -282,14 +297,21 @@ def _through_norm(b: Block, gradient: Tensor) -> tuple[Slope, Tensor, Tensor]:
     scale = b.gamma * r
     of_var = -0.5 * scale * r * of_gamma
     if b.conv is None:
-        spread = torch.zeros(b.size, dtype=pooled.dtype, device=pooled.device)
-        spread.view(n, -1, c).scatter_(1, b.place, pooled)
-        return Slope(normed, None, of_beta, of_gamma, r, of_var, None), of_gamma, spread
+        assert patches is not None
+        return Slope(normed, None, of_beta, of_gamma, r, of_var, None), of_gamma, spread(b, pooled, patches)
     count = b.conv.numel() // c
     slope = of_var * (2 / count)
-    spread = torch.addcmul(-scale * of_beta / count - slope * b.mean, b.conv, slope)
-    spread.view(n, -1, c).scatter_add_(1, b.place, pooled)
-    return Slope(normed, spread, of_beta, of_gamma, r, of_var, slope), of_gamma, spread
+    room = b.conv if patches is None else None
+    at_y = torch.addcmul(-scale * of_beta / count - slope * b.mean, b.conv, slope, out=room)
+    at_y.view(n, -1, c).scatter_add_(1, b.place, pooled)
+    return Slope(normed, at_y, of_beta, of_gamma, r, of_var, slope), of_gamma, at_y
+
+
+def spread(b: Block, pooled: Tensor, patches: Patches) -> Tensor:
+    """Pooled values [n h/2*w/2 t*c] of the first block at the places of the largest values, 0 elsewhere [n h w t*c]."""
+    room = patches.room.zero_()
+    room.view(len(room), -1, room.shape[-1]).scatter_(1, b.place, pooled)
+    return room
 
 
 def signed(part: tuple[Tensor, Tensor, Tensor], sign: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:

@@ -23,6 +23,7 @@ from ray_dfml.core.conv4 import (
     error,
     lay,
     signed,
+    spread,
 )
 
 
@@ -66,7 +67,7 @@ def meta_gradient(
 
     Images [s c h w], [u c h w]; targets [s q], [u q] are probabilities.
     """
-    images, weights, kept = lay(support[None], patches=True), theta[None], []
+    images, weights, kept = lay(support[None], channels=passes.channels), theta[None], []
     for _ in range(steps):
         trace = passes.forward(weights, images)
         wrong = error(trace.logits, targets[None])
@@ -159,25 +160,24 @@ def _backward(
         assert images.patches is not None
         assert b.weight_cov is not None
         assert d.weight_cov is not None
-        d_spread = torch.zeros(b.size, dtype=d_pooled.dtype, device=d_pooled.device)
-        d_spread.view(n, -1, c).scatter_(1, b.place, d_pooled)
-        d_of_weight = convolve_backward(d_spread, b.input, b.weight, of_input=False)[1].reshape(1, c, -1)
+        d_at_y = spread(b, d_pooled, images.patches)
+        d_of_weight = convolve_backward(d_at_y, b.input, b.weight, of_input=False)[1].reshape(1, c, -1)
         d_of_weight = d_of_weight + d_of_mean[:, None] * images.patches.mean
         d_of_weight = d_of_weight + 2 * (d_of_var[:, None] * b.weight_cov + s.var[:, None] * d.weight_cov)
-        return (d_of_weight.view(b.weight.shape), d_of_gamma, d_of_beta), d_spread
+        return (d_of_weight.view(b.weight.shape), d_of_gamma, d_of_beta), d_at_y
     assert s.slope is not None
     assert s.conv is not None
     assert d.conv is not None
     assert d.input is not None
     count = b.conv.numel() // c
     d_slope = d_of_var * (2 / count)
-    d_spread = torch.addcmul(d_of_mean / count - d_slope * b.mean - s.slope * d.mean, b.conv, d_slope)
-    d_spread.addcmul_(d.conv, s.slope).view(n, -1, c).scatter_add_(1, b.place, d_pooled)
+    d_at_y = torch.addcmul(d_of_mean / count - d_slope * b.mean - s.slope * d.mean, b.conv, d_slope)
+    d_at_y.addcmul_(d.conv, s.slope).view(n, -1, c).scatter_add_(1, b.place, d_pooled)
     # Both terms of a product rule are one convolution: over twice the images, over twice the channels.
     d_of_weight = convolve_backward(
-        torch.cat([d_spread, s.conv]), torch.cat([b.input, d.input]), b.weight, of_input=False
+        torch.cat([d_at_y, s.conv]), torch.cat([b.input, d.input]), b.weight, of_input=False
     )[1]
     d_below = convolve_backward(
-        torch.cat([d_spread, s.conv], -1), b.input, torch.cat([b.weight, d.weight]), of_weight=False
+        torch.cat([d_at_y, s.conv], -1), b.input, torch.cat([b.weight, d.weight]), of_weight=False
     )[0]
     return (d_of_weight, d_of_gamma, d_of_beta), d_below

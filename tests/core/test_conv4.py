@@ -192,7 +192,7 @@ def test_bits_depend_on_the_place_in_a_group_alone():
 
 def test_patch_statistics_are_those_of_zero_padded_patches():
     images = 3.0 + normal(2, 4, 2, 5, 6)
-    found = lay(images, patches=True).patches
+    found = lay(images, channels=4).patches
     assert found is not None
     for t in range(2):
         patches = F.unfold(images[t], 3, padding=1).transpose(1, 2).reshape(-1, 18)
