@@ -21,9 +21,7 @@ from torch import Tensor
 from ray_dfml.core import seeds
 from ray_dfml.core.inner_loop import Head
 from ray_dfml.core.net import Net, net
-from ray_dfml.types import Arrays, ImageSpec, Job, LearnerWeights, TeacherCard
-from ray_dfml.types import Shard as Shard
-from ray_dfml.types import Teacher as Teacher
+from ray_dfml.types import Arrays, ImageSpec, Job, LearnerWeights, Shard, TeacherCard
 
 State = dict[str, Any]
 Metrics = dict[str, float | int | None]

@@ -15,14 +15,13 @@ from ray_dfml.methods.base import (
     MethodConfig,
     Metrics,
     Send,
-    Shard,
     State,
     World,
     initial_learner,
     learner_weights,
     teacher_job,
 )
-from ray_dfml.types import Arrays, Job, LearnerWeights, TeacherCard, size_text
+from ray_dfml.types import Arrays, Job, LearnerWeights, Shard, TeacherCard, size_text
 
 
 class BaselineConfig(MethodConfig):

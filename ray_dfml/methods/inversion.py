@@ -19,8 +19,8 @@ from ray_dfml.core.images import draw_view, fit, normalise, to_bytes, to_pixels,
 from ray_dfml.core.net import net
 from ray_dfml.core.seeds import derive, rng
 from ray_dfml.errors import UsageError
-from ray_dfml.methods.base import MethodConfig, Teacher, World, stacked
-from ray_dfml.types import Arrays, ImageSpec, TeacherCard
+from ray_dfml.methods.base import MethodConfig, World, stacked
+from ray_dfml.types import Arrays, ImageSpec, Teacher, TeacherCard
 
 BETAS = (0.5, 0.999)
 

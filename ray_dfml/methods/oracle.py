@@ -8,19 +8,8 @@ from pydantic import Field
 from ray_dfml.errors import first_of
 from ray_dfml.methods import bank as bank_of
 from ray_dfml.methods import panels, replay
-from ray_dfml.methods.base import (
-    Cost,
-    MetaConfig,
-    Method,
-    MethodConfig,
-    Metrics,
-    Send,
-    Shard,
-    State,
-    World,
-    initial_learner,
-)
-from ray_dfml.types import Arrays
+from ray_dfml.methods.base import Cost, MetaConfig, Method, MethodConfig, Metrics, Send, State, World, initial_learner
+from ray_dfml.types import Arrays, Shard
 
 
 class Config(MethodConfig):

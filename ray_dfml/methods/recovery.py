@@ -4,8 +4,7 @@ come back."""
 from collections.abc import Callable, Sequence
 
 from ray_dfml.errors import RejectedError
-from ray_dfml.methods.base import Shard, Teacher
-from ray_dfml.types import Arrays, Job
+from ray_dfml.types import Arrays, Job, Shard, Teacher
 
 Slot = tuple[int, Job, Teacher]
 """Position of a job in its batch, the job, and its teacher."""

@@ -13,8 +13,8 @@ from ray_dfml.core.images import normalise, to_pixels
 from ray_dfml.core.inner_loop import Task, meta_gradient
 from ray_dfml.core.net import net
 from ray_dfml.methods import bank as bank_of
-from ray_dfml.methods.base import MetaConfig, Metrics, ReplayConfig, Send, Shard, State, World, image_values
-from ray_dfml.types import Arrays, Job
+from ray_dfml.methods.base import MetaConfig, Metrics, ReplayConfig, Send, State, World, image_values
+from ray_dfml.types import Arrays, Job, Shard
 
 STATS_MOMENTUM = 0.1
 

@@ -5,8 +5,7 @@ from collections.abc import Sequence
 import torch
 
 from ray_dfml.methods import recovery
-from ray_dfml.methods.base import Teacher
-from ray_dfml.types import Arrays, Job
+from ray_dfml.types import Arrays, Job, Teacher
 from tests.support import FakeShard, FakeTeacher, card, small_world
 
 

@@ -28,9 +28,7 @@ from ray_dfml.methods.base import (
     Metrics,
     Panel,
     Send,
-    Shard,
     State,
-    Teacher,
     World,
     image_values,
     initial_learner,
@@ -45,7 +43,7 @@ from ray_dfml.methods.inversion import (
     checked_generator,
     dropped_statistics,
 )
-from ray_dfml.types import Arrays, Job, TeacherCard
+from ray_dfml.types import Arrays, Job, Shard, Teacher, TeacherCard
 
 
 def _classes(cfg: Config, way: int) -> int:

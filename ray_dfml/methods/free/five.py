@@ -10,10 +10,9 @@ from torch import Tensor
 
 from ray_dfml.core import optim
 from ray_dfml.core.generators import Generator
-from ray_dfml.methods.base import Teacher
 from ray_dfml.methods.free.config import Config
 from ray_dfml.methods.inversion import BETAS, Inversion, Judge
-from ray_dfml.types import Arrays
+from ray_dfml.types import Arrays, Teacher
 
 
 def five(

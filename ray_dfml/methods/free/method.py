@@ -25,9 +25,7 @@ from ray_dfml.methods.base import (
     Metrics,
     Panel,
     Send,
-    Shard,
     State,
-    Teacher,
     World,
     image_values,
     initial_learner,
@@ -38,7 +36,7 @@ from ray_dfml.methods.free import bell
 from ray_dfml.methods.free.config import PRESETS, PROFILES, Config
 from ray_dfml.methods.free.five import five
 from ray_dfml.methods.inversion import Judge, checked_generator, dropped_statistics
-from ray_dfml.types import Arrays, Job, TeacherCard
+from ray_dfml.types import Arrays, Job, Shard, Teacher, TeacherCard
 
 
 def notes(cfg: Config, world: World) -> list[str]:

@@ -16,9 +16,9 @@ from ray_dfml.core import episodes, losses, optim
 from ray_dfml.core.images import fit, normalise
 from ray_dfml.core.inner_loop import adapted, graph_grad
 from ray_dfml.core.net import net
-from ray_dfml.methods.base import Shard, Teacher, stacked
+from ray_dfml.methods.base import stacked
 from ray_dfml.methods.purer.config import Config
-from ray_dfml.types import Arrays, ImageSpec, Job
+from ray_dfml.types import Arrays, ImageSpec, Job, Shard, Teacher
 
 
 def as_learner_sees(x: Tensor, teacher: ImageSpec, learner: ImageSpec) -> Tensor:

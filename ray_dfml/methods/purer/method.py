@@ -21,24 +21,12 @@ from ray_dfml.errors import UsageError
 from ray_dfml.methods import bank as bank_of
 from ray_dfml.methods import cost as cost_of
 from ray_dfml.methods import panels, recovery, replay
-from ray_dfml.methods.base import (
-    Cost,
-    Method,
-    Metrics,
-    Panel,
-    Send,
-    Shard,
-    State,
-    Teacher,
-    World,
-    initial_learner,
-    teacher_job,
-)
+from ray_dfml.methods.base import Cost, Method, Metrics, Panel, Send, State, World, initial_learner, teacher_job
 from ray_dfml.methods.baselines import fetch, mean
 from ray_dfml.methods.inversion import dropped_statistics
 from ray_dfml.methods.purer import eci
 from ray_dfml.methods.purer.config import PRESETS, PROFILES, Config
-from ray_dfml.types import Arrays, Job, TeacherCard
+from ray_dfml.types import Arrays, Job, Shard, Teacher, TeacherCard
 
 
 def notes(cfg: Config, world: World) -> list[str]:
