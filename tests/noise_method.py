@@ -18,14 +18,12 @@ from ray_dfml.methods.base import (
     Panel,
     Preset,
     Send,
-    Shard,
     State,
-    Teacher,
     World,
     initial_learner,
     teacher_job,
 )  # fmt: skip
-from ray_dfml.types import Arrays, Job
+from ray_dfml.types import Arrays, Job, Shard, Teacher
 
 
 class Config(MethodConfig):
