@@ -93,8 +93,9 @@ def synthesize(
     """One set of images of each of b teachers ([Hu2023b] label-conditional inversion).
 
     A generator is drawn anew for each. Between two of the `cfg.iterations` passes Adam moves it and the codes.
-    The images of the lowest loss are kept. A pass whose loss is not finite moves nothing, and the next one has other
-    views. `names` and `stream` seed the draws. Returns tasks as `Inversion.task` with `loss_first` and `loss_last`.
+    The images of the lowest loss are kept. After a pass whose loss is not finite neither weights, codes nor moments
+    move, and the next pass has other views. `names` and `stream` seed the draws. Returns tasks as `Inversion.task` with
+    `loss_first` and `loss_last`.
     """
     net_g = generator(shape, cfg.latent, cfg.width, _classes(cfg, way))
     inversion = Inversion(cfg, net_g, teachers, way, names, device=device, batched=batched, stream=stream)
@@ -115,14 +116,20 @@ def synthesize(
         kept = (_rows(better, images, old[0]), _rows(better, logits, old[1]))
         if i < cfg.iterations - 1:
             sound = loss.isfinite()
-            grad_g, grad_z = (_rows(sound, grad, torch.zeros_like(grad)) for grad in (grad_g, grad_z))
-            theta_g, adam_g = optim.adam_step(theta_g, grad_g, adam_g, lr=cfg.lr_generator, betas=BETAS)
-            z, adam_z = optim.adam_step(z, grad_z, adam_z, lr=cfg.lr_generator, betas=BETAS)
+            theta_g, adam_g = _step(cfg, theta_g, grad_g, adam_g, sound)
+            z, adam_z = _step(cfg, z, grad_z, adam_z, sound)
     assert kept is not None
     return [
         inversion.task(j, kept[0][j], kept[1][j]) | {"loss_first": float(first[j]), "loss_last": float(best[j])}
         for j in range(len(teachers))
     ]
+
+
+def _step(cfg: Config, x: Tensor, grad: Tensor, adam: optim.Adam, sound: Tensor) -> tuple[Tensor, optim.Adam]:
+    """An Adam step on the rows of x [b ...] where `sound` [b] is true. The other rows and their moments stay."""
+    new, found = optim.adam_step(x, grad, adam, lr=cfg.lr_generator, betas=BETAS)
+    moments = optim.Adam(_rows(sound, found.m, adam.m), _rows(sound, found.v, adam.v), found.step)
+    return _rows(sound, new, x), moments
 
 
 def _rows(which: Tensor, new: Tensor, old: Tensor) -> Tensor:
