@@ -51,7 +51,7 @@ class Conv4:
         """See `Backbone.features`."""
         for i in range(4):
             x = layers.conv_norm(f"blocks.{i}.conv", f"blocks.{i}.norm", x)
-            x = F.relu(F.max_pool2d(channels_last(x), 2))
+            x = layers.relu(F.max_pool2d(channels_last(x), 2))
         return x.amax((2, 3)) if self.adaptive else x.flatten(1)
 
 
@@ -91,8 +91,8 @@ class ResidualBlock(NamedTuple):
         shortcut = x
         if self.projects:
             shortcut = layers.conv_norm(f"{at}.project", f"{at}.project_norm", x, stride=self.stride, padding=0)
-        x = F.relu(layers.conv_norm(f"{at}.conv1", f"{at}.norm1", x, stride=self.stride))
-        return F.relu(layers.conv_norm(f"{at}.conv2", f"{at}.norm2", x) + shortcut)
+        x = layers.relu(layers.conv_norm(f"{at}.conv1", f"{at}.norm1", x, stride=self.stride))
+        return layers.relu(layers.conv_norm(f"{at}.conv2", f"{at}.norm2", x) + shortcut)
 
 
 class ResNet:
@@ -132,7 +132,7 @@ class MLP:
 
     def features(self, layers: Layers, x: Tensor) -> Tensor:
         """See `Backbone.features`."""
-        return F.relu(layers.linear("layer2", F.relu(layers.linear("layer1", x.flatten(1)))))
+        return layers.relu(layers.linear("layer2", layers.relu(layers.linear("layer1", x.flatten(1)))))
 
 
 BACKBONES: dict[str, Callable[[int, int, int, int], Backbone]] = {

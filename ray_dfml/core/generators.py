@@ -53,11 +53,11 @@ class StandardGenerator:
         x = layers.linear("project", parts[0])
         if len(parts) > 1:
             x = torch.cat([x, layers.linear("label", parts[1])], -1)
-        x = layers.norm("norm0", x.view(-1, *self.grid))
+        x = layers.norm("norm0", layers.laid_out(x.view(-1, *self.grid)))
         for i in (1, 2):
-            kernel = upsampled_conv_kernel(layers.tensors[f"conv{i}.weight"])
+            kernel = layers.laid_out(upsampled_conv_kernel(layers.tensors[f"conv{i}.weight"]))
             x = layers.norm(f"norm{i}", F.conv_transpose2d(x, kernel, stride=2, padding=1))
-            x = F.leaky_relu(x, 0.2)
+            x = F.leaky_relu(x, 0.2, inplace=layers.first_order)
         return torch.sigmoid(F.conv2d(x, layers.tensors["conv3.weight"], layers.tensors["conv3.bias"], padding=1))
 
 

@@ -74,10 +74,17 @@ class Layers:
         if self.given is not None and not self.capture:
             scale, bias = self._affine(name, shift)
             weight = weight * scale[:, None, None, None]
-        if self.first_order:
-            x, weight = channels_last(x), channels_last(weight)
-        x = F.conv2d(x, weight, bias, stride, padding)
+        x = F.conv2d(self.laid_out(x), self.laid_out(weight), bias, stride, padding)
+        x = self.laid_out(x)  # no copy, but where one input channel left the layout open
         return self.norm(name, x, shift) if bias is None else x
+
+    def relu(self, x: Tensor) -> Tensor:
+        """The larger of `x` and 0. Under `first_order` it overwrites `x`, which must be a layer's own output."""
+        return F.relu(x, inplace=self.first_order)
+
+    def laid_out(self, x: Tensor) -> Tensor:
+        """Images or a convolution's weights, with equal values, as convolutions of this call read them fastest."""
+        return channels_last(x) if self.first_order else x
 
     def _affine(self, name: str, shift: Tensor | None) -> tuple[Tensor, Tensor]:
         """Scale and offset [c] of a batch norm with given statistics, behind a layer that left out its bias `shift`."""

@@ -3,6 +3,7 @@
 [Kingma2015] Adam, arXiv 1412.6980, Algorithm 1.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -27,11 +28,10 @@ def adam_step(
 ) -> tuple[Tensor, Adam]:
     """One step of [Kingma2015]: new parameters [p] and state. Nothing is changed in place."""
     step = state.step + 1
-    m = betas[0] * state.m + (1 - betas[0]) * grad
-    v = betas[1] * state.v + (1 - betas[1]) * grad * grad
-    m_hat = m / (1 - betas[0] ** step)
-    v_hat = v / (1 - betas[1] ** step)
-    return x - lr * m_hat / (v_hat.sqrt() + eps), Adam(m, v, step)
+    m = torch.lerp(state.m, grad, 1 - betas[0])
+    v = (state.v * betas[1]).addcmul_(grad, grad, value=1 - betas[1])
+    root = v.sqrt().div_(math.sqrt(1 - betas[1] ** step)).add_(eps)
+    return torch.addcdiv(x, m, root, value=-lr / (1 - betas[0] ** step)), Adam(m, v, step)
 
 
 def sgd_step(

@@ -65,7 +65,7 @@ def _one(cfg: PretrainConfig, job: Job, device: torch.device) -> Arrays:
             if len(chunk) < 2:
                 continue
             leaf = theta.detach().requires_grad_()
-            logits, found = network.with_stats(leaf, train_x[chunk])
+            logits, found = network.with_stats(leaf, train_x[chunk], first_order=True)
             grad = torch.autograd.grad(F.cross_entropy(logits, train_y[chunk]), leaf)[0]
             grad = optim.clip_norm(grad, cfg.clip)
             if with_adam:
@@ -74,9 +74,9 @@ def _one(cfg: PretrainConfig, job: Job, device: torch.device) -> Arrays:
                 theta, velocity = optim.sgd_step(
                     theta, grad, velocity, lr=lr, momentum=cfg.momentum, weight_decay=cfg.weight_decay
                 )
-            stats = (1 - STATS_MOMENTUM) * stats + STATS_MOMENTUM * found.detach()
+            stats = (1 - STATS_MOMENTUM) * stats + STATS_MOMENTUM * found
         with torch.no_grad():
-            logits = torch.cat([network(theta, part, stats) for part in test_x.split(256)])
+            logits = torch.cat([network(theta, part, stats, first_order=True) for part in test_x.split(256)])
         accuracy = 100.0 * float((logits.argmax(-1) == test_y).float().mean())
         if accuracy > best[0]:
             best = (accuracy, theta.clone(), stats.clone())

@@ -45,7 +45,7 @@ def inversion_loss(
 ) -> Tensor:
     """[Hu2023] L_inv (scalar) of normalised images [n c h w] with labels [n]: cross-entropy of the network under fixed
     statistics [k], plus total variation, norm, and the distance of the images' own statistics to these."""
-    logits, found = network.with_stats(phi, images, stats)
+    logits, found = network.with_stats(phi, images, stats, first_order=True)
     loss = F.cross_entropy(logits[:, : int(labels.max()) + 1], labels)
     loss = loss + cfg.tv_weight * losses.variation_norms(images) + cfg.l2_weight * torch.linalg.vector_norm(images)
     if cfg.bn_weight and stats.numel():
@@ -90,14 +90,14 @@ def calibrate(
     rng, way = torch.Generator().manual_seed(seed), int(labels.max()) + 1
     made = episodes.interleaved(way, cfg.images).to(labels.device)
     with torch.no_grad():
-        fixed = network.with_stats(phi, support)[1] if stats is None else stats
+        fixed = network.with_stats(phi, support, first_order=True)[1] if stats is None else stats
     images = invert(cfg, network, phi, fixed, made, rng)
     classes = torch.cat([labels, made])
     domain = torch.cat([torch.zeros_like(labels), torch.ones_like(made)])
     backbone, last = network.split(phi)
 
     def contrast(w: Tensor) -> Tensor:
-        both = [network.features(torch.cat([w, last]), x, stats) for x in (support, images)]
+        both = [network.features(torch.cat([w, last]), x, stats, first_order=True) for x in (support, images)]
         return losses.supervised_contrastive(torch.cat(both), classes, domain, temperature=cfg.temperature)
 
     moved = adapt(contrast, backbone, lr=cfg.lr, steps=cfg.steps, grad_of=plain_grad)

@@ -6,6 +6,7 @@ one of grey images sees their mean channel, and then grey images are what is sto
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -132,8 +133,8 @@ class Inversion:
         return torch.stack([torch.randn(shape, generator=rng) for rng in self.rngs]).to(self.device)
 
     def each(self, function: Callable[..., Any], *parts: Tensor) -> Any:
-        """`function` on every row of stacked tensors."""
-        return stacked(function, *parts, batched=self.batched)
+        """A network's call, `function`, on every row of stacked tensors. One backward pass may follow."""
+        return stacked(partial(function, first_order=not self.batched), *parts, batched=self.batched)
 
     def generate(self, theta_g: Tensor, z: Tensor) -> Tensor:
         """Images [b n c h w] in [0, 1]; of grey teachers, grey."""
@@ -197,7 +198,7 @@ class Inversion:
         stored, offsets = to_bytes(images), self._offsets(j)
         with torch.no_grad():
             seen = as_teacher_sees(self._view(to_pixels(stored, self.device), offsets), teacher.card.image)
-            soft = self.network(teacher.theta, seen, teacher.stats)[:, units]
+            soft = self.network(teacher.theta, seen, teacher.stats, first_order=True)[:, units]
         wished = units[self.labels]
         return {
             "teacher": teacher.card.id,

@@ -44,7 +44,9 @@ def gradient(state: State, task: bell.DistillSet, form: str = "kl") -> Tensor:
 
 def test_path_of_one_loss_with_sgd_is_one_distillation_step():
     _, state, (task, *_) = start()
-    moved, grads = bell.inner_path([bell.distill_loss(WORLD.net, task, "kl")], state["theta"], lr=0.1, optimizer="sgd")
+    moved, _, grads = bell.inner_path(
+        [bell.distill_loss(WORLD.net, task, "kl")], state["theta"], lr=0.1, optimizer="sgd"
+    )
     leaf = state["theta"].clone().requires_grad_()
     losses.kl(task.logits, WORLD.net(leaf, task.images)).mean().backward()
     torch.testing.assert_close(grads[0], leaf.grad)
@@ -84,8 +86,9 @@ def test_mean_path_over_orders_descends_the_losses_and_ascends_gradient_products
 
 def test_path_gradients_are_taken_where_the_path_stands():
     fns = [lambda w: 0.5 * (w - 1).square().sum(), lambda w: 0.5 * (w + 2).square().sum()]
-    moved, grads = bell.inner_path(fns, torch.zeros(1), lr=0.5, optimizer="sgd")
+    moved, losses_met, grads = bell.inner_path(fns, torch.zeros(1), lr=0.5, optimizer="sgd")
     assert [g.item() for g in grads] == [-1.0, 2.5]
+    assert [value.item() for value in losses_met] == [0.5, 3.125]
     assert moved.item() == pytest.approx(0.5 - 0.5 * 2.5)
 
 
@@ -98,7 +101,7 @@ def test_path_with_adam_equals_the_framework():
         theirs.zero_grad()
         fn(reference).backward()
         theirs.step()
-    moved, _ = bell.inner_path(fns, theta, lr=0.01, optimizer="adam")
+    moved, *_ = bell.inner_path(fns, theta, lr=0.01, optimizer="adam")
     torch.testing.assert_close(moved, reference.detach())
 
 
@@ -143,11 +146,28 @@ def test_repeated_updates_lower_the_distillation_loss():
     assert found[-1] < 0.8 * found[0]
 
 
-def test_reported_loss_is_the_mean_over_tasks_before_the_step():
-    cfg, state, tasks = start()
+def kl_at(theta: Tensor, task: bell.DistillSet) -> float:
+    return float(losses.kl(task.logits, WORLD.net(theta, task.images)).mean())
+
+
+def test_reported_loss_is_the_mean_of_the_losses_that_the_path_met():
+    """The first task's at the weights before, the second's after the first step, and so on."""
+    cfg, state, tasks = start(bell_inner="sgd", bell_lr=0.5)
     _, metrics = bell.update(cfg, WORLD, state, tasks, 1)
-    expected = np.mean([float(losses.kl(t.logits, WORLD.net(state["theta"], t.images)).mean()) for t in tasks])
-    assert metrics["bell/loss"] == pytest.approx(expected, rel=1e-5)
+    theta, expected = state["theta"], []
+    for task in tasks:
+        expected.append(kl_at(theta, task))
+        theta = theta - 0.5 * plain_grad(lambda w, task=task: losses.kl(task.logits, WORLD.net(w, task.images)).mean())(
+            theta
+        )
+    assert metrics["bell/loss"] == pytest.approx(np.mean(expected), rel=1e-4)
+    assert metrics["bell/loss"] != pytest.approx(np.mean([kl_at(state["theta"], t) for t in tasks]), rel=1e-2)
+
+
+def test_reported_loss_of_erm_is_that_before_the_step():
+    cfg, state, tasks = start(learner_update="erm")
+    _, metrics = bell.update(cfg, WORLD, state, tasks, 1)
+    assert metrics["bell/loss"] == pytest.approx(np.mean([kl_at(state["theta"], t) for t in tasks]), rel=1e-5)
 
 
 @pytest.mark.parametrize("form", ["kl", "probdot", "hard"])
@@ -187,7 +207,7 @@ def test_interpolation_goes_part_of_the_way_and_leaves_the_optimisers_alone(epsi
     cfg, state, tasks = start(bell_outer="interpolate", bell_outer_lr=epsilon)
     new, _ = bell.update(cfg, WORLD, state, tasks, 1)
     fns = [bell.distill_loss(WORLD.net, task, "kl") for task in tasks]
-    end, _ = bell.inner_path(fns, state["theta"], lr=cfg.bell_lr, optimizer="adam")
+    end, *_ = bell.inner_path(fns, state["theta"], lr=cfg.bell_lr, optimizer="adam")
     torch.testing.assert_close(new["theta"], torch.lerp(state["theta"], end, epsilon))
     assert new["adam"] is state["adam"]
     assert new["adam_bell"] is state["adam_bell"]

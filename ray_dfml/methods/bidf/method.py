@@ -10,6 +10,7 @@ outer distillations, second order through the inner ones, the others replay. Dev
 
 import math
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -162,7 +163,8 @@ def _task_models(
     cfg: Config, learner: Net, theta: Tensor, support: Sequence[Arrays], mean: Tensor, std: Tensor, batched: bool
 ) -> Judge:
     phi = torch.stack([_inner(cfg, learner, theta, task, mean, std, plain_grad) for task in support])
-    return lambda pixels: stacked(learner, phi, normalise(pixels, mean, std), batched=batched)
+    ask = partial(learner, first_order=not batched)
+    return lambda pixels: stacked(ask, phi, normalise(pixels, mean, std), batched=batched)
 
 
 def _set(cfg: Config, task: Arrays, mean: Tensor, std: Tensor) -> tuple[Tensor, Tensor]:

@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ray_dfml.core import losses, optim
-from ray_dfml.core.inner_loop import plain_grad
 from ray_dfml.core.net import Net
 from ray_dfml.methods.base import Metrics, State, World
 from ray_dfml.methods.free.config import Config
@@ -31,22 +30,38 @@ class DistillSet(NamedTuple):
 def distill_loss(net: Net, task: DistillSet, form: str) -> Callable[[Tensor], Tensor]:
     """The loss of learner weights [p] on one task, nats per image ([Wei2024] Eq. 3; `hard` is CE on the labels)."""
     if form == "hard":
-        return lambda w: F.cross_entropy(net(w, task.images), task.labels)
-    return lambda w: losses.distillation(task.logits, net(w, task.images), form=form)
+        return lambda w: F.cross_entropy(net(w, task.images, first_order=True), task.labels)
+    return lambda w: losses.distillation(task.logits, net(w, task.images, first_order=True), form=form)
 
 
-def inner_path(
-    loss_fns: Sequence[Callable[[Tensor], Tensor]], theta: Tensor, *, lr: float, optimizer: str
-) -> tuple[Tensor, list[Tensor]]:
-    """theta~ [p] after one step per loss, in order ([Wei2024] Algorithm 2, lines 4-6), and the gradients g_i met."""
-    adam, grads = optim.Adam.zeros(theta), []
+class Path(NamedTuple):
+    """Where a path ends, theta~ [p]; the losses in nats and the gradients g_i [p] that it met, one of each per step."""
+
+    theta: Tensor
+    losses: list[Tensor]
+    grads: list[Tensor]
+
+
+def inner_path(loss_fns: Sequence[Callable[[Tensor], Tensor]], theta: Tensor, *, lr: float, optimizer: str) -> Path:
+    """One step per loss from theta [p], in order ([Wei2024] Algorithm 2, lines 4-6)."""
+    adam = optim.Adam.zeros(theta)
+    path = Path(theta, [], [])
     for loss in loss_fns:
-        grads.append(plain_grad(loss)(theta))
+        value, grad = value_and_grad(loss, theta)
+        path.losses.append(value)
+        path.grads.append(grad)
         if optimizer == "adam":
-            theta, adam = optim.adam_step(theta, grads[-1], adam, lr=lr)
+            theta, adam = optim.adam_step(theta, grad, adam, lr=lr)
         else:
-            theta = theta - lr * grads[-1]
-    return theta, grads
+            theta = theta - lr * grad
+    return path._replace(theta=theta)
+
+
+def value_and_grad(loss: Callable[[Tensor], Tensor], theta: Tensor) -> tuple[Tensor, Tensor]:
+    """A loss at theta [p], and its gradient [p]."""
+    leaf = theta.detach().requires_grad_()
+    value = loss(leaf)
+    return value.detach(), torch.autograd.grad(value, leaf)[0]
 
 
 def alignment(grads: Sequence[Tensor]) -> tuple[float, float]:
@@ -63,7 +78,9 @@ def alignment(grads: Sequence[Tensor]) -> tuple[float, float]:
 def update(cfg: Config, world: World, state: State, tasks: Sequence[DistillSet], r: int) -> tuple[State, Metrics]:
     """One outer step on the learner ([Wei2024] Algorithm 2), or for ERM one step on the summed losses at theta.
 
-    Losses and gradients are computed on `world.device`, the outer step on the CPU, where the state stays.
+    Losses and gradients are computed on `world.device`, the outer step on the CPU, where the state stays. The figure
+    `bell/loss` is the mean over the tasks, in nats, of the loss that each had when its step was taken: of the first
+    task at theta, of the others at the weights that the steps before left. Of ERM all are at theta.
     """
     theta = state["theta"].to(world.device)
     tasks = [DistillSet(*(part.to(world.device) for part in task)) for task in tasks]
@@ -71,14 +88,15 @@ def update(cfg: Config, world: World, state: State, tasks: Sequence[DistillSet],
     metrics: Metrics = {}
     with_base = cfg.learner_update == "erm" or (cfg.alignment_every > 0 and r % cfg.alignment_every == 0)
     if with_base:
-        base = [plain_grad(loss)(theta) for loss in loss_fns]
+        met, base = zip(*[value_and_grad(loss, theta) for loss in loss_fns], strict=True)
         metrics["align/base_product"], metrics["align/base_cosine"] = alignment(base)
     if cfg.learner_update == "erm":
         pseudo = torch.stack(base).sum(0)
     else:
-        moved, path = inner_path(loss_fns, theta, lr=cfg.bell_lr, optimizer=cfg.bell_inner)
+        moved, met, path = inner_path(loss_fns, theta, lr=cfg.bell_lr, optimizer=cfg.bell_inner)
         metrics["align/path_product"], metrics["align/path_cosine"] = alignment(path)
         pseudo = cfg.bell_scale * (theta - moved)
+    metrics["bell/loss"] = float(torch.stack(list(met)).mean())
     before, pseudo = state["theta"], pseudo.cpu()
     if cfg.bell_outer == "interpolate" and cfg.learner_update == "bell":
         state = {**state, "theta": before - cfg.bell_outer_lr * pseudo}
@@ -86,7 +104,5 @@ def update(cfg: Config, world: World, state: State, tasks: Sequence[DistillSet],
         slot = "adam" if cfg.bell_outer == "shared-adam" else "adam_bell"
         new, adam = optim.adam_step(before, pseudo, optim.Adam(**state[slot]), lr=cfg.bell_outer_lr)
         state = {**state, "theta": new, slot: adam._asdict()}
-    with torch.no_grad():
-        metrics["bell/loss"] = float(torch.stack([loss(theta) for loss in loss_fns]).mean())
     metrics["bell/step_norm"] = float((state["theta"] - before).norm())
     return state, metrics

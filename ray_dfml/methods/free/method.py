@@ -6,11 +6,12 @@ Deviations of the released code and of this implementation are rows of docs/meth
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 
 import torch
+from torch import Tensor
 
 from ray_dfml.core import optim, seeds
 from ray_dfml.core.generators import generator
@@ -35,7 +36,7 @@ from ray_dfml.methods.base import (
 from ray_dfml.methods.free import bell
 from ray_dfml.methods.free.config import PRESETS, PROFILES, Config
 from ray_dfml.methods.free.five import five
-from ray_dfml.methods.inversion import Judge, checked_generator, dropped_statistics
+from ray_dfml.methods.inversion import checked_generator, dropped_statistics
 from ray_dfml.types import Arrays, Job, Shard, Teacher, TeacherCard
 
 
@@ -100,7 +101,7 @@ def recover(shard: Shard, jobs: Sequence[Job], shared: Arrays) -> list[Arrays]:
     start = torch.tensor(shared["theta_g"], device=shard.device)
 
     def invert(jobs: Sequence[Job], teachers: Sequence[Teacher], batched: bool) -> list[Arrays | None]:
-        judge = None if ask is None else partial(stacked, ask, batched=batched)
+        judge = None if ask is None else partial(stacked, partial(ask, first_order=not batched), batched=batched)
         begun, names = start.expand(len(jobs), -1), [job.seed for job in jobs]
         tasks, adapted = five(cfg, net_g, teachers, begun, judge, names, way=shared["way"], batched=batched)
         if cfg.generator_sharing == "sequential":
@@ -110,13 +111,13 @@ def recover(shard: Shard, jobs: Sequence[Job], shared: Arrays) -> list[Arrays]:
     return recovery.recover(shard, jobs, invert)
 
 
-def _learner(shared: Arrays, device: torch.device) -> Judge | None:
-    """The learner as a function of pixels [n c h w]; None while it takes no part."""
+def _learner(shared: Arrays, device: torch.device) -> Callable[..., Tensor] | None:
+    """The learner as a function of pixels [n c h w] and `first_order`; None while it takes no part."""
     if shared["theta"] is None:
         return None
     network = net(shared["arch"], tuple(shared["shape"]), shared["way"])
     theta, mean, std = (torch.tensor(shared[k], device=device) for k in ("theta", "mean", "std"))
-    return lambda pixels: network(theta, normalise(pixels, mean, std))
+    return lambda pixels, first_order: network(theta, normalise(pixels, mean, std), first_order=first_order)
 
 
 def learn(cfg: Config, world: World, state: State, r: int, results: list[Arrays], send: Send) -> tuple[State, Metrics]:

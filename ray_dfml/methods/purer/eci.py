@@ -6,6 +6,7 @@ curriculum is due, the first step of a job also ascends the learner's outer loss
 """
 
 from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -58,9 +59,11 @@ def invert(
         shifts = [torch.randint(-cfg.shift, cfg.shift + 1, (2,), generator=rng).tolist() for rng in rngs]
         seen = torch.stack([torch.roll(one, at, (-2, -1)) for one, at in zip(leaf, shifts, strict=True)])
         if with_statistics:
-            logits, found = stacked(network.with_stats, theta, seen, stats, batched=batched)
+            call = partial(network.with_stats, first_order=not batched)
+            logits, found = stacked(call, theta, seen, stats, batched=batched)
         else:
-            logits, found = stacked(network, theta, seen, stats, batched=batched), None
+            call = partial(network, first_order=not batched)
+            logits, found = stacked(call, theta, seen, stats, batched=batched), None
         total = []
         for j in range(len(jobs)):
             loss = F.cross_entropy(logits[j], labels)
