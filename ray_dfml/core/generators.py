@@ -5,6 +5,7 @@
 
 import functools
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,16 +15,43 @@ from ray_dfml.core.layers import Layers, conv_shapes, linear_shapes, norm_shapes
 from ray_dfml.core.weights import Layout
 
 
-def upsampled_conv_kernel(weight: Tensor) -> Tensor:
-    """The kernel [i o 4 4] of the transposed convolution (stride 2, padding 1) equal to nearest x2, then conv 3x3 [o
-    i 3 3].
+def upsampled_conv(x: Tensor, weight: Tensor, layers: Layers) -> Tensor:
+    """Nearest x2, then conv 3x3 with `weight` [o i 3 3]: images [n o 2h 2w] of images [n i h w].
 
-    Nearest upsampling repeats each pixel, so 9 products of the convolution fall on 4 distinct pixels: summing the
-    kernel instead of the image saves 5 of 9 multiply-accumulates, forward and backward.
+    Nearest upsampling spreads each pixel over a 2x2 window. The convolution comes first here, as a transposed one of
+    stride 2 on the pixels alone, and then each value becomes the sum of its window: a quarter of the
+    multiply-accumulates, forward and backward.
     """
-    full = F.pad(weight.flip(2, 3), (1, 1, 1, 1))
-    summed = full[:, :, :-1, :-1] + full[:, :, 1:, :-1] + full[:, :, :-1, 1:] + full[:, :, 1:, 1:]
-    return summed.transpose(0, 1)
+    spread = F.conv_transpose2d(layers.laid_out(x), layers.laid_out(weight.flip(2, 3).transpose(0, 1)), stride=2)
+    return F.avg_pool2d(spread, 2, 1, divisor_override=1)
+
+
+class ThinConv(torch.autograd.Function):
+    """conv 3x3 from many channels [n c h w] to few, with `weight` [o c 3 3]: one matrix product, whose 9 o values of a
+    pixel are then added up where they belong. Twice as fast as a convolution of 3 outputs on a CPU.
+
+    It cannot be differentiated twice, nor used under `vmap`.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        """Images [n o h w]."""
+        pixels = x.permute(0, 2, 3, 1).flatten(1, 2)
+        rows = weight.flip(2, 3).permute(0, 2, 3, 1).reshape(-1, weight.shape[1])
+        ctx.save_for_backward(pixels, rows)
+        ctx.sizes = x.shape
+        return F.fold(rows @ pixels.mT, x.shape[2:], 3, padding=1)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        """The same products, transposed."""
+        pixels, rows = ctx.saved_tensors
+        n, c, h, w = ctx.sizes
+        spread = F.unfold(grads[0], 3, padding=1)
+        of_x = (spread.mT @ rows).view(n, h, w, c).permute(0, 3, 1, 2)
+        of_weight = (spread @ pixels).sum(0).view(-1, 3, 3, c).permute(0, 3, 1, 2).flip(2, 3)
+        return of_x, of_weight
 
 
 class StandardGenerator:
@@ -55,10 +83,12 @@ class StandardGenerator:
             x = torch.cat([x, layers.linear("label", parts[1])], -1)
         x = layers.norm("norm0", layers.laid_out(x.view(-1, *self.grid)))
         for i in (1, 2):
-            kernel = layers.laid_out(upsampled_conv_kernel(layers.tensors[f"conv{i}.weight"]))
-            x = layers.norm(f"norm{i}", F.conv_transpose2d(x, kernel, stride=2, padding=1))
+            x = layers.norm(f"norm{i}", upsampled_conv(x, layers.tensors[f"conv{i}.weight"], layers))
             x = F.leaky_relu(x, 0.2, inplace=layers.first_order)
-        return torch.sigmoid(F.conv2d(x, layers.tensors["conv3.weight"], layers.tensors["conv3.bias"], padding=1))
+        weight, bias = layers.tensors["conv3.weight"], layers.tensors["conv3.bias"]
+        if layers.first_order and x.device.type == "cpu":
+            return torch.sigmoid(ThinConv.apply(x, weight) + bias[:, None, None])
+        return torch.sigmoid(F.conv2d(x, weight, bias, padding=1))
 
 
 class Generator:

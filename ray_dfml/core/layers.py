@@ -57,7 +57,7 @@ class Layers:
             if not self.capture:
                 return norm.native_of_batch(x, weight, bias)
             y, mean, var = norm.native_with_moments(x, weight, bias)
-            self._keep(name, mean, var, shift)
+            self._keep(name, mean, var, None if shift is None else shift.detach())
             return y
         mean, var = norm.moments(x)
         if self.capture:

@@ -10,18 +10,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from ray_dfml.core.generators import Generator, generator, upsampled_conv_kernel
+from ray_dfml.core.generators import Generator, ThinConv, generator, upsampled_conv
+from ray_dfml.core.layers import Layers
 from tests.support import PROPERTY, normal
 
 
 @PROPERTY
-@given(st.integers(1, 3), st.integers(1, 3), st.integers(1, 3), st.integers(1, 5), st.integers(1, 5))
-def test_the_summed_kernel_equals_nearest_upsampling_then_convolution(device, n, inputs, outputs, height, width):
+@given(st.integers(1, 3), st.integers(1, 3), st.integers(1, 3), st.integers(1, 5), st.integers(1, 5), st.booleans())
+def test_the_transposed_convolution_equals_nearest_upsampling_then_convolution(
+    device, n, inputs, outputs, height, width, first_order
+):
     x, weight = (
         normal(n, inputs, height, width, device=device).requires_grad_(),
         normal(outputs, inputs, 3, 3, seed=1, device=device).requires_grad_(),
     )
-    found = F.conv_transpose2d(x, upsampled_conv_kernel(weight), stride=2, padding=1)
+    found = upsampled_conv(x, weight, Layers({}, first_order=first_order))
     expected = F.conv2d(F.interpolate(x, scale_factor=2, mode="nearest"), weight, padding=1)
     torch.testing.assert_close(found, expected)
     cotangent = normal(*expected.shape, seed=2, device=device)
@@ -30,6 +33,21 @@ def test_the_summed_kernel_equals_nearest_upsampling_then_convolution(device, n,
         torch.autograd.grad(expected, (x, weight), cotangent),
         strict=True,
     ):
+        torch.testing.assert_close(a, b)
+
+
+@PROPERTY
+@given(st.integers(1, 3), st.integers(1, 5), st.integers(1, 3), st.integers(1, 6), st.integers(1, 6))
+def test_the_thin_convolution_equals_the_framework(device, n, inputs, outputs, height, width):
+    x, weight = (
+        normal(n, inputs, height, width).requires_grad_(),
+        normal(outputs, inputs, 3, 3, seed=1).requires_grad_(),
+    )
+    found, expected = ThinConv.apply(x, weight), F.conv2d(x, weight, padding=1)
+    torch.testing.assert_close(found, expected)
+    cotangent = normal(*expected.shape, seed=2, device=device)
+    pairs = [torch.autograd.grad(out, (x, weight), cotangent) for out in (found, expected)]
+    for a, b in zip(*pairs, strict=True):
         torch.testing.assert_close(a, b)
 
 

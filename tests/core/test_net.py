@@ -208,6 +208,7 @@ def test_first_order_changes_no_more_than_rounding(device, arch, channels, size,
         if "captured" in kind:
             logits, stats = network.with_stats(leaf, images, fixed, first_order=first_order)
             total = (logits * cotangent.to(dtype)).sum()
+            assert stats.requires_grad == (len(stats) > 0 and not (first_order and given is None))
             total = total if given is None else total + stats.square().sum()
         else:
             logits = network(leaf, images, fixed, first_order=first_order)

@@ -217,8 +217,8 @@ def test_the_query_set_is_recovered_against_the_distilled_weights(device):
     queries = {}
     for name, weights in (("phi", phi), ("theta", theta)):
         queries[name] = synthesize(
-            device,
-            cfg, lambda pixels, w=weights: WORLD.net(w, normalise(pixels[0], MEAN.to(w), STD.to(w)))[None],
+            device, cfg,
+            lambda pixels, w=weights: WORLD.net(w, normalise(pixels[0], MEAN.to(w), STD.to(w)), first_order=True)[None],
             seed=0, stream="query",
         )  # fmt: skip
     queries["none"] = synthesize(device, cfg, seed=0, stream="query")
