@@ -123,7 +123,7 @@ def test_the_images_of_the_lowest_loss_are_kept(device, monkeypatch):
 
     monkeypatch.setattr(Inversion, "losses", spy)
     bests = set()
-    for seed in range(4):
+    for seed in range(8):
         tried.clear()
         task = synthesize(device, cfg, seed=seed)
         assert len(tried) == 12
