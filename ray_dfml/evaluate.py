@@ -43,10 +43,10 @@ class EvalConfig(BaseModel):
     )
     query: int = Field(default=15, ge=1, description="Query images per class.")
     steps: int = Field(default=10, ge=0, description="Adaptation steps on the support.")
-    lr: float = Field(default=0.01, gt=0, description="Their step size.")
+    lr: float = Field(default=0.01, gt=0, description="Their step size where `lrs` has none.")
     lrs: tuple[Annotated[float, Field(gt=0)], ...] = Field(
         default=(0.01, 0.05, 0.2, 0.5),
-        description="Candidate step sizes at test; for each data set the best on validation is used. Empty: `lr`.",
+        description="Candidate step sizes; the best on validation episodes is used. Empty, or without data: `lr`.",
     )
     bn: BatchNormMode = Field(
         default="transductive", description="Batch-norm statistics at test; stamped on every number."

@@ -16,7 +16,7 @@ import numpy as np
 
 from ray_dfml.config import RunConfig, build
 from ray_dfml.errors import DfmlError, RejectedError
-from ray_dfml.methods import METHODS
+from ray_dfml.methods import METHODS, UNTRAINED
 from ray_dfml.methods.base import Metrics, State, World, learner_weights
 from ray_dfml.methods.baselines import untrained
 from ray_dfml.scorer import Part, accuracies
@@ -105,13 +105,13 @@ class Trainer:
         """The weights of a selection: `last`, `val`, `test-best`, or `random`, a fresh learner. KeyError: none yet."""
         if selection == "last":
             return self._weights(self.state)
-        if selection == "random":
+        if selection == UNTRAINED:
             return self._fresh
         return LearnerWeights.of(self.state[KEYS[selection]]["weights"])
 
     def candidates(self) -> dict[str, str]:
         """Selection -> digest of its weights, of all selections that there are. `score` knows these digests."""
-        names = ["last", "random", *(name for name, key in KEYS.items() if self.state[key])]
+        names = ["last", UNTRAINED, *(name for name, key in KEYS.items() if self.state[key])]
         found = {name: self.weights(name) for name in names}
         self._known = {weights.digest: weights for weights in found.values()}
         return {name: weights.digest for name, weights in found.items()}

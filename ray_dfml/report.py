@@ -21,7 +21,7 @@ from ray_dfml import plots
 from ray_dfml.data import weights_file
 from ray_dfml.data.pool import Pool
 from ray_dfml.errors import DfmlError, RejectedError, UsageError
-from ray_dfml.methods import METHODS
+from ray_dfml.methods import METHODS, UNTRAINED
 from ray_dfml.plots import number
 
 
@@ -133,7 +133,7 @@ def verdict(row: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> tuple[
     """
     same = ("data", "split", "way", "shot", "episodes", "bn")
     for other in rows:
-        if other.get("method") == "random" != row.get("method") and all(other.get(k) == row.get(k) for k in same):
+        if other.get("method") == UNTRAINED != row.get("method") and all(other.get(k) == row.get(k) for k in same):
             mean, base = number(row.get("mean")), number(other.get("mean"))
             if mean is not None and base is not None:
                 margin = (number(row.get("ci95")) or 0.0) + (number(other.get("ci95")) or 0.0)
@@ -155,14 +155,14 @@ def _table(record: Record) -> list[dict[str, Any]]:
         method, selection = str(row.get("method")), row.get("selection")
         where = [str(row.get(k)) for k in ("data", "split")] + [number(row.get(k)) or 0 for k in ("way", "shot")]
         order = selections.index(selection) if selection in selections else len(selections)
-        return (*where, method == "random", not _own(record, row), method, order)
+        return (*where, method == UNTRAINED, not _own(record, row), method, order)
 
     rows, last = [], None
     for row in sorted(record.scores, key=place):
         above, gain = verdict(row, record.scores)
         task = f"{row.get('way')}-way {row.get('shot')}-shot"
         episodes = (row.get("data"), row.get("split"), task)
-        if row.get("method") == "random":
+        if row.get("method") == UNTRAINED:
             against = "the reference"
         elif above is None:
             against = "not compared: no random on these episodes"

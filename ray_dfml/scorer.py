@@ -22,7 +22,7 @@ POOLED = "pooled"
 """The `data` of a score over the episodes of all data sets of a run."""
 
 TRIAL_SHARE = 4
-"""A validation tries each step size on one in so many of its episodes, and scores the best of them on all."""
+"""A validation tries each step size on one of so many parts of its episodes, and scores with the best one on all."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,7 +119,8 @@ class Scorer:
         """Mean accuracy in percent at the largest shot on `eval.val_episodes` episodes of every validation set, or of
         every test set, with the step that suits the weights; None without such sets.
 
-        The step is the one of `eval.lrs` that is best on the first quarter of the validation episodes.
+        The step is the one of `eval.lrs` that is best on the first quarter of the validation episodes, rounded up to
+        whole jobs.
         """
         sets = self._test if on_test else self._val
         if not sets:
@@ -133,7 +134,7 @@ class Scorer:
         """The step of `eval.lrs` whose mean accuracy on the validation episodes of `data`, over all shots, is best; the
         first of equals. `eval.lr` without candidates, without validation data, and for a head that takes no steps.
 
-        `POOLED`, and data that have no validation episodes, stand for the episodes of all sets.
+        For `POOLED`, and for data without validation episodes, the step is chosen on those of all data sets.
         """
         own = [one for one in self._val if one[0] == data]
         return self._best(weights, own or self._val, self._cfg.shots, self._cfg.val_episodes)

@@ -84,11 +84,11 @@ class Job:
 
 
 class Backend(Protocol):
-    """Where work is done. One verb, and one for arrays that many calls share."""
+    """Where work is done: `map` does it, and `keep` stores an array that many calls read."""
 
     def keep(self, value: np.ndarray) -> Any:
-        """An array that stays as it is, or a reference to it. It goes into `shared` of as many calls as one likes, at
-        its top level, and travels once; ops find the array in its place."""
+        """An array as it is, or a reference to it, for the top level of `shared` in any number of calls. Ops find the
+        array there, which travels once."""
         ...
 
     def map(self, op: str, jobs: Sequence[Job], shared: Arrays) -> list[Arrays]:

@@ -202,8 +202,8 @@ def test_a_row_has_the_keys_of_the_contract(method: str) -> None:
         assert (row["way"], row["shot"], row["episodes"], row["split"]) == (2, 1, 20, "test")
 
 
-def test_the_worker_of_the_tests_is_a_shard_in_small() -> None:
-    """Both give a recover job the same bits."""
+def test_the_shard_of_the_tests_gives_what_a_real_one_gives() -> None:
+    """The same bits for a recover job."""
     one = trainer()
     jobs = one.method.plan(one.config.method, one.world, one.state, 0)
     shared = one.method.shared(one.config.method, one.world, one.state, 0)

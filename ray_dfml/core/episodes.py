@@ -1,4 +1,4 @@
-"""Evaluation episodes: index lists that depend on (seed, index) only, so that all methods and workers see the same."""
+"""Evaluation episodes: index lists that depend on (seed, index) only, so that all methods and shards see the same."""
 
 from typing import NamedTuple
 

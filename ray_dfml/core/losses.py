@@ -21,9 +21,8 @@ def distillation(teacher: Tensor, student: Tensor, *, form: str = "kl") -> Tenso
     """Distillation loss (scalar) of student logits [n q] against teacher logits [n q], which get no gradient.
 
     `kl`: mean KL ([Wei2024] Eq. 3). `probdot`: the released code's `kl_div` on probabilities, mean over all n*q
-    entries,
-    t (log t - s): its gradient is minus the inner product <t, s> / (n q), bounded, and it vanishes where s is surely
-    wrong.
+    entries, t (log t - s): its gradient is minus that of the inner product <t, s> / (n q), bounded, and it vanishes
+    where s is surely wrong.
     """
     teacher = teacher.detach()
     if form == "kl":

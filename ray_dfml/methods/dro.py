@@ -68,8 +68,8 @@ def penalised(cfg: Config, psi: dict[str, Tensor], e: Tensor, shift: Tensor, tar
 def worst_shift(cfg: Config, psi: dict[str, Tensor], e: Tensor, target: Tensor) -> Tensor:
     """The shift [b d] after gradient ascent on `penalised` from 0.
 
-    The step size is 1 / (2 gamma): a step then goes to (gradient of the error) / (2 gamma), which the maximum fulfils,
-    for any gamma.
+    The step size is 1 / (2 gamma). A step then sets the shift to g / (2 gamma), where g is the gradient of the error at
+    the shift before it; the shift at the maximum satisfies this equation too, whatever gamma is.
     """
     psi = {name: part.detach() for name, part in psi.items()}
     shift = torch.zeros_like(e)

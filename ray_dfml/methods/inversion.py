@@ -102,8 +102,9 @@ def as_teacher_sees(pixels: Tensor, image: ImageSpec) -> Tensor:
 class Inversion:
     """The loss of images of b teachers of one architecture and input, and how these see them.
 
-    `batched` evaluates the b networks through `vmap`, else they run one after another; they never mix. Seeds choose the
-    output units and, with the name of a `stream`, the draws: several sets of one seed are of the same units.
+    `batched` evaluates the b networks through `vmap`, else they run one after another; they never mix. The seeds
+    choose the output units. Together with `stream` they also seed the draws, so two inversions of one seed and two
+    streams have the same units and other images.
     """
 
     def __init__(

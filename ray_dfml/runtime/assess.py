@@ -76,5 +76,5 @@ class Assessment:
             Entry(method=name, selection=one, weights=candidates[one], readings=self._readings)
             for one in ("val", "last", "test-best") if one in candidates
         ]  # fmt: skip
-        fresh = Entry(method=UNTRAINED, selection="last", weights=candidates["random"], readings=("finetune",))
+        fresh = Entry(method=UNTRAINED, selection="last", weights=candidates[UNTRAINED], readings=("finetune",))
         return entries if name == UNTRAINED else [*entries, fresh]
