@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from ray_dfml.compare import KEYS
+from tests.run_folders import AVERAGE, FREE, RANDOM, edit, make
 from tests.runtime import toy
-from tests.test_compare import AVERAGE, FREE, RANDOM, edit, make
 from tests.test_report import Page
 
 Command = Callable[..., toy.Done]
