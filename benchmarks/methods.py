@@ -1,6 +1,7 @@
 """All methods on Omniglot with equal time: a pool of 20 Conv4-32 teachers per seed, 5-way, 1- and 5-shot.
 
 Usage: python benchmarks/methods.py SPEC OUT [--seconds 180] [--seeds 3,4,5] [--methods free,purer,...]
+       python benchmarks/methods.py SPEC OUT --rounds free=15,purer=27 [--seeds 3] [--against OUT2]
 Rows are files OUT/METHOD-SEED.json; those that exist are kept, so that a stopped run goes on, and two processes may
 share the seeds. `--table` prints the table of what is there and measures nothing.
 
@@ -8,11 +9,14 @@ The presets were found on a pool of seed 0, scored on validation episodes and, f
 `eval.seed` 0. Hence other pools and other episodes (`eval.seed` 1) here.
 
 A method trains until its process has used `--seconds` of processor time (one thread), whatever else the machine does;
-validation and test are not counted. The step size at test is chosen per method on validation episodes, as `train` does.
+validation and test are not counted. A method that `--rounds` names trains for so many rounds instead: equal work, to
+compare two commits. `--against` prints the paired differences to the rows in another folder. The
+step size at test is chosen per method on validation episodes, as `train` does.
 """
 
 import argparse
 import json
+import math
 import subprocess
 import time
 from pathlib import Path
@@ -58,8 +62,8 @@ def pool_of(spec: str, folder: Path, seed: int) -> Pool:
     return pool
 
 
-def run(method: str, seed: int, spec: str, out: Path, seconds: float) -> dict[str, Any]:
-    """One row: scores per episode, and what was met on the way."""
+def run(method: str, seed: int, spec: str, out: Path, seconds: float, rounds: int | None) -> dict[str, Any]:
+    """One row: scores per episode, and what was met on the way. `rounds` goes before `seconds` where it is given."""
     commit, pool = _commit(), pool_of(spec, out / f"pool-{seed}", seed)
     data = datasets.load(spec)
     parts = {split: data.subset(split) for split in ("train", "val", "test")}
@@ -79,7 +83,8 @@ def run(method: str, seed: int, spec: str, out: Path, seconds: float) -> dict[st
         config.eval, way=5, head="maml", val=[("omniglot", "val")], test=[("omniglot", "test")], ask=trainer.score
     )  # fmt: skip
     spent, began, rows, r = 0.0, time.perf_counter(), [], 0
-    while r < config.method.rounds and spent < seconds:
+    seconds = math.inf if rounds else seconds
+    while r < (rounds or config.method.rounds) and spent < seconds:
         used = time.process_time()
         metrics = trainer.round(r)
         spent += time.process_time() - used
@@ -156,6 +161,23 @@ def table(out: Path) -> None:
         )
 
 
+def differences(out: Path, other: Path) -> None:
+    """Print, for each row that both folders have, the mean of both and the paired difference over the episodes."""
+    print("\n| row | commit there | there | here | here - there |")
+    print("|---|---|---|---|---|")
+    for path in sorted(out.glob("*-[0-9]*.json")):
+        if not (other / path.name).exists():
+            continue
+        here, there = (json.loads((folder / path.name).read_text()) for folder in (out, other))
+        for name, accuracies in here["scores"].items():
+            now, then = np.array(accuracies), np.array(there["scores"][name])
+            gap = "{:+.2f} ± {:.2f}".format(*mean_ci95(now - then))
+            print(
+                f"| {name}-shot, seed {here['seed']} | {there['commit']} | {then.mean():.2f} | "
+                f"{now.mean():.2f} | {gap} |"
+            )
+
+
 def main() -> None:
     """Measure what is missing, then print the table."""
     parser = argparse.ArgumentParser()
@@ -164,18 +186,23 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=180.0)
     parser.add_argument("--seeds", default="3,4,5")
     parser.add_argument("--methods", default=",".join((*INVERSION, *BASELINES, "maml-oracle")))
+    parser.add_argument("--rounds", default="", help="METHOD=N,...")
+    parser.add_argument("--against", type=Path)
     parser.add_argument("--table", action="store_true")
     given = parser.parse_args()
     given.out.mkdir(parents=True, exist_ok=True)
+    rounds = {name: int(count) for name, _, count in (one.partition("=") for one in given.rounds.split(",") if one)}
     for seed in [] if given.table else [int(s) for s in given.seeds.split(",")]:
         for method in given.methods.split(","):
             target = given.out / f"{method}-{seed}.json"
             if not target.exists():
-                row = run(method, seed, given.spec, given.out, given.seconds)
+                row = run(method, seed, given.spec, given.out, given.seconds, rounds.get(method))
                 target.with_suffix(".part").write_text(json.dumps(row))
                 target.with_suffix(".part").rename(target)
                 print(method, seed, row["train_seconds"], flush=True)
     table(given.out)
+    if given.against:
+        differences(given.out, given.against)
 
 
 if __name__ == "__main__":
