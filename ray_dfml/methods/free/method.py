@@ -219,7 +219,7 @@ METHOD = Method(
     panels=(
         panels.RECOVERED,
         panels.INVERSION,
-        Panel("Distillation loss", "nats per image", "Mean over the round's tasks, before the learner's step.",
+        Panel("Distillation loss", "nats per image", "Mean over the round's tasks, each before its own step.",
               {"bell/loss": "distillation"}),
         *panels.REPLAY,
         Panel("Gradient alignment: cosine", "mean pairwise cosine",

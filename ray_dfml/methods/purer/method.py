@@ -125,10 +125,10 @@ def learn(cfg: Config, world: World, state: State, r: int, results: list[Arrays]
         "images": {id: new.get(id, state["images"][id]) for id in usable},
         "push": {id: state["push"][id] for id in usable if id in state["push"] and id not in new},
     }
-    if r == 0 and cfg.start == "average":
-        state = {**state, "theta": mean([one.theta for one in fetch(world.cards, send)])}
     if r < cfg.image_warmup:
         return state, metrics
+    if r == cfg.image_warmup and cfg.start == "average":
+        state = {**state, "theta": mean([one.theta for one in fetch(world.cards, send)])}
     store = _Store(cfg, world, state)
     bank_of.check_left(cfg.meta, world, {}, cfg.image_key)
     found: Metrics = {}
