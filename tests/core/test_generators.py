@@ -40,8 +40,8 @@ def test_the_transposed_convolution_equals_nearest_upsampling_then_convolution(
 @given(st.integers(1, 3), st.integers(1, 5), st.integers(1, 3), st.integers(1, 6), st.integers(1, 6))
 def test_the_thin_convolution_equals_the_framework(device, n, inputs, outputs, height, width):
     x, weight = (
-        normal(n, inputs, height, width).requires_grad_(),
-        normal(outputs, inputs, 3, 3, seed=1).requires_grad_(),
+        normal(n, inputs, height, width, device=device).requires_grad_(),
+        normal(outputs, inputs, 3, 3, seed=1, device=device).requires_grad_(),
     )
     found, expected = ThinConv.apply(x, weight), F.conv2d(x, weight, padding=1)
     torch.testing.assert_close(found, expected)
