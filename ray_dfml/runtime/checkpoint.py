@@ -15,6 +15,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -33,6 +34,9 @@ FORMAT = 2
 
 SAMPLE = 64
 """Bytes of a row that are compared before whole rows are."""
+
+MADE = re.compile(r"round-\d+\.json|[\w-]+-\d+\.safetensors")
+"""What a file written here is called. Whatever else lies in the folder is left alone."""
 
 Array = torch.Tensor | np.ndarray
 Place = tuple[str, ...]
@@ -88,7 +92,7 @@ class Checkpoints:
         Raises RejectedError where it cannot be read, or another version wrote it.
         """
         self._folder.sweep()
-        names = [name for name in self._folder.names() if name.startswith("round-")]
+        names = [name for name in self._names() if name.startswith("round-")]
         made = [name for name in names if name.endswith(".json")]
         if names and not made:
             raise RejectedError(
@@ -106,13 +110,12 @@ class Checkpoints:
             self._files = {name: _File(**file) for name, file in content["files"].items()}
             state = self._fill(content["tree"], (), {})
             saved = Saved(made[-1], _sha256(text), int(content["rounds"]))
+        except FileNotFoundError as error:
+            raise _not_whole(where, made, f"{Path(error.filename).name} is missing") from None
         except OSError as error:
             raise RejectedError(f"{error.filename or where}: cannot be read: {error.strerror or error}") from None
         except Exception as error:
-            before = made[-2] if len(made) > 1 else "the start"
-            raise RejectedError(
-                f"{where}: not a whole checkpoint ({first_line(error)}); to go on from {before}, move it elsewhere"
-            ) from None
+            raise _not_whole(where, made, first_line(error)) from None
         self._needed[saved.name] = set(self._files)
         return saved, state, content["note"]
 
@@ -194,7 +197,7 @@ class Checkpoints:
 
     def _drop(self) -> None:
         """Remove old checkpoints, and the files that only they needed or that belong to none."""
-        names = self._folder.names()
+        names = self._names()
         kept = [name for name in names if name.startswith("round-") and name.endswith(".json")][-KEEP:]
         for name in kept:
             if name not in self._needed:
@@ -202,6 +205,14 @@ class Checkpoints:
         self._needed = {name: self._needed[name] for name in kept}
         for name in set(names).difference(kept, *self._needed.values()):
             self._folder.remove(name)
+
+    def _names(self) -> list[str]:
+        return [name for name in self._folder.names() if MADE.fullmatch(name)]
+
+
+def _not_whole(where: Path, made: Sequence[str], reason: str) -> RejectedError:
+    before = made[-2] if len(made) > 1 else "the start"
+    return RejectedError(f"{where}: not a whole checkpoint ({reason}); to go on from {before}, move it elsewhere")
 
 
 def _sha256(data: bytes) -> str:

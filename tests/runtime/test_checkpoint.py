@@ -279,8 +279,23 @@ def test_what_may_not_be_read_is_said_so(tmp_path: Path, monkeypatch: pytest.Mon
 def test_a_missing_file_of_arrays_is_named(tmp_path: Path) -> None:
     open_(tmp_path).save(1, {"x": torch.ones(3)})
     (tmp_path / "x-000000.safetensors").unlink()
-    with pytest.raises(RejectedError, match=r"x-000000.safetensors: cannot be read: No such file or directory$"):
+    message = r"round-000000.json: not a whole checkpoint \(x-000000.safetensors is missing\); to go on from the start"
+    with pytest.raises(RejectedError, match=message):
         open_(tmp_path).load()
+
+
+def test_what_others_put_into_the_folder_stays(tmp_path: Path) -> None:
+    """Such as a checkpoint that was moved away, as the message on a damaged one asks for."""
+    (tmp_path / "damaged").mkdir()
+    for name in ("damaged/round-000007.json", "round-000009.json.bak", "round-9 (copy).json", "notes.txt"):
+        (tmp_path / name).write_text("mine")
+    before = names(tmp_path)
+    writer = open_(tmp_path)
+    assert writer.load() is None
+    for r in (1, 2, 3):
+        writer.save(r, {"x": torch.full((3,), float(r))})
+    assert set(before) < set(names(tmp_path))
+    assert loaded(tmp_path)[0] == 3
 
 
 @pytest.mark.parametrize("mask", [0o022, 0o002, 0o077])
