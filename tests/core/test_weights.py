@@ -18,7 +18,7 @@ def test_flatten_undoes_unflatten(device, parts):
     flat = normal(layout.numel, device=device)
     named = layout.unflatten(flat) if parts else {}
     assert [t.shape for t in named.values()] == parts
-    assert torch.equal(layout.flatten(named).double(), flat)
+    assert torch.equal(layout.flatten(named).double().to(device), flat)  # no parts are of no device
 
 
 def test_gradients_of_parts_arrive_at_their_place_in_the_vector(device):

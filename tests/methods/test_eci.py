@@ -215,14 +215,14 @@ def test_the_learner_sees_a_teacher_s_images_in_its_own_size_and_space(device):
 
 
 @pytest.mark.parametrize("image", [GREY.image, COLOUR.image, LEARNER], ids=["grey", "colour", "same"])
-def test_a_push_is_the_pixel_gradient_carried_back_to_the_teacher_s_images(device, image: ImageSpec):
+def test_a_push_is_the_pixel_gradient_carried_back_to_the_teacher_s_images(image: ImageSpec):
     """Against finite differences of <what the learner sees, gradient>; nothing at the rows that were not drawn."""
-    x, rows = normal(6, *image.shape, device=device), np.array([4, 1])
-    gradient = normal(2, *LEARNER.shape, seed=2, device=device)
-    push = torch.tensor(eci.push_of(x, rows, gradient, image, LEARNER, 10.0), device=device)
+    x, rows = normal(6, *image.shape), np.array([4, 1])
+    gradient = normal(2, *LEARNER.shape, seed=2)
+    push = torch.tensor(eci.push_of(x, rows, gradient, image, LEARNER, 10.0))
     assert push.dtype == x.dtype
     assert push[[0, 2, 3, 5]].abs().max() == 0
-    direction = normal(*x.shape, seed=3, device=device)
+    direction = normal(*x.shape, seed=3)
 
     def seen(eps: float) -> Tensor:
         return eci.as_learner_sees(x + eps * direction, image, LEARNER)[rows]
