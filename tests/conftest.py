@@ -21,6 +21,7 @@ from PIL import Image
 
 from ray_dfml.runtime.shard import pin
 from tests.runtime import toy
+from tests.support import GPU
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -37,7 +38,7 @@ def array_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
-@pytest.fixture(scope="session", params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.fixture(scope="session", params=["cpu", pytest.param("cuda", marks=GPU)])
 def device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
     """Where the code under test does its work. `pytest -m gpu` runs the tests that take it on an accelerator.
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import settings
 from torch import Tensor
@@ -24,6 +25,12 @@ from ray_dfml.types import Arrays, ImageSpec, Job, TeacherCard
 torch.set_num_threads(1)
 
 CPU = torch.device("cpu")
+GPU = [
+    pytest.mark.gpu,
+    pytest.mark.filterwarnings("ignore:Attempting to run cuBLAS"),  # the first product of a thread says so
+    pytest.mark.filterwarnings("ignore:There is a performance drop"),  # `vmap` looped over an operation
+]
+"""Marks of a test that runs on an accelerator."""
 
 PROPERTY = settings(max_examples=25, deadline=None, derandomize=True, database=None)
 """Settings of a property test: few examples, the same ones on every machine."""

@@ -21,7 +21,7 @@ from ray_dfml.core.inner_loop import (
     plain_grad,
 )
 from ray_dfml.core.net import Net
-from tests.support import normal, slope
+from tests.support import CPU, normal, slope
 
 CASES = pytest.mark.parametrize(
     ("arch", "shape", "shot"),
@@ -40,7 +40,7 @@ GAMMAS = pytest.mark.parametrize("gammas", ["positive", "negative", "mixed", "ze
 WAY = 2
 
 
-def weights(net: Net, gammas: str = "mixed") -> Tensor:
+def weights(net: Net, gammas: str = "mixed", device: torch.device = CPU) -> Tensor:
     """Weights in float64; the scales of batch norm are of one sign, of both, or partly zero."""
     theta = net.init(torch.Generator().manual_seed(0)).double()
     theta = theta + 0.1 * normal(theta.numel(), seed=1)
@@ -52,16 +52,18 @@ def weights(net: Net, gammas: str = "mixed") -> Tensor:
             gamma[:: 1 if gammas == "negative" else 3] *= -1
         if gammas == "zero":
             gamma[i : i + 3] = 0
-    return theta
+    return theta.to(device)
 
 
-def draw_tasks(shape: tuple[int, int, int], *, shot: int = 1, tasks: int = 1, soft: bool = False) -> Task:
+def draw_tasks(
+    shape: tuple[int, int, int], *, shot: int = 1, tasks: int = 1, soft: bool = False, device: torch.device = CPU
+) -> Task:
     support, query = normal(tasks, shot * WAY, *shape, seed=6), normal(tasks, 3 * WAY, *shape, seed=3)
     if soft:
         targets = [normal(tasks, n, WAY, seed=n).softmax(-1) for n in (shot * WAY, 3 * WAY)]
     else:
         targets = [torch.arange(WAY).repeat(n).expand(tasks, -1) for n in (shot, 3)]
-    return Task(support, targets[0], query, targets[1])
+    return Task(*(part.to(device) for part in (support, targets[0], query, targets[1])))
 
 
 def by_autograd(monkeypatch: pytest.MonkeyPatch, net: Net, theta: Tensor, tasks: Task, **given: Any) -> MetaGradient:
@@ -125,12 +127,12 @@ def by_definition(net: Net, theta: Tensor, task: Task, lr: float, steps: int) ->
 
 @pytest.mark.parametrize("soft", [False, True], ids=["hard", "soft"])
 @pytest.mark.parametrize("steps", [0, 1, 3])
-def test_the_meta_gradient_is_the_slope_of_the_query_loss(steps, soft):
+def test_the_meta_gradient_is_the_slope_of_the_query_loss(device, steps, soft):
     net, lr = Net("conv4", (3, 16, 16), WAY), 0.3
-    theta, tasks = weights(net), draw_tasks(net.shape, shot=2, soft=soft)
+    theta, tasks = weights(net, device=device), draw_tasks(net.shape, device=device, shot=2, soft=soft)
     task = Task(*(part[0] for part in tasks))
     found = meta_gradient(net, theta, tasks, lr=lr, steps=steps, batched=False)
-    direction = normal(theta.numel(), seed=4) / theta.numel() ** 0.5
+    direction = normal(theta.numel(), seed=4, device=device) / theta.numel() ** 0.5
 
     def loss(w: Tensor) -> Tensor:
         return F.cross_entropy(net(by_definition(net, w, task, lr, steps), task.query), task.query_y)
@@ -141,9 +143,9 @@ def test_the_meta_gradient_is_the_slope_of_the_query_loss(steps, soft):
 
 @pytest.mark.parametrize("soft", [False, True], ids=["hard", "soft"])
 @pytest.mark.parametrize("outputs", [WAY, WAY + 2])
-def test_adaptation_takes_the_steps_of_its_definition(outputs, soft):
+def test_adaptation_takes_the_steps_of_its_definition(device, outputs, soft):
     net = Net("conv4", (3, 16, 16), outputs)
-    theta, tasks = weights(net), draw_tasks(net.shape, shot=2, soft=soft)
+    theta, tasks = weights(net, device=device), draw_tasks(net.shape, device=device, shot=2, soft=soft)
     task = Task(*(part[0] for part in tasks))
     found = adapted(net, theta, task.support, task.support_y, head="maml", lr=0.3, steps=3, grad_of=plain_grad, way=WAY)
     assert relative(found - theta, by_definition(net, theta, task, 0.3, 3) - theta) < 1e-10
@@ -167,9 +169,9 @@ def test_learners_beside_one_another_do_not_touch():
 
 @pytest.mark.parametrize("head", ["maml", "anil", "protonet"])
 @pytest.mark.parametrize("shot", [1, inner_loop.SMALL])
-def test_supports_that_adapt_together_adapt_as_alone(head, shot):
-    net, labels = Net("conv4", (1, 16, 16), 3), torch.arange(WAY).repeat(shot)
-    theta, supports = weights(net), normal(GROUP + 2, WAY * shot, 1, 16, 16, seed=5)
+def test_supports_that_adapt_together_adapt_as_alone(device, head, shot):
+    net, labels = Net("conv4", (1, 16, 16), 3), torch.arange(WAY, device=device).repeat(shot)
+    theta, supports = weights(net, device=device), normal(GROUP + 2, WAY * shot, 1, 16, 16, seed=5, device=device)
     given: dict[str, Any] = {"head": head, "lr": 0.1, "steps": 2, "way": WAY}
     found = list(adapted_each(net, theta, supports, labels, **given))
     assert len(found) == len(supports)
@@ -212,11 +214,11 @@ def test_only_what_is_covered_is_done_by_hand():
     assert by_hand(mlp, mlp.init(torch.Generator()), "maml") is None
 
 
-def test_an_adaptation_to_be_differentiated_is_not_done_by_hand():
-    net, tasks = Net("conv4", (1, 16, 16), WAY), draw_tasks((1, 16, 16))
+def test_an_adaptation_to_be_differentiated_is_not_done_by_hand(device):
+    net, tasks = Net("conv4", (1, 16, 16), WAY), draw_tasks((1, 16, 16), device=device)
     support = tasks.support[0].requires_grad_()
     given: dict[str, Any] = {"head": "maml", "lr": 0.3, "steps": 2}
-    theta = weights(net).requires_grad_()
+    theta = weights(net, device=device).requires_grad_()
     phi = adapted(net, theta, support, tasks.support_y[0], grad_of=graph_grad, **given)
     assert all(bool(part.any()) for part in torch.autograd.grad(phi.square().sum(), (support, theta)))
     plain = adapted(net, theta.detach(), support.detach(), tasks.support_y[0], grad_of=plain_grad, **given)

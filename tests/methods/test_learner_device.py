@@ -1,21 +1,23 @@
 """The learner's own work on an accelerator gives the numbers of the CPU, within rounding."""
 
-from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
 from ray_dfml.methods import dro
-from tests.support import play, small_config, small_world
+from tests.support import GPU, FakeShard, play, small_config, small_world
 
 WORLD = small_world()
-pytestmark = pytest.mark.gpu
+pytestmark = GPU
 
 
 def ends(name: str, cfg: Any, *, rounds: int = 1) -> list[tuple[dict[str, Any], dict[str, Any]]]:
     """The last state and metrics of a method whose learner works on the CPU, and on the accelerator."""
-    return [play(name, cfg, replace(WORLD, device=device), rounds=rounds)[1:] for device in ("cpu", "cuda")]
+    return [
+        play(name, cfg, WORLD, rounds=rounds, shard=FakeShard(WORLD), device=torch.device(device))[1:]
+        for device in ("cpu", "cuda")
+    ]
 
 
 @pytest.mark.parametrize("changes", [{}, {"learner_update": "erm"}, {"bell_outer": "interpolate"}])

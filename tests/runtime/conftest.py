@@ -1,5 +1,6 @@
 """A second toy domain beside the grey one: larger images, in colour, and pools of several architectures."""
 
+import importlib.util
 from pathlib import Path
 
 import numpy as np
@@ -7,6 +8,11 @@ import pytest
 from PIL import Image
 
 from tests.runtime import toy
+
+OF_RAY = ("backends", "bits", "cluster", "dispatch", "method_bits", "place")
+"""Test modules that import Ray."""
+
+collect_ignore = [] if importlib.util.find_spec("ray") else [f"test_{name}.py" for name in OF_RAY]
 
 
 @pytest.fixture(scope="session")
