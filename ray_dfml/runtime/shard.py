@@ -37,9 +37,19 @@ def accelerators() -> list[str]:
     return [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
 
 
+def keep_memory() -> None:
+    """Let this process keep up to 64 MiB of freed memory for its next tensors; page faults cost a tenth of a step.
+
+    The C library of Linux returns what it is given back to the system at once, until a block of up to 32 MiB has been
+    freed: then it keeps twice as much. The block is not written to, so it takes no memory. Elsewhere nothing changes.
+    """
+    torch.empty(31 * 2**20, dtype=torch.uint8)
+
+
 def pin() -> None:
-    """One reduction order in every process: one thread, and no lower precision in products."""
+    """One reduction order in every process: one thread, and no lower precision in products. Memory is kept."""
     torch.set_num_threads(1)
+    keep_memory()
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.allow_tf32 = False
     torch.backends.cudnn.benchmark = False

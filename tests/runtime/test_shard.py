@@ -1,5 +1,8 @@
 """A shard's cache of teachers: bounded in bytes, the longest unused go first, each loaded when it is asked for."""
 
+import platform
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -114,3 +117,31 @@ def test_a_job_without_room_for_itself_ends_the_run(device: torch.device, monkey
     monkeypatch.setitem(OPS, "weights", crowded(0, []))
     with pytest.raises(torch.OutOfMemoryError):
         Shard(Source(), device=device).run("weights", [Job(index=i, seed=0) for i in range(3)], {})
+
+
+FAULTS = """
+import resource, torch
+from ray_dfml.runtime.shard import pin
+
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(3):
+        kept = [torch.ones(2**18) for _ in range(32)]
+        del kept
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+faults()
+print(faults())
+pin()
+faults()
+print(faults())
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="about the C library of Linux")
+def test_a_pinned_process_keeps_its_memory() -> None:
+    """Tensors of 32 MiB in all, made and freed again and again: at first each page is asked for anew."""
+    found = subprocess.run([sys.executable, "-c", FAULTS], capture_output=True, text=True, check=True).stdout.split()
+    before, after = map(int, found)
+    assert before > 10_000
+    assert after < 100
