@@ -1,4 +1,4 @@
-"""Classifiers of the field: the names and shapes of their tensors, and features as a function of these.
+"""The classifiers of the few-shot literature: each declares its tensors and computes features from them.
 
 A backbone holds no weights and no state. `net.Net` draws weights, gives a call its `Layers`, and applies the head.
 
@@ -17,23 +17,26 @@ from ray_dfml.errors import did_you_mean
 
 
 class Backbone(Protocol):
-    """A classifier without weights. A network of another library can be wrapped as one: it reads `layers.tensors`."""
+    """A classifier without weights.
+
+    A network of another library can be wrapped as a backbone whose `features` reads its weights from `layers.tensors`.
+    """
 
     parameters: Shapes
-    """Trainable tensors. The last two are the linear head's, `head.weight` [q f] and `head.bias` [q]."""
+    """Names and shapes of the trainable tensors. The last two are `head.weight` [q f] and `head.bias` [q]."""
     norms: dict[str, int]
-    """Batch norms and their channels."""
+    """Names of the batch norms, and how many channels each has."""
 
     def features(self, layers: Layers, x: Tensor) -> Tensor:
-        """Features [n f] of normalised images [n c h w]: what the head reads."""
+        """The features [n f] that the head reads, of normalised images [n c h w]."""
         ...
 
 
 class Conv4:
     """Four blocks of conv 3x3, batch norm, max-pool 2, ReLU, and a linear head ([Finn2017]).
 
-    ReLU and max-pool commute; pooling first is cheaper. With `adaptive` the features are each channel's maximum, so
-    that one head serves any input size.
+    ReLU and max-pooling commute, so pooling comes first, which is cheaper. With `adaptive` the features are the maximum
+    of each channel, so that one head serves any input size.
     """
 
     def __init__(
@@ -56,7 +59,7 @@ class Conv4:
 
 
 class ResidualBlock(NamedTuple):
-    """conv-BN-ReLU-conv-BN plus identity, or plus a 1x1 conv-BN where channels or size change ([He2016])."""
+    """conv-BN-ReLU-conv-BN plus a shortcut: the identity, or a 1x1 conv-BN where channels or size change ([He2016])."""
 
     name: str
     channels_in: int
@@ -70,7 +73,7 @@ class ResidualBlock(NamedTuple):
 
     @property
     def parameters(self) -> Shapes:
-        """Names and shapes of its tensors."""
+        """Names and shapes of the block's tensors."""
         found: Shapes = {}
         for i, channels_in in ((1, self.channels_in), (2, self.channels)):
             found |= conv_shapes(f"{self.name}.conv{i}", channels_in, self.channels, 3)
@@ -82,7 +85,7 @@ class ResidualBlock(NamedTuple):
 
     @property
     def norms(self) -> dict[str, int]:
-        """Its batch norms and their channels."""
+        """Names of the block's batch norms, and how many channels each has."""
         names = ("norm1", "norm2", "project_norm") if self.projects else ("norm1", "norm2")
         return {f"{self.name}.{norm}": self.channels for norm in names}
 
@@ -96,8 +99,10 @@ class ResidualBlock(NamedTuple):
 
 
 class ResNet:
-    """Few-shot ResNet: 3x3 stem without pooling and without ReLU, as the released few-shot variant; four stages of
-    64/128/256/512 channels, global average pool, linear head."""
+    """The few-shot ResNet: a 3x3 stem, four stages of 64/128/256/512 channels, a global average pool, a linear head.
+
+    The stem has neither pooling nor ReLU, as in the released few-shot variant.
+    """
 
     def __init__(self, channels_in: int, ways: int, *, depths: tuple[int, int, int, int]) -> None:
         self.blocks: list[ResidualBlock] = []
@@ -123,7 +128,10 @@ class ResNet:
 
 
 class MLP:
-    """Linear 512, linear 128, linear head, with ReLU: a teacher without batch norm. Logits, not probabilities."""
+    """Two linear layers of 512 and 128 units with ReLU, and a linear head: a teacher without batch norm.
+
+    The outputs are logits, not probabilities.
+    """
 
     def __init__(self, channels_in: int, height: int, width: int, ways: int) -> None:
         self.parameters = linear_shapes("layer1", channels_in * height * width, 512)
@@ -143,11 +151,11 @@ BACKBONES: dict[str, Callable[[int, int, int, int], Backbone]] = {
     "resnet18": lambda c, h, w, ways: ResNet(c, ways, depths=(2, 2, 2, 2)),
     "mlp": lambda c, h, w, ways: MLP(c, h, w, ways),
 }
-"""Name -> constructor (channels, height, width, ways). The allow-list of architectures: nothing else is ever built."""
+"""Name -> constructor (channels, height, width, ways). No architecture outside this list is ever built."""
 
 
 def known_arch(name: str) -> str:
-    """The name itself. Raises ValueError, with the names there are, for one outside the allow-list."""
+    """The name itself. Raises ValueError, with the known names, if it is none of `BACKBONES`."""
     if name not in BACKBONES:
         raise ValueError(f"unknown architecture {name!r}{did_you_mean(name, BACKBONES)}; known: {', '.join(BACKBONES)}")
     return name

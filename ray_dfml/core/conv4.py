@@ -1,9 +1,9 @@
 """Passes of a Conv4 written by hand: logits, gradients, batch-norm statistics, and steps of adaptation.
 
-They give what autograd gives through `net.Net` with batch statistics, in about a third of its time on a CPU. Letters in
-shapes: t learners (weight vectors), p weights, n images, h w height and width, c channels of a block, k = 9 x c entries
-of a 3x3 input patch, f features, q outputs. Activations are `[n h w t*c]`: channels come last, so that a vector per
-channel broadcasts, and t learners are t groups of channels of one convolution.
+They compute what autograd computes through `net.Net` with batch statistics, in about a third of its time on a CPU.
+Letters in shapes: t learners (weight vectors), p weights, n images, h w height and width, c channels of a block,
+k = 9 x c entries of a 3x3 input patch, f features, q outputs. Activations are `[n h w t*c]`. Channels come last, so
+that a vector with one entry per channel broadcasts; t learners are t groups of channels of one convolution.
 
 A block is y = conv(x, w), then batch norm, max-pooling and ReLU. Four identities make it cheap:
 
@@ -12,14 +12,14 @@ A block is y = conv(x, w), then batch norm, max-pooling and ReLU. Four identitie
   p = max y, a = relu(|gamma| r (p - mean) + beta), r = (var + eps)^(-1/2).
 * Mean and variance are two numbers per channel. The gradient that reaches y through them is A + B y with vectors A, B,
   to which the pooled gradient is added at the places of the largest values.
-* In the first block y is linear in w for the whole adaptation, so its statistics are those of the input's patches:
-  mean = w m, var = w C w' with the patches' mean m [k] and covariance C [k k]. Its gradient is zero off the largest
-  values, and y itself need not be kept.
-* The loss is the cross-entropy to targets that sum to one, so its gradient in the logits is softmax - target. The
-  divergence KL(target || softmax) has the same gradient.
+* The input of the first block is the same in all steps of an adaptation. The statistics of y therefore follow from the
+  mean m [k] and the covariance C [k k] of the input's patches: mean = w m, var = w C w'. The gradient at y is then kept
+  only at the places of the largest values, and y itself need not be kept.
+* The loss is the cross-entropy to targets that sum to one, so its gradient with respect to the logits is
+  softmax - target. The divergence KL(target || softmax) has the same gradient.
 
-Gradients at ties are autograd's: the first of equal values in a window, and nothing through a ReLU at 0. Where gamma is
-0 the whole window ties.
+Ties get the gradient that autograd gives them: the first of equal values in a window receives it, and a ReLU at 0
+passes none. Where gamma is 0, all values of a window are equal.
 """
 
 from typing import NamedTuple
@@ -34,12 +34,15 @@ from ray_dfml.core.net import Net
 from ray_dfml.core.norm import EPS
 
 ROWS = 8192
-"""Rows of a piece in `moments`: 1 MiB for 32 channels."""
+"""How many rows `moments` takes at a time: 1 MiB for 32 channels."""
 
 
 class Patches(NamedTuple):
-    """Mean [t k] and covariance [t k k] of the 3x3 patches of the images of t learners, and `room` [n h w t*c] that
-    every step uses for the gradient at y of the first block: to get the largest tensor anew from the system is slow."""
+    """Mean [t k] and covariance [t k k] of the 3x3 patches of the images of t learners.
+
+    Every step writes the gradient at y of the first block into `room` [n h w t*c], the largest tensor of all, since
+    allocating it anew is slow.
+    """
 
     mean: Tensor
     cov: Tensor
@@ -47,7 +50,7 @@ class Patches(NamedTuple):
 
 
 class Images(NamedTuple):
-    """Images [n h w t*c] of t learners, with their patches if learners adapt to them."""
+    """Images [n h w t*c] of t learners. They come with their patches if the learners adapt to them."""
 
     values: Tensor
     patches: Patches | None = None
@@ -71,8 +74,11 @@ class Block(NamedTuple):
 
 
 class Trace(NamedTuple):
-    """A forward pass: logits [t n q], blocks, features [t n f], the head's weight [t q f], and for a pooled feature
-    its share in each value [n h w t*c]."""
+    """A forward pass: logits [t n q], blocks, features [t n f] and the head's weight [t q f].
+
+    `share` [n h w t*c] is for the adaptive network, None for others. It says how the gradient of a feature is divided
+    among the values of its channel: all goes to the largest, and equal ones divide it evenly.
+    """
 
     logits: Tensor
     blocks: list[Block]
@@ -111,7 +117,10 @@ def convolve(x: Tensor, weight: Tensor, groups: int = 1) -> Tensor:
 def convolve_backward(
     gradient: Tensor, x: Tensor, weight: Tensor, *, of_input: bool = True, of_weight: bool = True, groups: int = 1
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of `convolve` in its input and its weight from that of its output; those not asked for are empty."""
+    """Gradients of `convolve` with respect to its input and its weight, from the gradient at its output.
+
+    A gradient that is not asked for is an empty tensor.
+    """
     ones, wanted = [1, 1], [of_input, of_weight, False]
     gradient, x, weight = nchw(gradient), channels_last(nchw(x)), channels_last(weight)
     found = torch.ops.aten.convolution_backward(
@@ -121,10 +130,11 @@ def convolve_backward(
 
 
 def lay(images: Tensor, *, channels: int = 0) -> Images:
-    """Images [t n c h w] with their learners as groups of channels; with the `channels` of a learner's first block, the
-    patches too.
+    """Lay out images [t n c h w] so that each learner is a group of channels.
 
-    The convolution with the identity writes all patches, and its weight's gradient is their products.
+    With `channels`, the number of channels of a learner's first block, the patches are computed too. A convolution with
+    the identity as its weight writes out all patches, and the gradient with respect to that weight is the sum of their
+    products.
     """
     t, n, c, h, w = images.shape
     x = images.permute(1, 3, 4, 0, 2).reshape(n, h, w, t * c).contiguous()
@@ -140,15 +150,17 @@ def lay(images: Tensor, *, channels: int = 0) -> Images:
 
 
 def error(logits: Tensor, targets: Tensor) -> Tensor:
-    """Gradient [... n q] of the mean cross-entropy in logits [... n q]; targets are probabilities [... n way]. Outputs
-    from `way` on have no part in it."""
+    """Gradient [... n q] of the mean cross-entropy with respect to logits [... n q].
+
+    Targets are probabilities [... n way]. Outputs from `way` on take no part in the loss.
+    """
     way = targets.shape[-1]
     found = (logits[..., :way].softmax(-1) - targets) / targets.shape[-2]
     return F.pad(found, (0, logits.shape[-1] - way)) if way < logits.shape[-1] else found
 
 
 class Conv4Passes:
-    """The passes of one Conv4 of any input, width and number of outputs. Weights are `[t p]`, laid out as `net`."""
+    """The passes of one Conv4 of any input, width and number of outputs. Weights are `[t p]` in the order of `net`."""
 
     def __init__(self, net: Net) -> None:
         assert isinstance(net.backbone, Conv4)
@@ -156,7 +168,8 @@ class Conv4Passes:
         self.channels = net.backbone.norms["blocks.0.norm"]
 
     def parts(self, theta: Tensor) -> tuple[list[tuple[Tensor, Tensor, Tensor]], Tensor, Tensor]:
-        """Of weights [t p]: each block's weight [t*c c 3 3], gamma and beta [t*c]; the head's [t q f] and [t q]."""
+        """Split weights [t p] into (weight [t*c c 3 3], gamma [t*c], beta [t*c]) of each block, and the head's weight
+        [t q f] and bias [t q]."""
         layout = self.net.layout
         named = dict(zip(layout.shapes, torch.split(theta, layout.sizes, 1), strict=True))
         blocks = []
@@ -167,7 +180,10 @@ class Conv4Passes:
         return blocks, named["head.weight"].view(len(theta), *layout.shapes["head.weight"]), named["head.bias"]
 
     def join(self, blocks: list[tuple[Tensor, Tensor, Tensor]], head: Tensor, bias: Tensor) -> Tensor:
-        """Gradients, in the form of `parts`, as one [t p]. Batch norm removes the convolutions' biases: 0."""
+        """Join gradients, in the form that `parts` returns, to one tensor [t p].
+
+        The biases of the convolutions get the gradient 0, since batch norm cancels them.
+        """
         t, found = len(bias), []
         for weight, gamma, beta in blocks:
             found += [weight.reshape(t, -1), torch.zeros_like(beta).view(t, -1), gamma.view(t, -1), beta.view(t, -1)]
@@ -206,9 +222,9 @@ class Conv4Passes:
         return gradient.view(t, n, -1, h, w).permute(1, 3, 4, 0, 2).reshape(n, h, w, -1)
 
     def backward(self, trace: Trace, error: Tensor, images: Images) -> tuple[Tensor, list[Slope]]:
-        """Gradients [t p] from those of the logits [t n q], and what the Hessian needs of them.
+        """Gradients [t p], from the gradient `error` [t n q] at the logits, and what the Hessian needs of each block.
 
-        Without patches no Hessian follows, and the gradient at y is written over y in the trace.
+        Images without patches promise that no Hessian follows; then the gradient at y overwrites y in the trace.
         """
         t, gradient = len(error), self.features_backward(error @ trace.head, trace)
         slopes, found = [], []
@@ -239,7 +255,7 @@ class Conv4Passes:
 
     @torch.no_grad()
     def adapt(self, theta: Tensor, support: Tensor, targets: Tensor, *, lr: float, steps: int) -> Tensor:
-        """Weights [t p] after `steps` SGD steps from theta [t p], each learner on its own support [t s c h w].
+        """Weights [t p] after `steps` SGD steps from theta [t p], where each learner has its own support [t s c h w].
 
         `targets` are probabilities [t s way] of the first `way` outputs.
         """
@@ -253,7 +269,7 @@ class Conv4Passes:
 def _block(
     x: Tensor, weight: Tensor, gamma: Tensor, sign: Tensor | None, beta: Tensor, patches: Patches | None, t: int
 ) -> Block:
-    """A block's pass; `patches` are those of the images, in the first block of an adaptation."""
+    """The forward pass of a block. `patches` are given for the first block of an adaptation alone."""
     y = convolve(x, weight, t)
     n, h, w, c = y.shape
     pooled, place = (nhwc(part) for part in F.max_pool2d(nchw(y), 2, return_indices=True))
@@ -279,14 +295,17 @@ def _block(
 
 
 def moments(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance [c] of rows [m c], in pieces that stay in a core's cache."""
+    """Mean and biased variance [c] of rows [m c]. The rows are read in pieces that stay in a core's cache."""
     mean = rows.mean(0)
     return mean, torch.stack([(part - mean).square_().sum(0) for part in rows.split(ROWS)]).sum(0) / len(rows)
 
 
 def _through_norm(b: Block, gradient: Tensor, patches: Patches | None) -> tuple[Slope, Tensor, Tensor]:
-    """From the gradient at a block's output: its `Slope`, the gradient of |gamma|, and that at y [n h w t*c], for the
-    first block without the part that the statistics add."""
+    """Carry the gradient at a block's output back to y.
+
+    Returns the block's `Slope`, the gradient of |gamma|, and the gradient at y [n h w t*c]. Where the statistics are
+    those of the patches, the last one lacks the part that comes through the statistics.
+    """
     n, c = b.size[0], b.size[3]
     normed = torch.ops.aten.threshold_backward(gradient, b.output, 0)
     pooled, of_gamma, of_beta = torch.ops.aten.native_batch_norm_backward(
@@ -308,14 +327,17 @@ def _through_norm(b: Block, gradient: Tensor, patches: Patches | None) -> tuple[
 
 
 def spread(b: Block, pooled: Tensor, patches: Patches) -> Tensor:
-    """Pooled values [n h/2*w/2 t*c] of the first block at the places of the largest values, 0 elsewhere [n h w t*c]."""
+    """Put pooled values [n h/2*w/2 t*c] of the first block at the places of the largest values of y [n h w t*c].
+
+    All other places are 0.
+    """
     room = patches.room.zero_()
     room.view(len(room), -1, room.shape[-1]).scatter_(1, b.place, pooled)
     return room
 
 
 def signed(part: tuple[Tensor, Tensor, Tensor], sign: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """A block's weight, gamma and beta (or gradients of them) with the sign of gamma put in or taken out."""
+    """A block's weight, gamma and beta, or their gradients, where weight and gamma are multiplied by gamma's sign."""
     if sign is None:
         return part
     weight, gamma, beta = part

@@ -1,10 +1,13 @@
 """The second derivative of a Conv4 by hand: Hessian-vector products, and the meta-gradient made of them.
 
-[Finn2017] Model-Agnostic Meta-Learning, arXiv 1703.03400, Algorithm 1. For K steps theta <- theta - lr g(theta) on the
-support, the gradient of the query loss Q(theta_K) at theta_0 is found without a graph: from v = grad Q(theta_K) go back
-over the steps with v <- v - lr H(theta_s) v. The product H v is the derivative of the gradient g(theta + e v) in e, so
-it is the tangent of `conv4.Conv4Passes.backward`: every line here is the derivative of one there, and `d_x` is the
-tangent of x. Letters in shapes as in `conv4`, for one learner (t = 1): several at once gain nothing.
+[Finn2017] Model-Agnostic Meta-Learning, arXiv 1703.03400, Algorithm 1.
+
+The adaptation takes K steps theta <- theta - lr g(theta) on the support. The gradient of the query loss Q(theta_K) with
+respect to theta_0 needs no graph: start from v = grad Q(theta_K), and go back over the steps with
+v <- v - lr H(theta_s) v. The product H v is the derivative of g(theta + e v) with respect to e. It is therefore the
+tangent of `conv4.Conv4Passes.backward`: every line here differentiates a line there, and `d_x` is the tangent of x.
+
+Letters in shapes are those of `conv4`. There is one learner (t = 1), since several at once gain nothing.
 """
 
 from typing import NamedTuple
@@ -28,7 +31,8 @@ from ray_dfml.core.conv4 import (
 
 
 class Found(NamedTuple):
-    """Of the query after the adaptation: gradient at theta [p], logits [u q], batch-norm statistics [k]."""
+    """Results for the query after the adaptation: the gradient with respect to theta [p], the logits [u q] and the
+    batch-norm statistics [k]."""
 
     grad: Tensor
     logits: Tensor
@@ -63,9 +67,9 @@ def meta_gradient(
     passes: Conv4Passes, theta: Tensor, support: Tensor, targets: Tensor, query: Tensor, query_targets: Tensor,
     *, lr: float, steps: int,
 ) -> Found:  # fmt: skip
-    """The gradient in theta [p] of the query's loss after `steps` SGD steps of size `lr` on the support.
+    """The gradient of the query's loss after `steps` SGD steps of size `lr` on the support, with respect to theta [p].
 
-    Images [s c h w], [u c h w]; targets [s q], [u q] are probabilities.
+    Support and query are images [s c h w] and [u c h w]; their targets [s q] and [u q] are probabilities.
     """
     images, weights, kept = lay(support[None], channels=passes.channels), theta[None], []
     for _ in range(steps):
@@ -84,7 +88,7 @@ def meta_gradient(
 
 
 def hessian_product(passes: Conv4Passes, step: Step, images: Images, v: Tensor) -> Tensor:
-    """The Hessian of the support's loss, at the weights of a step, times v [1 p]."""
+    """The product of v [1 p] with the Hessian of the support's loss at the weights of a step."""
     trace, wrong = step.trace, step.error
     parts, d_head, d_bias = passes.parts(v)
     tangents: list[Tangent] = []
@@ -112,7 +116,7 @@ def hessian_product(passes: Conv4Passes, step: Step, images: Images, v: Tensor) 
 def _forward(
     b: Block, s: Slope, part: tuple[Tensor, Tensor, Tensor], d_x: Tensor | None, images: Images
 ) -> tuple[Tangent, Tensor]:
-    """A block's tangents, and that of its output."""
+    """The tangents of a block, and the tangent of its output."""
     d_weight, d_gamma, d_beta = part
     n, _, _, c = b.size
     if d_x is None:
@@ -145,7 +149,7 @@ def _forward(
 def _backward(
     b: Block, s: Slope, d: Tangent, d_gradient: Tensor, images: Images
 ) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor]:
-    """Tangents of a block's gradients (weight, |gamma|, beta), and that of the gradient at its input."""
+    """The tangents of a block's gradients (weight, |gamma|, beta), and the tangent of the gradient at its input."""
     n, _, _, c = b.size
     d_normed = torch.ops.aten.threshold_backward(d_gradient, b.output, 0)
     d_of_beta = d_normed.view(-1, c).sum(0)

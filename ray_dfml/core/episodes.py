@@ -1,4 +1,7 @@
-"""Evaluation episodes: index lists that depend on (seed, index) only, so that all methods and shards see the same."""
+"""Evaluation episodes, as lists of positions in a data set.
+
+An episode depends on its seed and its index only, so all methods and shards see the same ones.
+"""
 
 from typing import NamedTuple
 
@@ -9,14 +12,17 @@ from ray_dfml.core import seeds
 
 
 class Episode(NamedTuple):
-    """Positions in a labelled set: support [way*shot] and query [way*query], interleaved (0..way-1 repeated)."""
+    """Positions in a labelled set: support [way*shot] and query [way*query].
+
+    The classes take turns: the labels are 0..way-1, repeated.
+    """
 
     support: np.ndarray
     query: np.ndarray
 
 
 def usable(labels: np.ndarray, per_class: int) -> np.ndarray:
-    """The labels, ascending, that at least `per_class` of `labels` [n] are equal to: the classes of episodes."""
+    """The labels that occur at least `per_class` times in `labels` [n], ascending: episodes take these classes."""
     classes, counts = np.unique(labels, return_counts=True)
     return classes[counts >= per_class]
 
@@ -24,8 +30,8 @@ def usable(labels: np.ndarray, per_class: int) -> np.ndarray:
 def draw(labels: np.ndarray, *, way: int, shot: int, query: int, seed: int, index: int) -> Episode:
     """Episode number `index`: `way` random classes of `labels` [n], `shot` support and `query` query images of each.
 
-    Classes with fewer images take no part. The stream depends on (seed, way, shot, query, index) alone. Raises
-    ValueError if fewer than `way` classes are left.
+    Classes with fewer images take no part. The draw depends on (seed, way, shot, query, index) alone. Raises ValueError
+    if fewer than `way` classes are left.
     """
     classes = usable(labels, shot + query)
     if len(classes) < way:

@@ -1,6 +1,6 @@
-"""Image generators: latent codes to pixels in [0, 1].
+"""Image generators, which turn latent codes into pixels in [0, 1].
 
-[Wei2024] FREE, arXiv 2405.00984, Table 6: the generator shared by FREE, BiDf-MKD and IDEAL's release ("G-std").
+[Wei2024] FREE, arXiv 2405.00984, Table 6: FREE, BiDf-MKD and the release of IDEAL use this generator ("G-std").
 """
 
 import functools
@@ -16,10 +16,10 @@ from ray_dfml.core.weights import Layout
 
 
 def upsampled_conv(x: Tensor, weight: Tensor, layers: Layers) -> Tensor:
-    """Nearest x2, then conv 3x3 with `weight` [o i 3 3]: images [n o 2h 2w] of images [n i h w].
+    """Double images [n i h w] by nearest upsampling, then convolve them with `weight` [o i 3 3]: images [n o 2h 2w].
 
-    Nearest upsampling spreads each pixel over a 2x2 window. The convolution comes first here, as a transposed one of
-    stride 2 on the pixels alone, and then each value becomes the sum of its window: a quarter of the
+    Nearest upsampling repeats each pixel in a 2x2 window. Here the convolution comes first: it is a transposed
+    convolution of stride 2, after which each output is the sum of a 2x2 window. This takes a quarter of the
     multiply-accumulates, forward and backward.
     """
     spread = F.conv_transpose2d(layers.laid_out(x), layers.laid_out(weight.flip(2, 3).transpose(0, 1)), stride=2)
@@ -27,10 +27,10 @@ def upsampled_conv(x: Tensor, weight: Tensor, layers: Layers) -> Tensor:
 
 
 class ThinConv(torch.autograd.Function):
-    """conv 3x3 from many channels [n c h w] to few, with `weight` [o c 3 3]: one matrix product, whose 9 o values of a
-    pixel are then added up where they belong. Twice as fast as a convolution of 3 outputs on a CPU.
+    """A 3x3 convolution from many channels [n c h w] to few, with `weight` [o c 3 3].
 
-    It cannot be differentiated twice, nor used under `vmap`.
+    One matrix product gives 9 o values for each pixel, which are then added up where they belong. On a CPU this is
+    twice as fast as the built-in convolution to 3 channels. It cannot be differentiated twice, nor used under `vmap`.
     """
 
     @staticmethod
@@ -45,7 +45,7 @@ class ThinConv(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
-        """The same products, transposed."""
+        """Gradients with respect to `x` and `weight`: the products of `forward`, transposed."""
         pixels, rows = ctx.saved_tensors
         n, c, h, w = ctx.sizes
         spread = F.unfold(grads[0], 3, padding=1)
@@ -57,9 +57,9 @@ class ThinConv(torch.autograd.Function):
 class StandardGenerator:
     """Linear d -> 2w x h/4 x w/4, then twice (nearest x2, conv 3x3, BN, LeakyReLU 0.2), conv 3x3 to c, sigmoid.
 
-    Always normalises with the batch: images of one batch are coupled, and a batch of one is degenerate. With `classes`
-    it is label-conditional: the code ends in a one-hot label, which a linear layer of its own turns into half of the
-    2w first channels.
+    Batch norm always uses the statistics of the batch. The images of a batch therefore depend on each other, and a
+    batch of one image is degenerate. With `classes` the generator is told the label: the code ends in a one-hot label,
+    from which a second linear layer makes half of the first 2w channels.
     """
 
     def __init__(self, shape: tuple[int, int, int], latent: int, width: int, classes: int) -> None:
@@ -94,7 +94,7 @@ class StandardGenerator:
 class Generator:
     """The generator as a function of (flat weights [p], latent codes [n d]) -> pixels [n c h w] in [0, 1].
 
-    With `classes` a code is [n d + classes], the label one-hot at its end.
+    With `classes` the codes are [n d + classes] and end in a one-hot label.
     """
 
     def __init__(self, shape: tuple[int, int, int], latent: int, width: int, classes: int = 0) -> None:
@@ -105,11 +105,14 @@ class Generator:
         self.layout = Layout(self._network.parameters)
 
     def __call__(self, theta: Tensor, z: Tensor, *, first_order: bool = False) -> Tensor:
-        """Images [n c h w] in [0, 1] of codes [n d]; n >= 2. `first_order` is that of `net.Net`."""
+        """Images [n c h w] in [0, 1] of codes [n d], n >= 2. `net.Net` describes `first_order`."""
         return self._network.images(Layers(self.layout.unflatten(theta), first_order=first_order), z)
 
     def init(self, rng: torch.Generator) -> Tensor:
-        """Framework-default weights [p]: uniform by fan-in for linear and conv layers, batch norm 1 and 0."""
+        """Fresh weights [p], drawn as torch draws them by default.
+
+        Linear and convolutional layers are uniform by fan-in; batch norm has scale 1 and shift 0.
+        """
         parts: dict[str, Tensor] = {}
         fan_in = 1
         for name, shape in self.layout.shapes.items():
@@ -122,7 +125,10 @@ class Generator:
         return self.layout.flatten(parts)
 
     def reset(self, rng: torch.Generator) -> Tensor:
-        """Weights [p] as BiDf-MKD draws them anew for each inversion: N(0, 0.02), batch norm N(1, 0.02), biases 0."""
+        """Fresh weights [p], as BiDf-MKD draws them for each inversion.
+
+        Weights are N(0, 0.02), the scales of batch norm N(1, 0.02), and all biases 0.
+        """
         parts: dict[str, Tensor] = {}
         for name, shape in self.layout.shapes.items():
             centre = 1.0 if name.startswith("norm") else 0.0

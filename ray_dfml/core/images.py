@@ -1,4 +1,4 @@
-"""Images between storage (bytes), pixel space ([0, 1]) and classifier input (normalised), and random views of them."""
+"""Images as stored bytes, as pixels in [0, 1] and as normalised input of a classifier, and random views of them."""
 
 import numpy as np
 import torch
@@ -7,12 +7,12 @@ from torch import Tensor
 
 
 def to_bytes(x: Tensor) -> np.ndarray:
-    """Pixels [n c h w] in [0, 1] to uint8, rounded to nearest: at most 1/510 from the source."""
+    """Round pixels [n c h w] in [0, 1] to the nearest uint8 value, which changes them by at most 1/510."""
     return (x.detach().clamp(0, 1) * 255).round().to(torch.uint8).cpu().numpy()
 
 
 def to_pixels(images: np.ndarray, device: torch.device | str = "cpu") -> Tensor:
-    """uint8 images to float pixels in [0, 1]. Copies, since arrays from a shared store are read-only."""
+    """Float pixels in [0, 1] of uint8 images. The array is copied, since arrays from a shared store are read-only."""
     return torch.tensor(images, dtype=torch.uint8).to(device).float() / 255
 
 
@@ -22,10 +22,11 @@ def normalise(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
 
 
 def fit(x: Tensor, shape: tuple[int, int, int]) -> Tensor:
-    """Images [n c h w] brought to another (channels, height, width), differentiably; the same tensor where they agree.
+    """Bring images [n c h w] to another (channels, height, width), differentiably.
 
-    One channel is repeated, several become their mean where one is wanted. Sizes change by bilinear interpolation,
-    with an antialiasing filter when shrinking. Raises ValueError for other changes of channels.
+    One channel is repeated to become several; several become their mean where one is wanted. Sizes change by bilinear
+    interpolation, with an antialiasing filter when shrinking. Images that already have the shape are returned as they
+    are. Raises ValueError for other changes of channels.
     """
     channels, height, width = shape
     if x.shape[1] != channels:
@@ -41,15 +42,16 @@ def fit(x: Tensor, shape: tuple[int, int, int]) -> Tensor:
 
 
 def draw_view(rng: torch.Generator, *, pad: int, flip: bool) -> tuple[int, int, bool]:
-    """Offsets of a random crop after padding by `pad` pixels, each in 0..2 pad, and whether to mirror."""
+    """Draw a view: the two offsets, in 0..2 pad, of a crop after padding by `pad` pixels, and whether to mirror."""
     dy, dx, mirror = (int(v) for v in torch.randint(0, 2**31 - 1, (3,), generator=rng))
     return dy % (2 * pad + 1), dx % (2 * pad + 1), flip and bool(mirror & 1)
 
 
 def view(x: Tensor, offsets: tuple[int, int, bool], *, pad: int, fill: str) -> Tensor:
-    """One random view of a whole batch [n c h w]: pad, crop back to h x w at the offsets, mirror. Differentiable.
+    """One view of a whole batch [n c h w]: pad it, crop it back to h x w at the offsets, and mirror it if asked.
 
-    `fill`: `zero` pads with black, `edge` repeats the border (a white page stays white).
+    The view is differentiable. `fill` is `zero`, which pads with black, or `edge`, which repeats the border, so that a
+    white page stays white.
     """
     dy, dx, mirror = offsets
     height, width = x.shape[-2:]

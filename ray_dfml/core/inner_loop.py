@@ -1,11 +1,11 @@
-"""Inner-loop adaptation and its meta-gradient, one task at a time or batched.
+"""The inner-loop adaptation and its meta-gradient, for one task at a time or for a batch of tasks.
 
 [Finn2017] Model-Agnostic Meta-Learning, arXiv 1703.03400, Eq. 1 and Algorithm 1. [Raghu2020] Rapid Learning or Feature
 Reuse? (ANIL), arXiv 1909.09157. [Snell2017] Prototypical Networks, arXiv 1703.05175.
 
-The same functions serve three strategies, which agree to rounding; tests say so. On a CPU all weights of a Conv4 adapt
-with gradients written by hand (`core.conv4`); other cases differentiate with autograd, task by task; `batched` uses
-`torch.func` under `vmap`, few launches for accelerators. `by_hand` alone decides on the first.
+There are three ways to compute the same values, and tests check that they agree up to rounding. The gradients written
+by hand (`core.conv4`) serve a Conv4 on a CPU, all of whose weights adapt; `by_hand` alone decides on them. Other cases
+use autograd, task by task. `batched` uses `torch.func` under `vmap`, which needs few launches on an accelerator.
 """
 
 from collections.abc import Callable, Iterator
@@ -24,16 +24,17 @@ Loss = Callable[[Tensor], Tensor]
 GradOf = Callable[[Loss], Callable[[Tensor], Tensor]]
 
 Head = Literal["maml", "anil", "protonet"]
-"""What adapts to a support: all weights; the linear head alone; nothing, since queries go to the nearest class mean."""
+"""What adapts to a support. `maml`: all weights. `anil`: the linear head alone. `protonet`: no weight is stepped, and
+queries go to the nearest class mean."""
 
 
 def graph_grad(loss: Loss) -> Callable[[Tensor], Tensor]:
-    """Gradient by autograd, itself differentiable; its argument must require gradients."""
+    """The gradient of a loss by autograd. It can be differentiated again, and its argument must require gradients."""
     return lambda x: torch.autograd.grad(loss(x), x, create_graph=True)[0]
 
 
 def plain_grad(loss: Loss) -> Callable[[Tensor], Tensor]:
-    """Gradient by autograd without a graph: cheaper where nothing differentiates through it."""
+    """The gradient of a loss by autograd without a graph. It is cheaper, and cannot be differentiated again."""
 
     def grad(x: Tensor) -> Tensor:
         leaf = x.detach().requires_grad_()
@@ -43,14 +44,19 @@ def plain_grad(loss: Loss) -> Callable[[Tensor], Tensor]:
 
 
 def by_hand(net: Net, theta: Tensor, head: Head, stats: Tensor | None = None) -> Conv4Passes | None:
-    """The hand-written passes where they cover the case: a Conv4 on a CPU, all of whose weights adapt, normalised with
-    the statistics of the batch. None elsewhere."""
+    """The hand-written passes if they cover the case, else None.
+
+    They cover a Conv4 on a CPU that normalises with the statistics of the batch and adapts all its weights.
+    """
     covered = head == "maml" and stats is None and theta.device.type == "cpu" and isinstance(net.backbone, Conv4)
     return Conv4Passes(net) if covered else None
 
 
 def probabilities(labels: Tensor, outputs: int, like: Tensor) -> Tensor:
-    """Targets [n q] of a cross-entropy in the type of `like`: labels [n] as one-hot rows; probabilities as they are."""
+    """Targets [n q] of a cross-entropy, in the type of `like`.
+
+    Labels [n] become one-hot rows, and probabilities [n q] stay as they are.
+    """
     return (F.one_hot(labels, outputs) if labels.dim() == 1 else labels).to(like.dtype)
 
 
@@ -75,16 +81,16 @@ def adapted(
     stats: Tensor | None = None,
     way: int | None = None,
 ) -> Tensor:
-    """Weights [p] adapted to a support: normalised images [s c h w], labels [s]. Outputs from `way` on get no loss.
+    """Weights [p] adapted to a support: normalised images [s c h w] and labels [s].
 
-    For `maml` and `anil` labels may be probabilities [s way].
+    With `maml` all weights take `steps` SGD steps of size `lr` ([Finn2017] Eq. 1). With `anil` the head alone takes
+    them, and the features are computed once ([Raghu2020]). For both, labels may be probabilities [s way]. With
+    `protonet` no step is taken. Weight and bias of class k in the head become 2 c_k and -|c_k|^2, where c_k is the
+    class mean. Up to a term that all classes of an image share, the logits are then minus the squared distances to the
+    means, so probabilities and losses are those of distances ([Snell2017] section 2.4).
 
-    `maml`: `steps` SGD steps of size `lr` on all weights ([Finn2017] Eq. 1). `anil`: the same on the head alone, over
-    features computed once ([Raghu2020]). `protonet`: the head becomes 2 c_k and -|c_k|^2 of the class means c_k, no
-    step: such logits are minus the squared distances to the means, up to a term that all classes of an image share, so
-    probabilities and losses are those of distances ([Snell2017] section 2.4).
-    Batch norm uses the support's own statistics, or the given ones [k]. The result may be differentiated once where
-    `grad_of` is `graph_grad`.
+    Outputs from `way` on take no part in the loss. Batch norm uses the statistics of the support, or `stats` [k] if
+    they are given. The result may be differentiated once if `grad_of` is `graph_grad`.
     """
     passes = by_hand(net, theta, head, stats) if grad_of is plain_grad else None
     if passes is not None:
@@ -114,7 +120,7 @@ def adapted(
 
 
 GROUP, SMALL = 5, 10
-"""Supports of up to `SMALL` images adapt `GROUP` at a time: a convolution of few images keeps a core waiting."""
+"""Supports of up to `SMALL` images adapt `GROUP` at a time, since a convolution of few images does not fill a core."""
 
 
 def adapted_each(
@@ -129,10 +135,11 @@ def adapted_each(
     stats: Tensor | None = None,
     way: int | None = None,
 ) -> Iterator[Tensor]:
-    """Weights [p] adapted to each of t supports [t s c h w] with labels [s] as by `adapted`, for use without gradient.
+    """Yield the weights [p] that `adapted` gives for each of t supports [t s c h w], which share the labels [s].
 
-    Where small supports go together by hand, a group is filled up with the last one: the bits of one result depend on
-    its position modulo `GROUP`, and neither on the other supports nor on their number.
+    The weights carry no gradient. Where the hand-written passes adapt small supports in groups, a group that is not
+    full is filled up with copies of its last support. So the bits of a result depend on its position modulo `GROUP`,
+    and neither on the other supports nor on their number.
     """
     passes = by_hand(net, theta, head, stats)
     if passes is None or supports.shape[1] > SMALL:
@@ -148,8 +155,8 @@ def adapted_each(
 
 
 class Task(NamedTuple):
-    """One few-shot task: normalised images [s c h w], [u c h w], local labels [s], [u] or probabilities [s q], [u q];
-    many tasks have a leading axis t."""
+    """One few-shot task: normalised images [s c h w] and [u c h w], with local labels [s] and [u], or probabilities
+    [s q] and [u q]. Several tasks have a leading axis t."""
 
     support: Tensor
     support_y: Tensor
@@ -158,8 +165,8 @@ class Task(NamedTuple):
 
 
 class MetaGradient(NamedTuple):
-    """Of the query loss after adaptation: gradients [t p]; losses in nats [t]; query accuracy in [0, 1] [t]; the
-    query's batch-norm statistics [t k] under the adapted weights."""
+    """Results for the queries of t tasks after adaptation: the gradients of the loss [t p], the losses [t] in nats, the
+    accuracies [t] in [0, 1], and the batch-norm statistics [t k] that the queries have under the adapted weights."""
 
     grad: Tensor
     loss: Tensor
@@ -168,7 +175,8 @@ class MetaGradient(NamedTuple):
 
 
 def accuracy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Share (scalar, in [0, 1]) of logits [n q] whose largest is at the label [n], or at the largest target [n q]."""
+    """Share (scalar, in [0, 1]) of images whose largest logit [n q] is at the label [n], or at the largest target
+    [n q]."""
     wanted = labels if labels.dim() == 1 else labels.argmax(-1)
     return (logits.argmax(-1) == wanted).to(logits.dtype).mean()
 
@@ -176,8 +184,11 @@ def accuracy(logits: Tensor, labels: Tensor) -> Tensor:
 def query_loss(
     net: Net, theta: Tensor, task: Task, lr: float, steps: int, grad_of: GradOf, head: Head = "maml"
 ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
-    """Loss (scalar, nats) of one task's query after the adaptation to its support, differentiable in theta [p] and in
-    the images if `grad_of` is; and, detached: the loss, the accuracy in [0, 1], the query's statistics [k]."""
+    """Loss (scalar, nats) of one task's query after the adaptation to its support.
+
+    The loss is differentiable with respect to theta [p] and the images if `grad_of` is. Also returned, without
+    gradient, are the loss, the accuracy in [0, 1] and the query's batch-norm statistics [k].
+    """
     phi = adapted(net, theta, task.support, task.support_y, head=head, lr=lr, steps=steps, grad_of=grad_of)
     logits, stats = net.with_stats(phi, task.query, first_order=grad_of is graph_grad)
     loss = F.cross_entropy(logits, task.query_y)
@@ -187,11 +198,11 @@ def query_loss(
 def meta_gradient(
     net: Net, theta: Tensor, tasks: Task, *, lr: float, steps: int, batched: bool, head: Head = "maml"
 ) -> MetaGradient:
-    """Gradients of the query loss of tasks that all start from theta [p], through what adapts to the support
-    (`adapted`): for `maml` and `anil` of second order ([Finn2017] Algorithm 1, lines 5-8 and 10).
+    """Gradients with respect to theta [p] of the query losses of tasks, each adapted from theta to its support.
 
-    `tasks` holds t tasks along the first axis; support and query are cross-entropies in nats per image. `protonet`
-    reads neither `lr` nor `steps`.
+    The gradients pass through the adaptation (`adapted`), so with `maml` and `anil` they are of second order
+    ([Finn2017] Algorithm 1, lines 5-8 and 10). `tasks` holds t tasks along the first axis. The losses on support and
+    query are cross-entropies in nats per image. `protonet` reads neither `lr` nor `steps`.
     """
     if batched:
 

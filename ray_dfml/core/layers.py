@@ -1,7 +1,7 @@
 """The layers of one call of a network: its tensors by name, and how its batch norms work in this call.
 
-A call makes a `Layers` of its own and drops it, so nothing is shared by calls: networks may be called from several
-threads at once, and under `torch.func.vmap` and `torch.func.grad`.
+Each call makes a `Layers` of its own and drops it, so calls share nothing. A network may therefore be called from
+several threads at once, and under `torch.func.vmap` and `torch.func.grad`.
 """
 
 from collections.abc import Mapping
@@ -16,15 +16,15 @@ Shapes = dict[str, tuple[int, ...]]
 
 
 class Layers:
-    """Applies layers, which are named, to tensors.
+    """Applies named layers to tensors.
 
     `tensors` holds `NAME.weight` and `NAME.bias` of every layer. `given` holds `NAME.running_mean` and
-    `NAME.running_var` of every batch norm, or is None: then a batch is normalised with its own statistics. With
-    `capture` the statistics of each input of a batch norm are kept in `captured`, under the names of `given`.
+    `NAME.running_var` of every batch norm; if it is None, a batch is normalised with its own statistics. With `capture`
+    the statistics of each input of a batch norm are kept in `captured`, under the names of `given`.
 
-    `first_order` promises that at most one backward pass follows and that no `vmap` is around: the built-in batch norm
-    and channels-last images are faster then, on a CPU twice as fast. Statistics captured under `first_order` carry no
-    gradient where the batch is normalised with them.
+    `first_order` promises that at most one backward pass follows and that no `vmap` is around. The built-in batch norm
+    and channels-last images are then used, which is twice as fast on a CPU. Statistics captured under `first_order`
+    carry no gradient if the batch is normalised with them.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class Layers:
     def norm(self, name: str, x: Tensor, shift: Tensor | None = None) -> Tensor:
         """Batch norm of [n c h w] or [n c].
 
-        `shift` [c] is a bias that the layer before left out; under batch statistics it cancels exactly.
+        `shift` [c] is the bias that the layer before left out. With batch statistics it cancels exactly.
         """
         if self.given is not None:
             if self.capture:
@@ -64,9 +64,10 @@ class Layers:
         return norm.normalised(x, mean, var, weight, bias)
 
     def conv_norm(self, conv: str, name: str, x: Tensor, *, stride: int = 1, padding: int = 1) -> Tensor:
-        """Convolution, then batch norm, of images [n i h w].
+        """Convolve images [n i h w], then apply batch norm.
 
-        Given statistics are folded into the convolution's weights. Else its bias, if it has one, is left to the norm.
+        Given statistics are folded into the convolution's weights. Without them the convolution leaves its bias, if it
+        has one, to the batch norm.
         """
         weight, shift = self.tensors[f"{conv}.weight"], self.tensors.get(f"{conv}.bias")
         bias = None
@@ -74,7 +75,7 @@ class Layers:
             scale, bias = self._affine(name, shift)
             weight = weight * scale[:, None, None, None]
         x = F.conv2d(self.laid_out(x), self.laid_out(weight), bias, stride, padding)
-        x = self.laid_out(x)  # no copy, but where one input channel left the layout open
+        x = self.laid_out(x)  # copies only if a single input channel left the layout open
         return self.norm(name, x, shift) if bias is None else x
 
     def relu(self, x: Tensor) -> Tensor:
@@ -82,11 +83,11 @@ class Layers:
         return F.relu(x, inplace=self.first_order)
 
     def laid_out(self, x: Tensor) -> Tensor:
-        """Images or a convolution's weights, with equal values, as convolutions of this call read them fastest."""
+        """Images or convolution weights, unchanged in value, in the memory layout that is fastest in this call."""
         return channels_last(x) if self.first_order else x
 
     def _affine(self, name: str, shift: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Scale and offset [c] of a batch norm with given statistics, behind a layer that left out its bias `shift`."""
+        """Scale and offset [c] of a batch norm with given statistics, whose layer before left out its bias `shift`."""
         assert self.given is not None
         mean, var = self.given[f"{name}.running_mean"], self.given[f"{name}.running_var"]
         scale = self.tensors[f"{name}.weight"] * (var + norm.EPS).rsqrt()
@@ -101,9 +102,10 @@ class Layers:
 
 
 def channels_last(x: Tensor) -> Tensor:
-    """Images [n c h w] with the same values, laid out as [n h w c] on a CPU, which convolves and pools them faster.
+    """The same images [n c h w], on a CPU laid out in memory as [n h w c], which convolves and pools them faster.
 
-    One channel is both layouts. Its stride, which `view` makes 1, tells a convolution which of them to answer in.
+    Images of one channel have both layouts at once. The stride of the channel, which `view` makes 1, tells a
+    convolution which layout its output should have.
     """
     if x.device.type != "cpu":
         return x
@@ -112,21 +114,21 @@ def channels_last(x: Tensor) -> Tensor:
 
 
 def conv_shapes(name: str, channels_in: int, channels: int, size: int, *, bias: bool = False) -> Shapes:
-    """Tensors of a square convolution."""
+    """Names and shapes of the tensors of a square convolution."""
     found: Shapes = {f"{name}.weight": (channels, channels_in, size, size)}
     return found | ({f"{name}.bias": (channels,)} if bias else {})
 
 
 def linear_shapes(name: str, inputs: int, outputs: int) -> Shapes:
-    """Tensors of a linear layer."""
+    """Names and shapes of the tensors of a linear layer."""
     return {f"{name}.weight": (outputs, inputs), f"{name}.bias": (outputs,)}
 
 
 def norm_shapes(name: str, channels: int) -> Shapes:
-    """Tensors of a batch norm, without its statistics."""
+    """Names and shapes of the tensors of a batch norm, without its statistics."""
     return {f"{name}.weight": (channels,), f"{name}.bias": (channels,)}
 
 
 def statistics_shapes(name: str, channels: int) -> Shapes:
-    """Statistics of a batch norm."""
+    """Names and shapes of the statistics of a batch norm."""
     return {f"{name}.running_mean": (channels,), f"{name}.running_var": (channels,)}

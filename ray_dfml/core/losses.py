@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 def kl(teacher: Tensor, student: Tensor) -> Tensor:
-    """Per-image KL(p_teacher || p_student) [n] of logits [n q]; >= 0, in nats ([Hinton2015] with temperature 1)."""
+    """KL(p_teacher || p_student) [n] of each image, of logits [n q]; >= 0, in nats ([Hinton2015], temperature 1)."""
     log_t, log_s = teacher.log_softmax(-1), student.log_softmax(-1)
     return (log_t.exp() * (log_t - log_s)).sum(-1)
 
@@ -20,9 +20,9 @@ def kl(teacher: Tensor, student: Tensor) -> Tensor:
 def distillation(teacher: Tensor, student: Tensor, *, form: str = "kl") -> Tensor:
     """Distillation loss (scalar) of student logits [n q] against teacher logits [n q], which get no gradient.
 
-    `kl`: mean KL ([Wei2024] Eq. 3). `probdot`: the released code's `kl_div` on probabilities, mean over all n*q
-    entries, t (log t - s): its gradient is minus that of the inner product <t, s> / (n q), bounded, and it vanishes
-    where s is surely wrong.
+    `kl` is the mean KL ([Wei2024] Eq. 3). `probdot` is the released code's `kl_div` on probabilities t and s, the mean
+    of t (log t - s) over all n*q entries. Its gradient is minus that of the inner product <t, s> / (n q). It is
+    bounded, and it vanishes where the student is certain and wrong.
     """
     teacher = teacher.detach()
     if form == "kl":
@@ -34,12 +34,12 @@ def distillation(teacher: Tensor, student: Tensor, *, form: str = "kl") -> Tenso
 
 
 def disagreement(teacher: Tensor, student: Tensor, *, form: str = "kl", clamp: float = 10.0) -> Tensor:
-    """The adversarial term of [Wei2024] Eq. 1 (scalar, to be minimised), over images on which both predict the same
-    class.
+    """The adversarial term of [Wei2024] Eq. 1 (scalar), which the inversion minimises.
 
-    `kl`: -mean_j 1[argmax t_j = argmax s_j] min(KL(t_j || s_j), clamp). The mask is a constant.
-    `probdot`: the released code's form, mean of sum_c s (log s - t) on the same images: with s constant this is -<s, t>
-    plus a constant, to be maximised, so +<s, t> is minimised.
+    Only images on which teacher and student predict the same class count; this mask has no gradient.
+    `kl` is -mean_j 1[argmax t_j = argmax s_j] min(KL(t_j || s_j), clamp).
+    `probdot` is the released code's form, minus the mean over images of sum_c s (log s - t) under the same mask. With a
+    constant s, to minimise it is to minimise <s, t>.
     """
     agree = (teacher.argmax(-1) == student.argmax(-1)).to(teacher.dtype).detach()
     if form == "kl":
@@ -62,7 +62,7 @@ def inversion(
 ) -> Tensor:
     """[Wei2024] Eq. 1 (scalar): CE of the teacher on the wished labels [n], plus `adversarial` x `disagreement`.
 
-    `units` [way] are the teacher's outputs that the student's outputs stand for, all of them by default.
+    `units` [way] are the outputs of the teacher that the outputs of the student stand for; by default they are all.
     """
     loss = F.cross_entropy(teacher, labels)
     if student is None or adversarial == 0.0:
@@ -73,7 +73,7 @@ def inversion(
 
 
 def total_variation(x: Tensor) -> Tensor:
-    """Mean absolute difference of neighbours of images [n c h w], vertical plus horizontal (scalar)."""
+    """Mean absolute difference of vertical neighbours plus that of horizontal ones (scalar), of images [n c h w]."""
     return (x[:, :, 1:] - x[:, :, :-1]).abs().mean() + (x[:, :, :, 1:] - x[:, :, :, :-1]).abs().mean()
 
 
@@ -83,8 +83,10 @@ def batch_norm_distance(found: Tensor, stored: Tensor) -> Tensor:
 
 
 def variation_norms(x: Tensor) -> Tensor:
-    """[Hu2023] total variation (scalar): L2 norms, over the whole batch [n c h w], of the differences of neighbours
-    along rows, columns and both diagonals."""
+    """[Hu2023] total variation (scalar): the sum of four L2 norms, each over the whole batch [n c h w].
+
+    The norms are of the differences of neighbours along rows, columns and both diagonals.
+    """
     differences = (
         x[:, :, :, 1:] - x[:, :, :, :-1],
         x[:, :, 1:] - x[:, :, :-1],
@@ -104,10 +106,12 @@ def statistics_norms(found: Tensor, stored: Tensor, sizes: Sequence[int]) -> Ten
 
 
 def supervised_contrastive(features: Tensor, labels: Tensor, domain: Tensor, *, temperature: float = 0.1) -> Tensor:
-    """Contrast of real and recovered images (scalar, nats): positives are of the same class in the other domain.
+    """Contrastive loss between real and recovered images (scalar, nats); a reconstruction of ICFIL ([Hu2023]).
 
-    [Hu2023] ICFIL, reconstructed. `features` [n f] are normalised here to length 1; `labels`, `domain` [n]. Mean over
-    anchors of -log softmax over all other images, averaged over the anchor's positives; every anchor needs one.
+    Every image is an anchor once, with its label and its domain, `labels` [n] and `domain` [n]. Its positives are the
+    images of the same class in the other domain, and there must be one. The loss of an anchor is -log softmax over all
+    other images, averaged over its positives; the loss is the mean over anchors. `features` [n f] are normalised here
+    to length 1.
     """
     f = F.normalize(features, dim=1)
     itself = torch.eye(len(f), dtype=torch.bool, device=f.device)

@@ -1,4 +1,4 @@
-"""A backbone as a function of (flat weights, images): the form in which every method and every shard uses it."""
+"""A network as a function of (flat weights, images): every method and every shard uses networks in this form."""
 
 import functools
 import math
@@ -13,15 +13,15 @@ from ray_dfml.core.weights import Layout
 
 
 class Net:
-    """A classifier without weights. `net(theta, x)` normalises with the batch; `net(theta, x, stats)` with given
-    statistics.
+    """A classifier without weights.
 
-    `layout` names the parameters in a flat vector [p], `stats_layout` the running means and variances in another [k].
-    Images are normalised `[n c h w]`; logits are `[n q]`. A call changes nothing here: one `Net` serves any number of
-    threads.
+    `net(theta, x)` uses the statistics of the batch in batch norm, and `net(theta, x, stats)` the given ones. Images
+    are normalised `[n c h w]`, and logits are `[n q]`. `layout` names the parameters in the flat vector theta [p], and
+    `stats_layout` the running means and variances in the flat vector stats [k]. A call does not change the `Net`, so
+    one of them serves any number of threads.
 
-    Every call takes `first_order`: True promises that at most one backward pass follows and that the call is not under
-    `vmap`. It changes no more than rounding, and is about twice as fast on a CPU.
+    Every call takes `first_order`. True promises that at most one backward pass follows and that the call is not under
+    `vmap`. The call is then about twice as fast on a CPU, and its results differ by rounding only.
     """
 
     def __init__(self, arch: str, shape: tuple[int, int, int], ways: int) -> None:
@@ -36,16 +36,16 @@ class Net:
         return Layers(self.layout.unflatten(theta), given, capture=capture, first_order=first_order)
 
     def __call__(self, theta: Tensor, x: Tensor, stats: Tensor | None = None, *, first_order: bool = False) -> Tensor:
-        """Logits [n q]. Without `stats`, batch norm uses the batch (transductive); with them, the given statistics."""
+        """Logits [n q]. Batch norm uses `stats` if they are given, else the batch's own statistics (transductive)."""
         layers = self._layers(theta, stats, first_order=first_order)
         return layers.linear("head", self.backbone.features(layers, x))
 
     def features(self, theta: Tensor, x: Tensor, stats: Tensor | None = None, *, first_order: bool = False) -> Tensor:
-        """Features [n f] before the head; batch norm as in a call."""
+        """Features [n f] that the head reads. Batch norm works as in a call."""
         return self.backbone.features(self._layers(theta, stats, first_order=first_order), x)
 
     def split(self, theta: Tensor) -> tuple[Tensor, Tensor]:
-        """Weights [p] as those of the backbone and those of the linear head, its weight and then its bias."""
+        """Split weights [p] into those of the backbone and those of the linear head, whose weight precedes its bias."""
         head = sum(self.layout.sizes[-2:])
         return theta[:-head], theta[-head:]
 
@@ -54,14 +54,18 @@ class Net:
     ) -> tuple[Tensor, Tensor]:
         """Logits, and the mean and biased variance that `x` has at each batch norm, laid out as `stats_layout`.
 
-        The statistics are differentiable, save without `stats` under `first_order`: then they carry no gradient.
+        The statistics are differentiable, except in a `first_order` call without `stats`.
         """
         layers = self._layers(theta, stats, capture=True, first_order=first_order)
         logits = layers.linear("head", self.backbone.features(layers, x))
         return logits, self.stats_layout.flatten(layers.captured).to(x.device)
 
     def init(self, rng: torch.Generator, *, zero_head_bias: bool = False) -> Tensor:
-        """Fresh weights [p]: conv N(0, sqrt(2 / (9 fan_out))), batch norm 1 and 0, head uniform by fan-in."""
+        """Fresh weights [p].
+
+        Weights of k x k convolutions are normal with standard deviation sqrt(2 / (k^2 output channels)), batch norm has
+        scale 1 and shift 0, and linear layers are uniform by fan-in. With `zero_head_bias` the head's bias is 0.
+        """
         parts: dict[str, Tensor] = {}
         for name, shape in self.layout.shapes.items():
             if len(shape) == 4:

@@ -1,7 +1,8 @@
 """Batch normalisation as functions of tensors [n c h w] or [n c]; statistics are means and biased variances [c].
 
-The built-in layer returned wrong second-order gradients under `vmap` in torch 2.13. What is written out here is exact
-in a loop, batched, and twice differentiated; the built-in layer is used where at most one backward pass follows.
+In torch 2.13 the built-in layer returned wrong second-order gradients under `vmap`. The functions written out here are
+exact in a loop, under `vmap` and when differentiated twice. The built-in layer is used where at most one backward pass
+follows.
 """
 
 from typing import Any
@@ -32,7 +33,7 @@ def scaled(x: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
 
 
 def native_of_batch(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """`x` normalised with its own moments by the built-in layer: for one backward pass, outside `vmap`."""
+    """`x` normalised with its own moments by the built-in layer. It allows one backward pass and no `vmap`."""
     return F.batch_norm(x, None, None, weight, bias, True, 0.0, EPS)
 
 
@@ -56,7 +57,7 @@ class OnePassMoments(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        """g_mean / m + 2 g_var (x - mean) / m for m values of a channel."""
+        """The gradient at `x`: g_mean / m + 2 g_var (x - mean) / m, where a channel has m values."""
         x, mean = ctx.saved_tensors
         count = x.numel() // x.shape[1]
         slope = grads[1] * (2 / count)
@@ -66,7 +67,7 @@ class OnePassMoments(torch.autograd.Function):
 
 
 def _channels_last(x: Tensor) -> Tensor:
-    """A view [n h w c] or [n c]: a vector [c] broadcasts over it."""
+    """A view [n h w c] or [n c], over which a vector [c] broadcasts."""
     return x.permute(0, 2, 3, 1) if x.dim() == 4 else x
 
 

@@ -1,4 +1,4 @@
-"""Optimiser steps as functions of values: state in, state out.
+"""Optimiser steps as functions, which take a state and return the next one.
 
 [Kingma2015] Adam, arXiv 1412.6980, Algorithm 1.
 """

@@ -5,7 +5,10 @@ from scipy.optimize import linear_sum_assignment
 
 
 def mean_ci95(accuracies: np.ndarray) -> tuple[float, float]:
-    """Mean and half-width 1.96 std / sqrt(n) of per-episode accuracies [n], with the population std."""
+    """Mean of per-episode accuracies [n], and the half-width 1.96 std / sqrt(n) of its interval.
+
+    The standard deviation is that of the population. Raises ValueError if there are no episodes.
+    """
     values = np.asarray(accuracies, dtype=np.float64)
     if values.size == 0:
         raise ValueError("no episodes to average")
@@ -13,9 +16,10 @@ def mean_ci95(accuracies: np.ndarray) -> tuple[float, float]:
 
 
 def assign_units(log_probs: np.ndarray, labels: np.ndarray, way: int) -> np.ndarray:
-    """Which output unit stands for which way: the assignment [way] that maximises the support's summed log-probability.
+    """The output unit of a classifier that stands for each way of a task: int [way].
 
-    `log_probs` [s q] of a foreign classifier on the support, q >= way; `labels` [s] in 0..way-1.
+    The assignment maximises the sum of the support's log-probabilities. `log_probs` [s q] are the classifier's on the
+    support, q >= way, and `labels` [s] are in 0..way-1.
     """
     gain = np.stack([log_probs[labels == c].sum(axis=0) for c in range(way)])
     rows, columns = linear_sum_assignment(gain, maximize=True)

@@ -1,4 +1,4 @@
-"""Seeds derived from names, so that a result never depends on who computed it, or when."""
+"""Seeds derived from names, so that a result depends neither on the process that computes it nor on the time."""
 
 import hashlib
 
@@ -12,5 +12,8 @@ def derive(*parts: int | str) -> int:
 
 
 def rng(*parts: int | str) -> torch.Generator:
-    """A random generator seeded by `derive(*parts)`. Draws are made on the CPU and then moved: devices agree."""
+    """A random generator seeded by `derive(*parts)`.
+
+    Draws are made on the CPU and then moved, so that all devices see the same ones.
+    """
     return torch.Generator().manual_seed(derive(*parts))

@@ -1,4 +1,4 @@
-"""Weights as one flat vector: cheap to ship, one kernel per optimiser step, one gradient to add up."""
+"""Weights as one flat vector: it is cheap to ship, and an optimiser step or a sum of gradients is one operation."""
 
 from collections.abc import Mapping, Sequence
 
@@ -15,7 +15,10 @@ class Layout:
         self.numel = sum(self.sizes)
 
     def flatten(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        """Copy named tensors into one vector `[p]`. KeyError or ValueError: a part is missing or misshapen."""
+        """Copy named tensors into one vector `[p]`.
+
+        Raises KeyError if a part is missing, and ValueError if one has another shape.
+        """
         for name, shape in self.shapes.items():
             if tensors[name].shape != shape:
                 raise ValueError(f"{name}: expected shape {tuple(shape)}, got {tuple(tensors[name].shape)}")
