@@ -6,7 +6,7 @@ Usage: git worktree add ../base 7ac49db
 Two processes do the same work on the same inputs, one with this tree's `ray_dfml` and one with the other's. They are
 pinned to one processor with one thread each, warm up once, and then take turns: while one works the other waits. A
 ratio is the median over the repeats of (processor seconds there / processor seconds here); beside it stand the least
-and the greatest. Given `.`, a tree is compared with itself, which shows what is noise.
+and the greatest. On an accelerator the seconds are those of the clock on the wall. Given `.`, a tree is compared with itself, which shows what is noise.
 
 The work, for learners and teachers of 5 classes: a replay update of 10 second-order tasks with 15 queries per class and
 5 inner steps; a recovery of 100 images from each of 4 teachers by k = 5 adaptation steps; an outer step of BELL on 4
@@ -68,8 +68,9 @@ def work_of(case: dict[str, Any]) -> Callable[[], object]:
         theta = network.init(rng)
         stats = network.with_stats(theta, torch.randn(64, *shape, generator=rng))[1]
         weights[card.id] = (card, theta.numpy(), stats.numpy())
-    world = World(cards=cards, arch=arch, image=image, way=way, seed=0)
     shard, free = Shard(weights.__getitem__), METHODS["free"]
+    at = {"device": str(shard.device)} if hasattr(World, "device") else {}
+    world = World(cards=cards, arch=arch, image=image, way=way, seed=0, **at)
     cfg = free.Config.model_validate({
         "teachers_per_round": len(cards), "warmup": 0, "alignment_every": 0,
         "replay": {"shot": case.get("shot", 5), "tasks": case.get("tasks", 10)},
@@ -160,14 +161,15 @@ def serve() -> None:
     import torch
 
     torch.set_num_threads(1)
+    clock = time.perf_counter if torch.cuda.is_available() else time.process_time
     known: dict[str, Callable[[], object]] = {}
     for line in sys.stdin:
         name = line.strip()
         if name not in known:
             known = {name: work_of(CASES[name])}
-        began = time.process_time()
+        began = clock()
         known[name]()
-        print(time.process_time() - began, flush=True)
+        print(clock() - began, flush=True)
 
 
 class Side:
