@@ -6,7 +6,8 @@ Usage: git worktree add ../base 7ac49db
 Two processes do the same work on the same inputs, one with this tree's `ray_dfml` and one with the other's. They are
 pinned to one processor with one thread each, warm up once, and then take turns: while one works the other waits. A
 ratio is the median over the repeats of (processor seconds there / processor seconds here); beside it stand the least
-and the greatest. On an accelerator the seconds are those of the clock on the wall. Given `.`, a tree is compared with itself, which shows what is noise.
+and the greatest. On an accelerator the seconds are those of the clock on the wall. Given `.`, a tree is
+compared with itself, which shows what is noise.
 
 The work, for learners and teachers of 5 classes: a replay update of 10 second-order tasks with 15 queries per class and
 5 inner steps; a recovery of 100 images from each of 4 teachers by k = 5 adaptation steps; an outer step of BELL on 4
