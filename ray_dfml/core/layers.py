@@ -75,7 +75,6 @@ class Layers:
             scale, bias = self._affine(name, shift)
             weight = weight * scale[:, None, None, None]
         x = F.conv2d(self.laid_out(x), self.laid_out(weight), bias, stride, padding)
-        x = self.laid_out(x)  # copies only if a single input channel left the layout open
         return self.norm(name, x, shift) if bias is None else x
 
     def relu(self, x: Tensor) -> Tensor:
