@@ -1,4 +1,4 @@
-"""The methods, by the name the command line takes. Adding one is a module, or a folder, and a line here."""
+"""The methods by name, as the command line takes them. A new method is a module or a folder, and a line here."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ from ray_dfml.methods import baselines, bidf, dro, free, oracle, ota, purer
 from ray_dfml.methods.base import Method
 
 UNTRAINED = "random"
-"""The method that trains nothing. Every run scores it beside its own, so that no number stands alone."""
+"""The method that trains nothing. Every run scores it beside its own method, so that no number stands alone."""
 
 METHODS: dict[str, Method[Any]] = {
     "free": free.METHOD,
@@ -19,4 +19,4 @@ METHODS: dict[str, Method[Any]] = {
     "dro": dro.METHOD,
     "maml-oracle": oracle.METHOD,
 }
-"""Name -> what it is."""
+"""Name of a method -> the method."""

@@ -1,8 +1,9 @@
-"""The bank: recovered images per class, first in first out, and tasks drawn from it ([Wei2024] arXiv 2405.00984,
-section 4.2, cross task replay).
+"""The bank keeps recovered images of each class, first in first out, and tasks are drawn from it.
 
-A bank is a dict from class key to uint8 images [n c h w], oldest first. Adding gives a new bank; nothing changes in
-place. The classes of a task are of one data set, as those of a test episode are, unless `mix_data` is set.
+[Wei2024] FREE, arXiv 2405.00984, section 4.2 (cross task replay).
+
+A bank is a dict from class key to uint8 images [n c h w], oldest first. To add images is to make a new bank; nothing
+changes in place. The classes of a task come from one data set, as those of a test episode do, unless `mix_data` is set.
 """
 
 from collections import Counter
@@ -19,7 +20,7 @@ from ray_dfml.types import Arrays
 Bank = dict[str, np.ndarray]
 
 BankKey = Literal["class", "teacher"]
-"""A bank class is a class name (side information of the cards), or a (teacher, class) pair."""
+"""What a class of the bank is: a class name, which is side information of the cards, or a (teacher, class) pair."""
 
 
 def add(bank: Mapping[str, np.ndarray], key: str, images: np.ndarray, capacity: int) -> Bank:
@@ -29,14 +30,15 @@ def add(bank: Mapping[str, np.ndarray], key: str, images: np.ndarray, capacity: 
 
 
 def one_group(key: str) -> str:
-    """The same group for every class: a task may then hold any of them."""
+    """Put every class into the same group, so that a task may hold any of them."""
     return ""
 
 
 def ready(
     bank: Mapping[str, np.ndarray], per_class: int, *, way: int = 1, group: Callable[[str], str] = one_group
 ) -> list[str]:
-    """Class keys, sorted, that hold at least `per_class` images, of groups that have `way` such classes."""
+    """The sorted keys of the classes that are ready: they hold `per_class` images or more, and their group has `way`
+    such classes or more."""
     keys = sorted(key for key, images in bank.items() if len(images) >= per_class)
     sizes = Counter(map(group, keys))
     return [key for key in keys if sizes[group(key)] >= way]
@@ -46,11 +48,11 @@ def draw_task(
     bank: Mapping[str, np.ndarray], *, way: int, shot: int, query: int, rng: torch.Generator,
     group: Callable[[str], str] = one_group,
 ) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
-    """An interpolated task: `way` ready classes of one group, `shot` + `query` distinct images of each.
+    """Draw an interpolated task: `way` ready classes of one group, `shot` + `query` distinct images of each.
 
     Groups are equally likely, whatever their number of classes. Returns uint8 support [shot*way c h w] and query
-    [query*way c h w], interleaved: the labels are 0..way-1 repeated. Raises ValueError if no group has `way` ready
-    classes.
+    [query*way c h w], in which the classes take turns: the labels are 0..way-1, repeated. Raises ValueError if no group
+    has `way` ready classes.
     """
     keys = ready(bank, shot + query, way=way, group=group)
     if not keys:
@@ -70,17 +72,17 @@ def draw_task(
 
 
 def class_key(name: str, teacher: str, key: BankKey) -> str:
-    """The bank's key of a teacher's class."""
+    """The key of a teacher's class in the bank."""
     return name if key == "class" else f"{name}#{teacher}"
 
 
 def data_set(name: str) -> str:
-    """The data set of a class: what its name has before the first `/`; empty for a name without one."""
+    """The data set of a class: its name up to the first `/`, or an empty text for a name without a `/`."""
     return name.partition("/")[0] if "/" in name else ""
 
 
 def of_pool(world: World, key: BankKey) -> set[str]:
-    """The bank's keys of all classes that the teachers know."""
+    """The keys in the bank of all classes that the teachers know."""
     return {class_key(name, card.id, key) for card in world.cards for name in card.classes}
 
 
@@ -91,17 +93,17 @@ def _group(cfg: MetaConfig) -> Callable[[str], str]:
 def draw(
     cfg: MetaConfig, way: int, bank: Mapping[str, np.ndarray], rng: torch.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
-    """A task as `cfg` wants it: uint8 support and query, as `draw_task`."""
+    """Draw a task with the sizes of `cfg`: uint8 support and query, as `draw_task` returns them."""
     return draw_task(bank, way=way, shot=cfg.shot, query=cfg.query, rng=rng, group=_group(cfg))
 
 
 def _sizes(cfg: MetaConfig, keys: Iterable[str]) -> Counter[str]:
-    """Data set -> how many of the classes `keys` are of it, in order of names."""
+    """Data set -> how many of the classes `keys` it has, in order of names."""
     return Counter(map(_group(cfg), sorted(keys)))
 
 
 def notes(cfg: MetaConfig, way: int, keys: Iterable[str]) -> list[str]:
-    """The data sets of which `keys` are too few for a task, one line each."""
+    """One line for each data set that has too few of the classes `keys` for a task."""
     return [
         f"{kind or 'classes whose names have no data set'}: known classes {count}, a task takes {way} of one data set, "
         "so no meta-update has them"
@@ -111,8 +113,10 @@ def notes(cfg: MetaConfig, way: int, keys: Iterable[str]) -> list[str]:
 
 
 def check(method: str, field: str, cfg: MetaConfig, way: int, keys: Iterable[str]) -> None:
-    """Raises UsageError where no data set has as many of the classes `keys` as a task takes. `field` is where `cfg` is
-    in the run's settings."""
+    """Raise UsageError if no data set has as many of the classes `keys` as a task takes.
+
+    `field` is the place of `cfg` in the settings of the run, such as `method.replay`.
+    """
     sizes = _sizes(cfg, keys)
     if max(sizes.values(), default=0) < way:
         known = ", ".join(f"{kind or 'no data set'} {count}" for kind, count in list(sizes.items())[:5]) or "none"
@@ -123,8 +127,10 @@ def check(method: str, field: str, cfg: MetaConfig, way: int, keys: Iterable[str
 
 
 def check_left(cfg: MetaConfig, world: World, bank: Mapping[str, np.ndarray], key: BankKey) -> None:
-    """Raises RejectedError where no task can be drawn, now or later: the usable teachers and `bank` together have too
-    few classes of every data set."""
+    """Raise RejectedError if no task can be drawn, now or later.
+
+    This is so if the usable teachers and `bank` together have too few classes of every data set.
+    """
     known = of_pool(world, key) | set(ready(bank, cfg.shot + cfg.query))
     if max(_sizes(cfg, known).values(), default=0) < world.way:
         kind = "" if cfg.mix_data else " of any one data set"
@@ -134,7 +140,7 @@ def check_left(cfg: MetaConfig, world: World, bank: Mapping[str, np.ndarray], ke
 
 
 def check_capacity(method: str, cfg: MetaConfig, capacity: int) -> None:
-    """Raises UsageError for a bank that could never hold what a task takes of a class."""
+    """Raise UsageError if the bank could never hold as many images of a class as a task takes."""
     if capacity < cfg.shot + cfg.query:
         raise UsageError(
             f"{method}: tasks take {cfg.shot} + {cfg.query} images of a class, method.bank_capacity is {capacity}; "
@@ -151,8 +157,11 @@ def store(bank: Mapping[str, np.ndarray], task: Arrays, key: BankKey, capacity: 
 
 
 def figures(cfg: MetaConfig, world: World, bank: Mapping[str, np.ndarray], key: BankKey) -> Metrics:
-    """How many classes have images for a task, how many of the pool have not, the images in all, and how many data sets
-    tasks come from."""
+    """Figures of the bank for the log.
+
+    They are the classes with enough images for a task, the classes of the pool without, all images, and the data sets
+    that tasks come from.
+    """
     filled = ready(bank, cfg.shot + cfg.query)
     drawable = ready(bank, cfg.shot + cfg.query, way=world.way, group=_group(cfg))
     return {

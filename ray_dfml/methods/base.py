@@ -1,12 +1,14 @@
-"""What a method is: a value of functions over values. Nothing is inherited; `METHODS` lists them.
+"""What a method is: a record of functions, which take values and return values. Nothing is inherited.
 
-A round is `plan` -> (shards) `recover` -> `learn`, and `learn` may send more work to the shards through the same verb:
+In a round the learner calls `plan`, the shards `recover`, and the learner calls `learn`. `learn` may send more work to
+the shards through the same verb:
 
     jobs = method.plan(cfg, world, state, r)
     results = send("<method>.recover", jobs, method.shared(cfg, world, state, r))
     state, metrics = method.learn(cfg, world, state, r, results, send)
 
-State is a nested dict of tensors, NumPy arrays, numbers and strings: it is what a checkpoint holds, and all of it.
+The state is a nested dict of tensors, NumPy arrays, numbers and strings. A checkpoint holds it and nothing else, so a
+method may keep nothing outside of it.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -31,10 +33,10 @@ Send = Callable[[str, Sequence[Job], Arrays], list[Arrays]]
 
 @dataclass(frozen=True, kw_only=True)
 class World:
-    """What every method knows: the pool's cards, the learner's shape, the seed; real images only for the ceiling.
+    """What every method knows: the cards of the teachers, the shape of the learner, and the seed.
 
-    `image` is the learner's input. Teachers may have others: images are brought from one to the other by
-    `core.images.fit` in pixel space.
+    `image` is the input of the learner. Teachers may have other inputs; `core.images.fit` brings images from one to the
+    other in pixel space.
     """
 
     cards: tuple[TeacherCard, ...]
@@ -45,10 +47,9 @@ class World:
     head: Head = "maml"
     """How the learner adapts."""
     device: str = "cpu"
-    """Where the learner's own work is done, that is what `learn` does not send to the shards. The state stays on the
-    CPU."""
+    """Where the learner computes what `learn` does not send to the shards. The state itself stays on the CPU."""
     real: Mapping[str, np.ndarray] = field(default_factory=dict)
-    """Class name -> uint8 images [n c h w]; empty for every data-free method."""
+    """Class name -> uint8 images [n c h w]. Only `maml-oracle` gets any; it is empty for every data-free method."""
 
     @property
     def net(self) -> Net:
@@ -57,7 +58,7 @@ class World:
 
 
 class MethodConfig(BaseModel):
-    """Fields every method has. Unknown keys are errors; values cannot change."""
+    """Settings that every method has. Unknown keys are errors, and values cannot change."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -68,7 +69,7 @@ C = TypeVar("C", bound=MethodConfig)
 
 
 class MetaConfig(BaseModel):
-    """Meta-updates of the learner on tasks of N classes of a store of images ([Finn2017])."""
+    """Settings of meta-updates of the learner on tasks drawn from a store of images ([Finn2017])."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -76,18 +77,18 @@ class MetaConfig(BaseModel):
     query: int = Field(default=15, ge=1, description="Query images per class of a task.")
     tasks: int = Field(default=10, ge=1, description="Tasks per meta-update.")
     inner_steps: int = Field(default=5, ge=0, description="SGD steps on the support.")
-    inner_lr: float = Field(default=0.01, gt=0, description="Their step size.")
+    inner_lr: float = Field(default=0.01, gt=0, description="Step size of the SGD steps on the support.")
     lr: float = Field(default=1e-3, gt=0, description="Adam step size of the meta-update.")
     reduction: Literal["mean", "sum"] = Field(
-        default="mean", description="Over the tasks of an update; the released code sums."
+        default="mean", description="How gradients of an update's tasks are joined; the released code sums them."
     )
     mix_data: bool = Field(
-        default=False, description="Whether a task may hold classes of several data sets; else all are of one."
+        default=False, description="Whether a task may hold classes of several data sets, or of one only."
     )
 
 
 class ReplayConfig(MetaConfig):
-    """Meta-updates on interpolated tasks of the bank, in bouts that end at a plateau ([Wei2024] section 4.2)."""
+    """Settings of replay: meta-updates on tasks of the bank until a plateau ([Wei2024] section 4.2)."""
 
     patience: int = Field(
         default=10, ge=1, description="Stop after this many updates without a new best training accuracy."
@@ -99,20 +100,20 @@ Values = Mapping[str, Any]
 """Settings of a run as a nested mapping, `{"method": {...}, "eval": {...}}`."""
 
 Op = Callable[[Shard, Sequence[Job], Arrays], list[Arrays]]
-"""Work of a shard: (shard, jobs, shared) -> one result per job, in order. A job whose teacher is bad gives
+"""Work of a shard: (shard, jobs, shared) -> one result per job, in order. The result of a job whose teacher is bad is
 `{"rejected": reason}`."""
 
 
 @dataclass(frozen=True)
 class Preset:
-    """Values of a run's config that belong together, and what they are for."""
+    """Settings of a run that belong together, and what they are for."""
 
     about: str
     values: Values
 
 
 class Panel(NamedTuple):
-    """A plot of a report: title, y label, what it says, and metric keys with their legends."""
+    """A plot of a report: its title, the label of the y axis, what it shows, and metric keys with their legends."""
 
     title: str
     unit: str
@@ -122,7 +123,7 @@ class Panel(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Cost:
-    """What a training is made of, for `--dry-run`."""
+    """How much work a training is, for `--dry-run`."""
 
     images: int = 0
     """Images recovered in all."""
@@ -133,7 +134,7 @@ class Cost:
     most: int
     """The most meta-updates."""
     meta: MetaConfig
-    """Settings of their tasks."""
+    """Settings of the tasks of these updates."""
 
 
 def _no_jobs(cfg: MethodConfig, world: World, state: State, r: int) -> list[Job]:
@@ -156,47 +157,47 @@ def _no_cost(cfg: MethodConfig, world: World, shard: Shard) -> None:
 class Method(Generic[C]):
     """A method: its settings, its functions, and all that the rest of the package needs to know of it.
 
-    The module of a method ends with `METHOD = Method(...)`. What a method does not need has a default here.
+    The module of a method ends with `METHOD = Method(...)`. A field that a method may do without has a default.
     """
 
     Config: type[C]
-    """Its settings. Their defaults are the profile `fixed`."""
+    """The settings of the method. Their defaults are the profile `fixed`."""
     init: Callable[[C, World], State]
-    """State before the first round. Raises UsageError for a world that the method cannot take."""
+    """Make the state before the first round. Raises UsageError for a world that the method cannot take."""
     learn: Callable[[C, World, State, int, list[Arrays], Send], tuple[State, Metrics]]
-    """At the learner: the new state and the numbers of round `r`, from what the shards recovered."""
+    """Learn from what the shards recovered in round `r`: the new state, and the numbers of the round."""
     plan: Callable[[C, World, State, int], list[Job]] = _no_jobs
-    """What round `r` needs of which teachers, one job per teacher."""
+    """Plan round `r`: one recover job for each teacher that the round needs."""
     shared: Callable[[C, World, State, int], Arrays] = _no_values
     """Values that all recover jobs of round `r` read."""
     recover: Op | None = None
-    """The op that the planned jobs are for: recovered tasks, and whatever else the round needs, of teachers."""
+    """The op of the planned jobs. It returns recovered tasks, and whatever else the round needs of the teachers."""
     notes: Callable[[C, World], list[str]] = _no_notes
-    """What a reader must know of the method on this pool, such as a term that does not apply; one line each."""
+    """Lines that a reader must know about the method on this pool, such as a term that does not apply."""
     readings: tuple[str, ...] = ("finetune",)
-    """Ways to read predictions from the final weights: `finetune`, `direct`, `assign` (see `ray_dfml.evaluate`)."""
+    """How predictions are read from the final weights: `finetune`, `direct`, `assign` (see `ray_dfml.evaluate`)."""
     ops: Mapping[str, Op] = field(default_factory=dict)
-    """Name -> further ops that `learn` sends."""
+    """Name -> op, for the ops that `learn` sends."""
     profiles: Mapping[str, Values] = field(default_factory=dict)
-    """`paper` and `code` -> what they change of the defaults, if the method was published."""
+    """`paper` and `code` -> the settings that they change, if the method was published."""
     presets: Mapping[str, Preset] = field(default_factory=dict)
     """Name -> preset. No two methods may have presets of one name."""
     cost: Callable[[C, World, Shard], Cost | None] = _no_cost
-    """What a training takes, timed on a shard that hosts the teachers; None where it is soon done."""
+    """Measure what a training takes, on a shard that hosts the teachers. None if it takes next to nothing."""
     panels: tuple[Panel, ...] = ()
-    """Plots of its metrics in a report."""
+    """Plots of the method's metrics in a report."""
     shown: Mapping[str, str] = field(default_factory=dict)
     """Metrics in percent that the line of progress shows -> the words for them."""
     needs_pool: bool = True
-    """Whether there is nothing to do without teachers."""
+    """Whether the method can do nothing without teachers."""
     needs_real: bool = False
-    """Whether it trains on real images, and so is no data-free method."""
+    """Whether the method trains on real images, and so is not data-free."""
     baseline: bool = False
-    """Whether reports take differences to it: it neither inverts teachers nor sees real images."""
+    """Whether reports take differences to the method. A baseline neither inverts teachers nor sees real images."""
 
 
 def stacked(function: Callable[..., Any], *parts: Tensor, batched: bool) -> Any:
-    """`function` on every row of stacked tensors, through `vmap` or one after another; results stacked alike."""
+    """Apply `function` to every row of stacked tensors, through `vmap` or row by row, and stack the results."""
     if batched:
         return torch.func.vmap(function)(*parts)
     rows = [function(*row) for row in zip(*parts, strict=True)]
@@ -212,15 +213,17 @@ def initial_learner(world: World, *, zero_head_bias: bool = False) -> State:
 
 
 def teacher_job(card: TeacherCard, *, index: int, seed: int, values: Arrays) -> Job:
-    """A job on a teacher, with what it costs: shards take work by cost, not by count."""
+    """A job on a teacher, with its cost and memory, by which the backend balances the shards."""
     network = net(card.arch, card.image.shape, len(card.classes))
     memory = 4 * (network.layout.numel + network.stats_layout.numel)
     return Job(index=index, seed=seed, teacher=card.id, values=values, cost=float(network.macs), memory=memory)
 
 
 def learner_weights(world: World, state: Mapping[str, Any], *, steps: int, lr: float) -> LearnerWeights:
-    """The learner's weights in a method's state. `state["network"]` says which network they are of where it is not the
-    world's: `arch`, `outputs`, and `image` as `ImageSpec.values` gives it.
+    """The learner's weights in the state of a method.
+
+    If they are not of the world's network, `state["network"]` describes theirs: `arch`, `outputs`, and `image` as
+    `ImageSpec.values` gives it.
     """
     network = state.get("network") or {"arch": world.arch, "outputs": world.way, "image": world.image.values()}
     return LearnerWeights(

@@ -1,4 +1,4 @@
-"""Baselines in the space of parameters, and the random initialisation: each has one round and recovers nothing.
+"""The baselines that merge or pick teachers' weights, and `random`. Each has one round and recovers nothing.
 
 [Wei2024] FREE, arXiv 2405.00984, section 5.1 (Random, Average, Best-Model).
 """
@@ -43,9 +43,9 @@ def weights(shard: Shard, jobs: Sequence[Job], shared: Arrays) -> list[Arrays]:
 
 
 def fetch(cards: Sequence[TeacherCard], send: Send) -> list[Fetched]:
-    """The weights of teachers, in the order of the cards, without those that could not be read.
+    """The weights of teachers in the order of the cards. Teachers that cannot be read are left out.
 
-    Raises RejectedError if none could.
+    Raises RejectedError if none can be read.
     """
     results = send("weights", [teacher_job(card, index=i, seed=0, values={}) for i, card in enumerate(cards)], {})
     if not results:
@@ -62,9 +62,9 @@ def mean(parts: Sequence[Tensor]) -> Tensor:
 
 
 def check_same_network(method: str, world: World) -> None:
-    """Raises UsageError unless every teacher is the learner's network: architecture, input and number of classes.
+    """Raise UsageError unless every teacher has the learner's architecture, input and number of classes.
 
-    Weights of other networks are points of other spaces: they have no mean.
+    The weights of different networks live in different spaces and have no mean.
     """
     if not world.cards:
         raise UsageError(f"{method}: merges the weights of teachers; name a pool with --pool")
@@ -89,10 +89,10 @@ def _kind(arch: str, shape: Sequence[int], classes: int) -> str:
 
 
 def best_teacher(world: World) -> TeacherCard:
-    """The highest reported accuracy of a teacher that can be asked about the learner's episodes; of equals the last id.
+    """The teacher with the highest reported accuracy among those that fit the learner's episodes.
 
-    A pool may mix inputs. A teacher can be asked if its images have the learner's channels and size, and if it has at
-    least as many classes as an episode. Raises UsageError if there is none, or if no teacher reports an accuracy.
+    A teacher fits if its images have the learner's channels and size, and if it has at least as many classes as an
+    episode. Of equal accuracies the last id wins. Raises UsageError if no teacher fits, or none reports an accuracy.
     """
     named = _named(world)
     if not named:
@@ -145,7 +145,7 @@ def _best_model(world: World, state: State, send: Send) -> State:
 
 
 def untrained(world: World, *, steps: int, lr: float) -> LearnerWeights:
-    """The weights of `random`: a fresh learner of the run's seed, the same for every method."""
+    """The weights of `random`: a fresh learner drawn from the seed of the run, the same for every method."""
     return learner_weights(world, initial_learner(world, zero_head_bias=True), steps=steps, lr=lr)
 
 

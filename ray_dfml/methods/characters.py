@@ -1,9 +1,9 @@
-"""What the presets for 28x28 characters have in common, whatever the method."""
+"""Settings that the presets for 28x28 characters share, whatever the method."""
 
 from typing import Any
 
 REPLAY: dict[str, Any] = {"shot": 1, "tasks": 4, "inner_lr": 0.1}
-"""Cheap meta-updates that suit small images: with steps of 0.01 the inner loop hardly moves."""
+"""Cheap meta-updates that suit small images. With inner steps of 0.01 the learner would hardly move."""
 
 STEP: dict[str, Any] = {"lr": 0.1}
-"""The step of their inner loop, for episodes where no validation data choose another one."""
+"""The step size at test of runs in which no validation data choose one: the same as that of the inner loop."""

@@ -1,4 +1,4 @@
-"""Measuring what a training takes, for the `cost` of a method: one pass of its work, on this machine."""
+"""Helpers for the `cost` of a method: they time a piece of its work on this machine."""
 
 import time
 from collections.abc import Callable
@@ -9,7 +9,7 @@ from ray_dfml.types import TeacherCard
 
 
 def seconds(work: Callable[[], object]) -> float:
-    """Seconds of `work`, after one call that warms up."""
+    """Seconds that `work` takes, after one call to warm up."""
     work()
     began = time.perf_counter()
     work()
@@ -17,7 +17,7 @@ def seconds(work: Callable[[], object]) -> float:
 
 
 def of_mean_teacher(world: World, seconds_of: Callable[[TeacherCard], float]) -> float:
-    """Seconds of work on a teacher of mean cost: of the one whose cost is nearest, scaled."""
+    """Seconds of work on a teacher of mean cost. The teacher nearest to the mean is timed, and its time is scaled."""
     costs = {card: net(card.arch, card.image.shape, len(card.classes)).macs for card in world.cards}
     mean = sum(costs.values()) / len(costs)
     nearest = min(costs, key=lambda card: abs(costs[card] - mean))
@@ -25,5 +25,5 @@ def of_mean_teacher(world: World, seconds_of: Callable[[TeacherCard], float]) ->
 
 
 def until_plateau(cfg: ReplayConfig) -> tuple[int, int]:
-    """The fewest and most updates of `replay.until_plateau`."""
+    """The fewest and the most updates that `replay.until_plateau` makes."""
     return min(cfg.patience + 1, cfg.max_updates), cfg.max_updates

@@ -1,8 +1,9 @@
-"""`dro`: a hyper-network that outputs the teachers' weights from embeddings, robust to shifts of these.
+"""`dro`: a hyper-network that maps embeddings to the teachers' weights and is robust to shifts of the embeddings.
 
-[Wang2022] Meta-Learning without Data via Wasserstein Distributionally-Robust Model Fusion, UAI 2022 (PMLR 180),
-reconstructed from its abstract: results are of "our DRO". The abstract has no numbers and no network. Ours are, among
-others, the standardisation of the weights, the step of the inner maximisation, the chunk size and the initial draws.
+[Wang2022] Meta-Learning without Data via Wasserstein Distributionally-Robust Model Fusion, UAI 2022 (PMLR 180). This is
+a reconstruction from the abstract, and its results must be called "our DRO". The abstract has no numbers and no
+network. The standardisation of the weights, the step of the inner maximisation, the chunk size, the initial draws and
+other choices are ours.
 """
 
 from collections.abc import Sequence
@@ -40,7 +41,10 @@ class Config(MethodConfig):
 
 
 def layout(cfg: Config, teachers: int, weights: int) -> Layout:
-    """Parts of psi: the flat parameters of the hyper-network and all embeddings, for so many teachers and weights."""
+    """The parts of psi, the flat vector of the hyper-network's parameters and all embeddings.
+
+    `teachers` and `weights` are the number of teachers and of weights of a teacher.
+    """
     d, h = cfg.embedding, cfg.hidden
     shapes = {
         "teachers": (teachers, d), "chunks": (-(-weights // cfg.chunk), d),
@@ -51,7 +55,7 @@ def layout(cfg: Config, teachers: int, weights: int) -> Layout:
 
 
 def hyper(psi: dict[str, Tensor], e: Tensor, weights: int) -> Tensor:
-    """h_psi: standardised weights [b weights] from embeddings [b d], chunk by chunk, the last one cut."""
+    """h_psi: standardised weights [b weights] of embeddings [b d]. They are made in chunks, and the last one is cut."""
     chunks = psi["chunks"]
     x = torch.cat([e[:, None].expand(-1, len(chunks), -1), chunks.expand(len(e), -1, -1)], -1)
     x = F.relu(F.linear(x, psi["0.weight"], psi["0.bias"]))
@@ -60,7 +64,7 @@ def hyper(psi: dict[str, Tensor], e: Tensor, weights: int) -> Tensor:
 
 
 def penalised(cfg: Config, psi: dict[str, Tensor], e: Tensor, shift: Tensor, target: Tensor) -> Tensor:
-    """||h(e + shift) - target||^2 / p - gamma ||shift||^2 for embeddings and shifts [b d], targets [b p]: [b]."""
+    """||h(e + shift) - target||^2 / p - gamma ||shift||^2 [b], of embeddings and shifts [b d] and targets [b p]."""
     error = (hyper(psi, e + shift, target.shape[1]) - target).square().mean(1)
     return error - cfg.gamma * shift.square().sum(1)
 
@@ -81,8 +85,11 @@ def worst_shift(cfg: Config, psi: dict[str, Tensor], e: Tensor, target: Tensor) 
 
 
 def gradient(cfg: Config, parts: Layout, psi: Tensor, rows: Sequence[int], target: Tensor) -> tuple[Tensor, Tensor]:
-    """Loss, the mean of `penalised` over teachers (rows of the embeddings) at their worst shifts, and its gradient by
-    psi [p], with the shifts held (the derivative of a maximum)."""
+    """The loss, and its gradient with respect to psi [p].
+
+    The loss is the mean of `penalised` over the teachers `rows` at their worst shifts. The gradient holds these shifts
+    fixed, as the derivative of a maximum does.
+    """
     leaf = psi.detach().requires_grad_()
     split = parts.unflatten(leaf)
     e = split["teachers"][list(rows)]
@@ -91,9 +98,10 @@ def gradient(cfg: Config, parts: Layout, psi: Tensor, rows: Sequence[int], targe
 
 
 def standardisation(parts: Layout, theta: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of each named tensor over all teachers' weights [n p] and all its entries, both [p].
+    """Mean and standard deviation of each named tensor, over its entries and all teachers' weights [n p]: both [p].
 
-    So every weight counts alike, and gamma has one meaning in all layers. A tensor without spread gets 1.
+    Standardised weights all count alike, and gamma has one meaning in all layers. A tensor without spread gets the
+    deviation 1.
     """
     columns = theta.split(parts.sizes, 1)
     sizes = torch.tensor(parts.sizes)
@@ -103,7 +111,7 @@ def standardisation(parts: Layout, theta: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def notes(cfg: Config, world: World) -> list[str]:
-    """That this is a reconstruction."""
+    """A line that says that this is a reconstruction."""
     return ['"our DRO": reconstructed from the abstract of the paper']
 
 
@@ -125,10 +133,11 @@ def init(cfg: Config, world: World) -> State:
 
 
 def learn(cfg: Config, world: World, state: State, r: int, results: list[Arrays], send: Send) -> tuple[State, Metrics]:
-    """`steps_per_round` Adam steps on psi, then the learner: h at one embedding, statistics the mean of the teachers'.
+    """Take `steps_per_round` Adam steps on psi, then make the learner.
 
-    The steps are taken on `world.device`. The standardisation is that of the first round. Raises FloatingPointError if
-    the loss is not finite.
+    The learner's weights are h at one embedding, and its statistics the mean of the teachers'. The steps are taken on
+    `world.device`. The standardisation is made in the first round and kept. Raises FloatingPointError if the loss is
+    not finite.
     """
     found = fetch(world.cards, send)
     theta = torch.stack([one.theta for one in found])
@@ -168,7 +177,10 @@ def _moved(psi: Tensor, adam: optim.Adam, device: str) -> tuple[Tensor, optim.Ad
 
 
 def shares(cfg: Config, seed: int, teachers: int) -> Tensor:
-    """Weights [n] of the embeddings, their sum 1: equal, or uniform on the simplex, the same in every round."""
+    """The share [n] of each teacher's embedding in the learner's; their sum is 1.
+
+    The shares are equal, or drawn uniformly from the simplex. They are the same in every round.
+    """
     if cfg.sample == "mean":
         return torch.full((teachers,), 1 / teachers)
     draws = -torch.rand(teachers, generator=seeds.rng(seed, "convex")).clamp_min(1e-38).log()
@@ -182,9 +194,9 @@ METHOD = Method(
     notes=notes,
     baseline=True,
     panels=(
-        Panel("Hyper-network: loss", "squared error", "Of standardised weights at the worst shifts, mean over the "
-              "round.", {"dro/loss": "loss"}),
-        Panel("Hyper-network: fit", "squared error", "Of every teacher's standardised weights, without a shift.",
+        Panel("Hyper-network: loss", "squared error", "Error of standardised weights at the worst shifts, averaged "
+              "over the round.", {"dro/loss": "loss"}),
+        Panel("Hyper-network: fit", "squared error", "Error of all teachers' standardised weights, without a shift.",
               {"dro/fit": "fit"}),
     ),
 )  # fmt: skip

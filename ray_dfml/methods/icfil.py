@@ -1,9 +1,9 @@
-"""ICFIL: calibration of an adapted learner between its own recovered images and the real support, at meta-test.
+"""ICFIL calibrates an adapted learner at meta-test, with images recovered from it and the real support.
 
-[Hu2023] PURER, arXiv 2303.11183. The paper names the three stages and no release holds them: all numbers
-here are a reconstruction. The adapted learner is inverted into images of the support's classes; a contrastive loss then
-draws each class of the two domains together in feature space, and the head is trained on the real support again.
-No query is involved.
+[Hu2023] PURER, arXiv 2303.11183. The paper names three stages, but no release holds them, so all numbers here are a
+reconstruction. First the adapted learner is inverted into images of the support's classes. Then a contrastive loss
+draws real and recovered images of a class together in feature space. Last, the head is trained on the real support
+again. No query is involved.
 """
 
 from typing import Literal
@@ -19,16 +19,16 @@ from ray_dfml.core.net import Net
 
 
 class IcfilConfig(BaseModel):
-    """Calibration after the adaptation to a support. Off with `steps` 0."""
+    """Settings of the calibration after the adaptation to a support. With `steps` 0 it is off."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     steps: int = Field(default=0, ge=0, description="Contrastive steps on the backbone; 0 leaves calibration out.")
-    lr: float = Field(default=0.01, gt=0, description="Their step size (SGD).")
-    temperature: float = Field(default=0.1, gt=0, description="Of the contrastive loss.")
+    lr: float = Field(default=0.01, gt=0, description="SGD step size of the contrastive steps.")
+    temperature: float = Field(default=0.1, gt=0, description="Temperature of the contrastive loss.")
     images: int = Field(default=5, ge=1, description="Images recovered per class of the support.")
-    inversion_steps: int = Field(default=200, ge=0, description="Adam steps on these images.")
-    image_lr: float = Field(default=0.25, gt=0, description="Their step size, in normalised units.")
+    inversion_steps: int = Field(default=200, ge=0, description="Adam steps on the recovered images.")
+    image_lr: float = Field(default=0.25, gt=0, description="Adam step size of the images, in normalised units.")
     shift: int = Field(default=2, ge=0, description="Largest random cyclic shift of the images, pixels.")
     tv_weight: float = Field(default=1e-4, ge=0, description="Weight of the images' total variation.")
     l2_weight: float = Field(default=1e-5, ge=0, description="Weight of the images' norm.")
@@ -37,14 +37,17 @@ class IcfilConfig(BaseModel):
     )
     head: Literal["keep", "fresh"] = Field(default="keep", description="Start of the head's training on the support.")
     head_steps: int = Field(default=10, ge=0, description="SGD steps on the head, the backbone frozen.")
-    head_lr: float = Field(default=0.01, gt=0, description="Their step size.")
+    head_lr: float = Field(default=0.01, gt=0, description="SGD step size of the head.")
 
 
 def inversion_loss(
     cfg: IcfilConfig, network: Net, phi: Tensor, stats: Tensor, images: Tensor, labels: Tensor
 ) -> Tensor:
-    """[Hu2023] L_inv (scalar) of normalised images [n c h w] with labels [n]: cross-entropy of the network under fixed
-    statistics [k], plus total variation, norm, and the distance of the images' own statistics to these."""
+    """[Hu2023] L_inv (scalar) of normalised images [n c h w] with labels [n].
+
+    It is the cross-entropy of the network under fixed statistics `stats` [k], plus the total variation and the norm of
+    the images, plus the distance of their own statistics to `stats`.
+    """
     logits, found = network.with_stats(phi, images, stats, first_order=True)
     loss = F.cross_entropy(logits[:, : int(labels.max()) + 1], labels)
     loss = loss + cfg.tv_weight * losses.variation_norms(images) + cfg.l2_weight * torch.linalg.vector_norm(images)
@@ -54,7 +57,10 @@ def inversion_loss(
 
 
 def invert(cfg: IcfilConfig, network: Net, phi: Tensor, stats: Tensor, labels: Tensor, rng: torch.Generator) -> Tensor:
-    """Images [n c h w] in normalised space, unclamped, that weights [p] take for `labels` [n]. Start: N(0, 1)."""
+    """Recover images [n c h w] that the network with weights [p] takes for `labels` [n].
+
+    The images start from N(0, 1), live in normalised space, and are not clamped.
+    """
     images = torch.randn(len(labels), *network.shape, generator=rng).to(phi)
     adam = optim.Adam.zeros(images)
     for _ in range(cfg.inversion_steps):
@@ -80,10 +86,11 @@ def calibrate(
 ) -> Tensor:
     """Calibrated weights [p] of a learner adapted to a support: normalised images [s c h w], labels [s] in 0..k-1.
 
-    `stats` [k] are the statistics of batch norm, None where it uses those of the batch. The inversion needs fixed ones:
-    then it uses those that the support has under phi. In the contrast the real and the recovered images are each a
-    batch of their own: a query will never be normalised together with recovered images. A `protonet` head becomes the
-    class means of the new features; the others are trained. With `cfg.steps` 0, phi itself.
+    `stats` [k] are the statistics of batch norm, or None if it uses those of the batch. The inversion needs fixed
+    statistics, and in the second case takes those that the support has under phi. In the contrast, real and recovered
+    images are two separate batches, since queries will never be normalised together with recovered images. A
+    `protonet` head becomes the class means of the new features; other heads are trained. With `cfg.steps` 0 the result
+    is phi itself.
     """
     if not cfg.steps:
         return phi

@@ -1,8 +1,10 @@
-"""What all inversions by a generator share: how a teacher sees generated images, and the loss they are drawn by.
+"""What all inversions by a generator share: how a teacher sees generated images, and the inversion loss.
 
 [Wei2024] FREE, arXiv 2405.00984, Eq. 1. [Hu2023b] BiDf-MKD, arXiv 2305.18413 (the same loss, with the task model in the
-boundary term). The generator makes images of the learner's size in [0, 1]. A teacher of another size sees them resized;
-one of grey images sees their mean channel, and then grey images are what is stored.
+boundary term).
+
+The generator makes images of the learner's size in [0, 1]. A teacher of another size sees them resized. A teacher of
+grey images sees their mean channel, and the images are then stored in grey.
 """
 
 from collections.abc import Callable, Sequence
@@ -26,7 +28,8 @@ from ray_dfml.types import Arrays, ImageSpec, Teacher, TeacherCard
 BETAS = (0.5, 0.999)
 
 Judge = Callable[[Tensor], Tensor]
-"""The learner, or a task model per teacher, as the disagreement term sees it: pixels [b n c h w] to logits [b n q]."""
+"""The other party of the disagreement term: pixels [b n c h w] -> logits [b n q]. It is the learner, or one task model
+per teacher."""
 
 
 class InversionConfig(MethodConfig):
@@ -37,7 +40,7 @@ class InversionConfig(MethodConfig):
     width: int = Field(default=64, ge=4, description="Channels of the generator's last hidden layer.")
     adversarial: float = Field(default=1.0, ge=0, description="Weight of the disagreement term of Eq. 1.")
     adversarial_form: Literal["kl", "probdot"] = Field(
-        default="kl", description="True KL, or the released code's product form."
+        default="kl", description="Form of the disagreement term: KL, or the released code's product form."
     )
     kl_clamp: float = Field(default=10.0, gt=0, description="Bound on one image's KL in the disagreement term, nats.")
     bn_weight: float = Field(
@@ -49,7 +52,7 @@ class InversionConfig(MethodConfig):
     )
     crop_fill: Literal["edge", "zero"] = Field(
         "edge",
-        description="Padding: repeated border, or black (released code), which no teacher of white pages has seen.",
+        description="What the padding holds: the repeated border, or black as in the released code.",
     )
     flip: Literal["auto", "on", "off"] = Field(
         default="auto",
@@ -58,8 +61,11 @@ class InversionConfig(MethodConfig):
 
 
 def checked_generator(method: str, cfg: InversionConfig, world: World, classes: int = 0) -> Generator:
-    """The generator of the learner's images. Raises UsageError for an input size that it cannot make, and for a teacher
-    with fewer classes than the learner, which has nothing to distil for the others."""
+    """The generator of images of the learner's size.
+
+    Raises UsageError for a size that the generator cannot make, and for a teacher with fewer classes than the learner,
+    since it could teach only some of the learner's outputs.
+    """
     few = [card for card in world.cards if len(card.classes) < world.way]
     if few:
         raise UsageError(
@@ -72,7 +78,7 @@ def checked_generator(method: str, cfg: InversionConfig, world: World, classes: 
 
 
 def dropped_statistics(cards: Sequence[TeacherCard], weight: float) -> list[str]:
-    """A line that says for which teachers the batch-norm term is left out, or nothing."""
+    """A line that names the teachers for which the batch-norm term is left out, if there are any."""
     without = [card.id for card in cards if weight and not has_statistics(card)]
     if not without:
         return []
@@ -86,8 +92,10 @@ def has_statistics(card: TeacherCard) -> bool:
 
 
 def chosen_units(card: TeacherCard, way: int, seed: int) -> list[int]:
-    """Which output units of a teacher a task is made of: all, or `way` of them drawn from a stream of the job's seed
-    that nothing else draws from."""
+    """The output units of a teacher that a task is made of: all, or `way` of them, drawn at random.
+
+    The draw is from a stream of the job's seed that nothing else uses.
+    """
     if len(card.classes) == way:
         return list(range(way))
     return torch.randperm(len(card.classes), generator=rng(seed, "units"))[:way].tolist()
@@ -100,11 +108,11 @@ def as_teacher_sees(pixels: Tensor, image: ImageSpec) -> Tensor:
 
 
 class Inversion:
-    """The loss of images of b teachers of one architecture and input, and how these see them.
+    """The inversion loss of images for b teachers of one architecture and input, and how the teachers see the images.
 
-    `batched` evaluates the b networks through `vmap`, else they run one after another; they never mix. The seeds
-    choose the output units. Together with `stream` they also seed the draws, so two inversions of one seed and two
-    streams have the same units and other images.
+    With `batched` the b networks run through `vmap`, else one after another; teachers do not affect each other. The
+    seeds alone choose the output units; together with `stream` they seed all other draws. So two inversions with the
+    same seeds and different streams have the same units and different images.
     """
 
     def __init__(
@@ -129,16 +137,16 @@ class Inversion:
         self._mirror = cfg.flip == "on" or (cfg.flip == "auto" and card.image.channels == 3)
 
     def codes(self) -> Tensor:
-        """Z ~ N(0, 1) [b n d] of each teacher's own stream."""
+        """Latent codes Z ~ N(0, 1) [b n d], drawn from each teacher's own stream."""
         shape = (len(self.labels), self.cfg.latent)
         return torch.stack([torch.randn(shape, generator=rng) for rng in self.rngs]).to(self.device)
 
     def each(self, function: Callable[..., Any], *parts: Tensor) -> Any:
-        """A network's call, `function`, on every row of stacked tensors. One backward pass may follow."""
+        """Apply the call of a network, `function`, to every row of stacked tensors. One backward pass may follow."""
         return stacked(partial(function, first_order=not self.batched), *parts, batched=self.batched)
 
     def generate(self, theta_g: Tensor, z: Tensor) -> Tensor:
-        """Images [b n c h w] in [0, 1]; of grey teachers, grey."""
+        """Images [b n c h w] in [0, 1] of generator weights [b p] and codes [b n d]; grey for grey teachers."""
         if self.net_g.classes:
             wanted = F.one_hot(self.labels, self.net_g.classes).to(z.dtype).expand(len(z), -1, -1)
             z = torch.cat([z, wanted], -1)
@@ -162,8 +170,11 @@ class Inversion:
         return view(images, offsets, pad=self.cfg.crop_pad, fill=self.cfg.crop_fill)
 
     def losses(self, theta_g: Tensor, z: Tensor, judge: Judge | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Losses [b] in nats, images [b n c h w] and the teachers' logits [b n q] of generator weights [b p] and codes
-        [b n d]. `judge` is the other party of the disagreement term, None to leave it out."""
+        """Losses [b] in nats, images [b n c h w] and the teachers' logits [b n q].
+
+        They follow from generator weights [b p] and codes [b n d]. `judge` is the other party of the disagreement term;
+        None leaves the term out.
+        """
         cfg = self.cfg
         images = self.generate(theta_g, z)
         pixels = self.look(images)
@@ -191,9 +202,10 @@ class Inversion:
         return torch.stack(total), images, logits
 
     def task(self, j: int, images: Tensor, logits: Tensor) -> Arrays:
-        """What teacher j's images [n c h w] become: bytes, labels, class names, and a view with the teacher's logits.
+        """The recovered task of teacher j, from its images [n c h w].
 
-        `logits` [n q] are those of the loss, for the figures `ce` (nats) and `accuracy` (percent).
+        It holds the images as bytes, labels, class names, and a view with the teacher's logits on it. `logits` [n q]
+        are those that the loss was computed on; the figures `ce` (nats) and `accuracy` (percent) follow from them.
         """
         teacher, units = self.teachers[j], self.units[j]
         stored, offsets = to_bytes(images), self._offsets(j)
@@ -215,8 +227,10 @@ class Inversion:
 
 
 def _spread(images: Tensor, way: int) -> float:
-    """Mean root-mean-square pixel distance of two images of a class, whose classes take turns: 0 where the generator
-    has collapsed."""
+    """Root-mean-square pixel distance of two images of a class, averaged over pairs and classes.
+
+    The classes of `images` take turns. The spread is 0 if the generator has collapsed.
+    """
     flat = images.flatten(1)
     distances = torch.stack([torch.pdist(flat[c::way]).mean() for c in range(way)])
     return float(distances.mean() / flat.shape[1] ** 0.5)

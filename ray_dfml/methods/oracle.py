@@ -1,4 +1,4 @@
-"""`maml-oracle`: the same learner trained by MAML on the real meta-train images. Not data-free: it is the ceiling.
+"""`maml-oracle`: the same learner, trained by MAML on real meta-train images. It is a ceiling, and not data-free.
 
 [Finn2017] Model-Agnostic Meta-Learning, arXiv 1703.03400, Algorithm 2.
 """
@@ -21,7 +21,7 @@ class Config(MethodConfig):
 
 
 def notes(cfg: Config, world: World) -> list[str]:
-    """Classes with too few images, and data sets with too few classes, for a task."""
+    """Lines that name the classes with too few images for a task, and the data sets with too few classes."""
     ready = _classes(cfg, world)
     small = [f"{name} has {len(images)}" for name, images in world.real.items() if name not in ready]
     said = bank_of.notes(cfg.replay, world.way, ready)
@@ -38,14 +38,14 @@ def _classes(cfg: Config, world: World) -> list[str]:
 
 
 def init(cfg: Config, world: World) -> State:
-    """The learner from the run's seed, as every method starts. Raises UsageError where no task can be drawn."""
+    """The learner drawn from the run's seed, as in every method. Raises UsageError if no task can be drawn."""
     if world.real:
         bank_of.check("maml-oracle", "method.replay", cfg.replay, world.way, _classes(cfg, world))
     return replay.with_optimiser(initial_learner(world))
 
 
 def learn(cfg: Config, world: World, state: State, r: int, results: list[Arrays], send: Send) -> tuple[State, Metrics]:
-    """`updates_per_round` meta-updates on tasks of real images."""
+    """Make `updates_per_round` meta-updates on tasks of real images."""
     metrics: Metrics = {}
     for u in range(cfg.updates_per_round):
         state, metrics = replay.update(cfg.replay, world, state, world.real, (r, "real", u), send)
@@ -53,7 +53,7 @@ def learn(cfg: Config, world: World, state: State, r: int, results: list[Arrays]
 
 
 def cost(cfg: Config, world: World, shard: Shard) -> Cost:
-    """The updates alone: nothing is recovered."""
+    """The number of updates. Nothing is recovered."""
     updates = cfg.rounds * cfg.updates_per_round
     return Cost(least=updates, most=updates, meta=cfg.replay)
 

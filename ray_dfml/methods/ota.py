@@ -1,7 +1,8 @@
-"""`ota`: the mean of teachers whose units were first brought into the order of the first one, by optimal transport.
+"""`ota`: optimal transport brings the units of all teachers into the order of the first one's; the mean follows.
 
 [Singh2020] Model Fusion via Optimal Transport, arXiv 1910.05653 (alignment of weights, exact transport). The released
-code takes two models without biases and batch norm; many, these, and how residual streams share a map are ours.
+code takes two models, without biases and batch norm. To take more models, biases and batch norm, and to let the layers
+of a residual stream share a map, is ours.
 """
 
 from typing import NamedTuple
@@ -22,8 +23,8 @@ from ray_dfml.methods.baselines import baseline, check_same_network, fetch, mean
 class Layer(NamedTuple):
     """A convolution or linear layer, the batch norm behind it, and the streams of units that it reads and writes.
 
-    Layers that write one stream add up there, so its units have one order. None stands for images and for logits,
-    whose order is given.
+    The outputs of layers that write one stream are added up, so the units of a stream have one order for all of them.
+    None stands for images and for logits, whose order is given.
     """
 
     name: str
@@ -33,7 +34,7 @@ class Layer(NamedTuple):
 
 
 def layers(backbone: Backbone) -> list[Layer]:
-    """The layers of a backbone in the order of computation. Raises UsageError for a family that is not described."""
+    """The layers of a backbone in the order of computation. Raises UsageError if it is neither Conv4 nor ResNet."""
     if isinstance(backbone, Conv4):
         found = [Layer(f"blocks.{i}.conv", f"blocks.{i}.norm", f"{i - 1}" if i else None, f"{i}") for i in range(4)]
         return [*found, Layer("head", None, "3", None)]
@@ -52,14 +53,17 @@ def layers(backbone: Backbone) -> list[Layer]:
 
 
 def align(net: Net, theta: Tensor, stats: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
-    """Weights [p] and statistics [k] of the same function, its units reordered to be near those of `reference` [p].
+    """Reorder the units of a network so that they are near those of `reference` [p].
 
-    Stream by stream: inputs take the order already found for the stream they read; then the map of the stream minimises
-    the sum of Euclidean distances between units. A unit is its weights, bias and batch-norm affine, of all layers that
-    write the stream before anything reads it: their inputs are in order by then, those of later residual layers are
-    not. With uniform marginals over equally many units the exact transport is an assignment, hence a permutation.
-    Statistics are carried along and not compared: their scale is that of activations, not of weights. A linear layer on
-    a flattened map (channel-major) has its inputs reordered in blocks of one channel. Logits keep their order.
+    Returns weights [p] and statistics [k] of the same function. The layers are visited in order. The inputs of a layer
+    take the order that was found for the stream that it reads, and when a stream is first read, its order is found: the
+    one that minimises the sum of Euclidean distances between its units and those of `reference`. With uniform marginals
+    over equally many units the exact transport is such an assignment.
+
+    A unit is compared by its weights, bias, and batch-norm scale and shift, in all layers that write the stream before
+    it is first read. The inputs of these layers are in order by then; those of later residual layers are not.
+    Statistics are reordered but not compared, since they have the scale of activations. A linear layer on a flattened
+    map (channel-major) has its inputs reordered in blocks of one channel. Logits keep their order.
     """
     mine, kept = net.layout.unflatten(theta), net.stats_layout.unflatten(stats)
     theirs = net.layout.unflatten(reference)
@@ -93,7 +97,7 @@ def _units(tensors: dict[str, Tensor], writers: list[Layer]) -> np.ndarray:
 
 
 def match(reference: np.ndarray, units: np.ndarray) -> Tensor:
-    """For each row of `reference` [u d], the row of `units` [u d] that the exact transport sends there: [u]."""
+    """The index [u] of the row of `units` [u d] that the exact transport sends to each row of `reference` [u d]."""
     return torch.tensor(linear_sum_assignment(cdist(reference, units))[1])
 
 

@@ -14,18 +14,18 @@ INVERSION = Panel(
 
 LAST_UPDATE = (
     Panel(
-        "Meta-loss", "nats per image", "On the queries of the last update's tasks, after adaptation.",
+        "Meta-loss", "nats per image", "Loss on the queries of the last update's tasks, after adaptation.",
         {"replay/loss": "last update"},
     ),
     Panel(
         "Meta-accuracy", "%", "Mean query accuracy of the last update's tasks.", {"replay/accuracy": "last update"}
     ),
 )  # fmt: skip
-"""Of methods that make a fixed number of meta-updates in a round."""
+"""Panels of methods that make a fixed number of meta-updates in a round."""
 
 REPLAY = (
     Panel(
-        "Replay loss", "nats per image", "On the queries of recovered tasks, after adaptation.",
+        "Replay loss", "nats per image", "Loss on the queries of recovered tasks, after adaptation.",
         {"replay/loss_first": "first update", "replay/loss_last": "last update"},
     ),
     Panel(
@@ -37,4 +37,4 @@ REPLAY = (
         {"replay/updates": "updates"},
     ),
 )  # fmt: skip
-"""Of methods that replay until a plateau."""
+"""Panels of methods that replay until a plateau."""

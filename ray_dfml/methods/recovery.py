@@ -1,5 +1,4 @@
-"""How every method's `recover` treats its jobs: which teachers go together, which are rejected, in what order results
-come back."""
+"""The loop of every `recover` op: it groups jobs, rejects bad teachers, and returns results in job order."""
 
 from collections.abc import Callable, Sequence
 
@@ -10,15 +9,15 @@ Slot = tuple[int, Job, Teacher]
 """Position of a job in its batch, the job, and its teacher."""
 
 Invert = Callable[[Sequence[Job], Sequence[Teacher], bool], Sequence[Arrays | None]]
-"""(jobs, their teachers, whether to batch) -> a result per job, None where the loss is not finite. The teachers are of
+"""(jobs, their teachers, whether to batch) -> a result per job, or None if its loss is not finite. The teachers have
 one architecture, input and number of classes."""
 
 
 def recover(shard: Shard, jobs: Sequence[Job], invert: Invert) -> list[Arrays]:
     """Results of jobs that each name a teacher, in job order.
 
-    Teachers of one kind are inverted together where the shard batches, else each alone. A job whose teacher cannot be
-    read, or whose loss is not finite, gives `{"rejected": reason}`.
+    A shard that batches inverts teachers of one kind together; another one inverts each alone. The result of a job is
+    `{"rejected": reason}` if its teacher cannot be read or its loss is not finite.
     """
     results: dict[int, Arrays] = {}
     slots: list[Slot] = []
@@ -35,7 +34,8 @@ def recover(shard: Shard, jobs: Sequence[Job], invert: Invert) -> list[Arrays]:
 
 
 def groups(slots: Sequence[Slot], *, batched: bool) -> list[list[Slot]]:
-    """Slots that one call inverts: each alone, or all of one architecture, input size and number of classes."""
+    """Group the slots that one call inverts: each slot alone, or all of one architecture, input size and number of
+    classes."""
     if not batched:
         return [[slot] for slot in slots]
     found: dict[tuple[object, ...], list[Slot]] = {}

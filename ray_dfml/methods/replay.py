@@ -1,4 +1,4 @@
-"""Meta-updates of the learner on tasks drawn from a bank: the shards' `maml.grad` op and the learner's loop around it.
+"""Meta-updates on tasks drawn from a bank: the `maml.grad` op of the shards, and the loop of the learner around it.
 
 [Finn2017] arXiv 1703.03400, Algorithm 1. [Wei2024] FREE, arXiv 2405.00984, Eq. 4 (cross task replay).
 """
@@ -20,7 +20,7 @@ STATS_MOMENTUM = 0.1
 
 
 def grad(shard: Shard, jobs: Sequence[Job], shared: Arrays) -> list[Arrays]:
-    """The `maml.grad` op: one meta-gradient [p] per job, each job one task of support [s c h w] and query [u c h w].
+    """The `maml.grad` op: the meta-gradient [p] of each job, which is a task of support [s c h w] and query [u c h w].
 
     uint8 images are pixels; float32 images are already normalised for the learner. `shared["head"]` says what adapts.
     """
@@ -54,7 +54,7 @@ def grad(shard: Shard, jobs: Sequence[Job], shared: Arrays) -> list[Arrays]:
 
 
 def draw(cfg: MetaConfig, world: World, bank: Mapping[str, np.ndarray], tag: tuple[int | str, ...]) -> list[Arrays]:
-    """`cfg.tasks` tasks of the bank: uint8 `support` and `query`, interleaved. `tag` names the update for its seeds."""
+    """Draw `cfg.tasks` tasks from the bank, each with uint8 `support` and `query`. The seeds derive from `tag`."""
     tasks: list[Arrays] = []
     for t in range(cfg.tasks):
         rng = seeds.rng(world.seed, *tag, t)
@@ -64,7 +64,7 @@ def draw(cfg: MetaConfig, world: World, bank: Mapping[str, np.ndarray], tag: tup
 
 
 def shared_values(cfg: MetaConfig, world: World, state: State) -> Arrays:
-    """Values that all `maml.grad` jobs of an update read: the learner's weights [p] and how it adapts."""
+    """Values that all `maml.grad` jobs of an update read: the learner's weights [p], and how the learner adapts."""
     return image_values(world.image) | {
         "arch": world.arch,
         "way": world.way,
@@ -84,12 +84,12 @@ def step(
     send: Send,
     extra: Sequence[Arrays] = (),
 ) -> tuple[State, Metrics]:
-    """One meta-update: the shards differentiate the tasks, one Adam step on the mean (or sum) of the gradients.
+    """Make one meta-update: the shards differentiate the tasks, and one Adam step follows the mean (or sum).
 
-    A task holds `support` and `query`, as the job of a `maml.grad`. `extra` are gradients from elsewhere, in the form
-    of that op's results, with or without `stats`; there must be a task or an extra. Metrics: mean loss in nats, mean
-    accuracy in percent. Gradients are added in order, tasks first, so the bits do not depend on the shards.
-    Raises FloatingPointError for a gradient that is not finite.
+    A task holds `support` and `query`, as a `maml.grad` job does. `extra` holds gradients from elsewhere, in the form
+    of results of `maml.grad`, with or without `stats`. There must be at least one task or extra. The metrics are the
+    mean loss in nats and the mean accuracy in percent. Gradients are added in order, tasks first, so the bits do not
+    depend on the shards. Raises FloatingPointError for a gradient that is not finite.
     """
     jobs = [Job(index=t, seed=0, values=task) for t, task in enumerate(tasks)]
     results = [*(send("maml.grad", jobs, shared_values(cfg, world, state)) if jobs else []), *extra]
@@ -123,14 +123,14 @@ def update(
     tag: tuple[int | str, ...],
     send: Send,
 ) -> tuple[State, Metrics]:
-    """One meta-update on tasks drawn from a bank."""
+    """Make one meta-update on tasks drawn from a bank."""
     return step(cfg, world, state, draw(cfg, world, bank, tag), tag, send)
 
 
 def until_plateau(
     cfg: ReplayConfig, world: World, state: State, bank: Mapping[str, np.ndarray], r: int, send: Send
 ) -> tuple[State, Metrics]:
-    """Meta-updates until `cfg.patience` in a row bring no new best mean training accuracy, or `cfg.max_updates`."""
+    """Make meta-updates until `cfg.patience` in a row bring no new best training accuracy, or for `cfg.max_updates`."""
     best, waited, count = -1.0, 0, 0
     first: Metrics = {}
     last: Metrics = {}

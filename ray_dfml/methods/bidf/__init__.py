@@ -1,3 +1,3 @@
-"""BiDf-MKD. Its settings are `config`, the method is `method`."""
+"""BiDf-MKD: `config` holds its settings, and `method` its functions."""
 
 from ray_dfml.methods.bidf.method import METHOD as METHOD

@@ -1,4 +1,4 @@
-"""Settings of BiDf-MKD, and the sets of values that have a name."""
+"""Settings of BiDf-MKD, its profiles and its presets."""
 
 from pydantic import Field
 
@@ -11,17 +11,17 @@ from ray_dfml.methods.inversion import InversionConfig
 class Config(InversionConfig):
     """BiDf-MKD's hyper-parameters. The defaults are the `fixed` profile; docs/methods.md has all three side by side."""
 
-    rounds: int = Field(default=300, ge=1, description="Outer iterations: times that teachers are inverted.")
+    rounds: int = Field(default=300, ge=1, description="Outer iterations. Teachers are inverted once in each.")
     teachers_per_round: int = Field(
         default=4, ge=1, description="Teachers inverted in a round, drawn with replacement; the paper takes one."
     )
     images_per_class: int = Field(default=30, ge=2, description="Images recovered per class, support and query alike.")
-    iterations: int = Field(default=200, ge=1, description="Passes of an inversion: one more than Adam steps.")
+    iterations: int = Field(default=200, ge=1, description="Passes of an inversion; there is one Adam step fewer.")
     lr_generator: float = Field(default=1e-3, gt=0, description="Adam step size of theta_G and Z.")
     conditional: bool = Field(
-        default=True, description="A generator that is told the label (the paper); the released one is not."
+        default=True, description="Whether the generator is told the label (the paper); the released one is not."
     )
-    boundary: bool = Field(default=True, description="Recover the query set against the task model.")
+    boundary: bool = Field(default=True, description="Whether the query set is recovered against the task model.")
     boundary_after: int = Field(
         default=0, ge=0, description="Meta-updates before the query set is drawn to the boundary; the code: 4000."
     )
@@ -29,11 +29,11 @@ class Config(InversionConfig):
         default="kl", pattern="^(kl|probdot)$", description="Distillation loss: KL, or the released code's form."
     )
     inner_steps: int = Field(default=10, ge=0, description="SGD steps of the inner distillation.")
-    inner_lr: float = Field(default=0.01, gt=0, description="Their step size.")
+    inner_lr: float = Field(default=0.01, gt=0, description="SGD step size of the inner distillation.")
     generate_every: int = Field(
         default=20,
         ge=0,
-        description="Meta-updates in a round; 0: until `replay.patience` of them bring no new best (code).",
+        description="Meta-updates in a round; with 0, until `replay.patience` of them bring no new best (code).",
     )
     bank_capacity: int = Field(default=600, ge=1, description="Images kept per class, first in first out.")
     bank_key: BankKey = Field(

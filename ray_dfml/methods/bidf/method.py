@@ -1,11 +1,12 @@
-"""BiDf-MKD with the teachers' weights: recover, distil into a task model, recover at its boundary, distil through it.
+"""BiDf-MKD with the teachers' weights: bi-level distillation with queries at the boundary of the task model.
 
-[Hu2023b] Learning to Learn from APIs: Black-Box Data-Free Meta-Learning, arXiv 2305.18413 (ICML 2023); here its
+[Hu2023b] Learning to Learn from APIs: Black-Box Data-Free Meta-Learning, arXiv 2305.18413 (ICML 2023). This is its
 white-box form, which back-propagates through the teacher instead of estimating gradients from queries.
 
-A round, per teacher and on one shard: a support set from a generator trained from scratch, the inner distillation of
-the learner on it, and a query set recovered against the distilled weights. Then meta-updates: the first one holds the
-outer distillations, second order through the inner ones, the others replay. Deviations are rows of docs/methods.md.
+In a round, one shard does three things for each teacher. It recovers a support set with a generator trained from
+scratch. It distils the learner on this set, which gives the task model. It recovers a query set on which task model and
+teacher disagree. Then the learner makes meta-updates. The first one holds the outer distillations, of second order
+through the inner ones; the others replay. docs/methods_purer_bidf.md lists the deviations.
 """
 
 import math
@@ -52,14 +53,17 @@ def _classes(cfg: Config, way: int) -> int:
 
 
 def notes(cfg: Config, world: World) -> list[str]:
-    """Teachers for which the statistics term does not apply, and classes that no task can hold."""
+    """Lines that name teachers to which the statistics term does not apply, and classes that no task can hold."""
     return dropped_statistics(world.cards, cfg.bn_weight) + bank_of.notes(
         cfg.replay, world.way, bank_of.of_pool(world, cfg.bank_key)
     )
 
 
 def init(cfg: Config, world: World) -> State:
-    """The learner and an empty bank. Raises UsageError as `checked_generator`, and where no task can be drawn."""
+    """The learner and an empty bank.
+
+    Raises UsageError as `checked_generator` does, and if no task can be drawn.
+    """
     bank_of.check_capacity("bidf-mkd", cfg.replay, cfg.bank_capacity)
     bank_of.check("bidf-mkd", "method.replay", cfg.replay, world.way, bank_of.of_pool(world, cfg.bank_key))
     checked_generator("bidf-mkd", cfg, world, _classes(cfg, world.way))
@@ -67,7 +71,7 @@ def init(cfg: Config, world: World) -> State:
 
 
 def plan(cfg: Config, world: World, state: State, r: int) -> list[Job]:
-    """One job per teacher drawn, with replacement."""
+    """One job for each teacher drawn. Teachers are drawn with replacement."""
     rng = seeds.rng(world.seed, r, "plan")
     picks = torch.randint(len(world.cards), (cfg.teachers_per_round,), generator=rng).tolist()
     return [
@@ -77,7 +81,7 @@ def plan(cfg: Config, world: World, state: State, r: int) -> list[Job]:
 
 
 def shared(cfg: Config, world: World, state: State, r: int) -> Arrays:
-    """The learner's weights and the settings."""
+    """The learner's weights, the settings, and whether the query set is recovered at the boundary."""
     return image_values(world.image) | {
         "cfg": cfg.model_dump(),
         "theta": state["theta"].numpy(),
@@ -91,12 +95,12 @@ def synthesize(
     cfg: Config, teachers: Sequence[Teacher], judge: Judge | None, names: Sequence[int], shape: tuple[int, int, int],
     way: int, *, device: torch.device, batched: bool, stream: str,
 ) -> list[Arrays]:  # fmt: skip
-    """One set of images of each of b teachers ([Hu2023b] label-conditional inversion).
+    """Recover one set of images from each of b teachers ([Hu2023b] label-conditional inversion).
 
-    A generator is drawn anew for each. Between two of the `cfg.iterations` passes Adam moves it and the codes.
-    The images of the lowest loss are kept. After a pass whose loss is not finite neither weights, codes nor moments
-    move, and the next pass has other views. `names` and `stream` seed the draws. Returns tasks as `Inversion.task` with
-    `loss_first` and `loss_last`.
+    Each teacher gets a fresh generator. Adam moves generator and codes between two of the `cfg.iterations` passes, and
+    the images of the pass with the lowest loss are kept. After a pass whose loss is not finite, weights, codes and
+    moments stay, and the next pass has other views. `names` and `stream` seed the draws. Returns tasks as
+    `Inversion.task` makes them, with `loss_first` and `loss_last`.
     """
     net_g = generator(shape, cfg.latent, cfg.width, _classes(cfg, way))
     inversion = Inversion(cfg, net_g, teachers, way, names, device=device, batched=batched, stream=stream)
@@ -111,7 +115,7 @@ def synthesize(
         grad_g, grad_z = torch.autograd.grad(loss.sum(), (leaf_g, leaf_z))
         loss, images, logits = loss.detach(), images.detach(), logits.detach()
         first = loss if i == 0 else torch.where(first.isfinite(), first, loss)
-        better = loss < best  # never where the loss is not a number
+        better = loss < best  # false where the loss is not a number
         best = torch.where(better, loss, best)
         old = kept or (images, logits)
         kept = (_rows(better, images, old[0]), _rows(better, logits, old[1]))
@@ -139,9 +143,9 @@ def _rows(which: Tensor, new: Tensor, old: Tensor) -> Tensor:
 
 
 def recover(shard: Shard, jobs: Sequence[Job], shared: Arrays) -> list[Arrays]:
-    """The `bidf-mkd.recover` op: support, inner distillation, query set of each job's teacher.
+    """The `bidf-mkd.recover` op: recover a support set, distil the learner on it, and recover a query set.
 
-    Returns `support` and `query` as recovered tasks.
+    A job names the teacher. Its result holds `support` and `query` as recovered tasks.
     """
     cfg, device = Config.model_validate(shared["cfg"]), shard.device
     shape, way = tuple(shared["shape"]), shared["way"]
@@ -168,7 +172,7 @@ def _task_models(
 
 
 def _set(cfg: Config, task: Arrays, mean: Tensor, std: Tensor) -> tuple[Tensor, Tensor]:
-    """A recovered task as the learner meets it: the view that its teacher's logits [n q] are of, normalised."""
+    """A recovered task as the learner meets it: the normalised view, and the teacher's logits [n q] on this view."""
     pixels = view(to_pixels(task["images"], mean.device), task["view"], pad=cfg.crop_pad, fill=cfg.crop_fill)
     return normalise(pixels, mean, std), torch.tensor(task["logits"], device=mean.device)
 
@@ -176,9 +180,9 @@ def _set(cfg: Config, task: Arrays, mean: Tensor, std: Tensor) -> tuple[Tensor, 
 def _inner(
     cfg: Config, learner: Net, theta: Tensor, support: Arrays, mean: Tensor, std: Tensor, grad_of: GradOf
 ) -> Tensor:
-    """Task model [p]: `inner_steps` SGD steps from theta on the distillation of a support set ([Hu2023b], inner)."""
+    """The task model [p]: theta after `inner_steps` SGD steps on the distillation of a support set ([Hu2023b])."""
     x, soft = _set(cfg, support, mean, std)
-    if cfg.distill == "kl":  # its gradient is that of the cross-entropy to the teacher's probabilities
+    if cfg.distill == "kl":  # KL has the gradient of the cross-entropy to the teacher's probabilities
         return adapted(
             learner, theta, x, soft.softmax(-1), head="maml", lr=cfg.inner_lr, steps=cfg.inner_steps, grad_of=grad_of
         )
@@ -189,10 +193,10 @@ def _inner(
 
 
 def grad(shard: Shard, jobs: Sequence[Job], shared: Arrays) -> list[Arrays]:
-    """The `bidf.grad` op: gradient [p] at theta of the outer distillation, through the inner steps ([Hu2023b]).
+    """The `bidf.grad` op: the gradient [p] of the outer distillation at theta, through the inner steps ([Hu2023b]).
 
-    A job's values: `support` and `query`, the recovered tasks of one teacher. Returns `grad`, `loss` in nats, and
-    `accuracy`: the share of query images on which task model and teacher agree.
+    The values of a job are `support` and `query`, the recovered tasks of one teacher. A result holds `grad`, the `loss`
+    in nats, and the `accuracy`, which is the share of query images on which task model and teacher agree.
     """
     cfg = Config.model_validate(shared["cfg"])
     learner = net(shared["arch"], tuple(shared["shape"]), shared["way"])
@@ -214,7 +218,7 @@ def _outer(cfg: Config, learner: Net, theta: Tensor, task: Arrays, mean: Tensor,
 
 
 def _outer_kl(cfg: Config, learner: Net, theta: Tensor, task: Arrays, mean: Tensor, std: Tensor) -> Arrays:
-    """`_outer` for KL, by cross-entropies to the teacher's probabilities: KL is less by their entropy."""
+    """`_outer` for KL. It uses cross-entropies to the teacher's probabilities, and KL is less by their entropy."""
     (x, soft), (query, asked) = (_set(cfg, task[kind], mean, std) for kind in ("support", "query"))
     targets = asked.softmax(-1)
     tasks = Task(*(part[None] for part in (x, soft.softmax(-1), query, targets)))
@@ -228,8 +232,10 @@ def _outer_kl(cfg: Config, learner: Net, theta: Tensor, task: Arrays, mean: Tens
 
 
 def learn(cfg: Config, world: World, state: State, r: int, results: list[Arrays], send: Send) -> tuple[State, Metrics]:
-    """Bank both sets of each teacher, then meta-updates: outer distillations in the first, filled up to `replay.tasks`
-    with replay, and replay alone in the others."""
+    """Put both sets of each teacher into the bank, then make meta-updates.
+
+    The first update holds the outer distillations, filled up with replayed tasks to `replay.tasks`. The others replay.
+    """
     metrics: Metrics = {"recover/tasks": len(results)}
     if not results:
         return state, metrics
@@ -270,11 +276,11 @@ def learn(cfg: Config, world: World, state: State, r: int, results: list[Arrays]
 
 
 PROBES = (1, 4)
-"""Iterations of the jobs that `cost` times; a whole one takes minutes."""
+"""Iterations of the short jobs that `cost` times, since a whole job takes minutes."""
 
 
 def cost(cfg: Config, world: World, shard: Shard) -> Cost:
-    """Jobs of few iterations on a mean teacher are timed: both inversions, and the inner distillation between them."""
+    """Time short jobs on a mean teacher: both inversions, and the inner distillation between them."""
 
     def one_job(card: TeacherCard) -> float:
         first, second = (_job_seconds(cfg.model_copy(update={"iterations": n}), world, shard, card) for n in PROBES)
@@ -320,9 +326,9 @@ METHOD = Method(
               {"recover/support_loss_first": "first pass", "recover/support_loss_last": "lowest"}),
         Panel("Inversion loss: query", "nats", "The same, with the boundary term where it is on.",
               {"recover/query_loss_first": "first pass", "recover/query_loss_last": "lowest"}),
-        Panel("Outer distillation loss", "nats per image", "On the query sets, after the inner distillation.",
+        Panel("Outer distillation loss", "nats per image", "Loss on the query sets, after the inner distillation.",
               {"distill/loss": "distillation"}),
-        Panel("Agreement with the teachers", "%", "Of the distilled learner, on the query sets.",
+        Panel("Agreement with the teachers", "%", "Agreement of the task models on the query sets.",
               {"distill/agreement": "agreement"}),
         *panels.REPLAY,
     ),

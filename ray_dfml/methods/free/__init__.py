@@ -1,3 +1,3 @@
-"""FREE. Its settings are `config`, the method is `method`; `five` and `bell` are its two parts."""
+"""FREE: `config` holds its settings, `method` its functions, `five` the inversion, and `bell` the distillation."""
 
 from ray_dfml.methods.free.method import METHOD as METHOD

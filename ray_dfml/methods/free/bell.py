@@ -1,9 +1,9 @@
 """BELL: better generalisation via the meta-learner, by sequential distillation of the recovered tasks.
 
-[Wei2024] arXiv 2405.00984, Eq. 3, Algorithm 2, Theorem 1. Sequential by definition: step i starts where step i - 1
-ended. With plain SGD inside and a small alpha, E[theta - theta~] over task orders is
-alpha sum_i g_i - (alpha^2 / 2) sum_{i<j} grad(g_i . g_j) + O(alpha^3): descent on every loss, ascent on the inner
-products.
+[Wei2024] arXiv 2405.00984, Eq. 3, Algorithm 2, Theorem 1. BELL is sequential by definition: step i starts where step
+i - 1 ended. With plain SGD inside and a small alpha, E[theta - theta~] over task orders is
+alpha sum_i g_i - (alpha^2 / 2) sum_{i<j} grad(g_i . g_j) + O(alpha^3). So the outer step descends every loss and
+ascends the inner products of the gradients.
 """
 
 from collections.abc import Callable, Sequence
@@ -28,14 +28,17 @@ class DistillSet(NamedTuple):
 
 
 def distill_loss(net: Net, task: DistillSet, form: str) -> Callable[[Tensor], Tensor]:
-    """The loss of learner weights [p] on one task, nats per image ([Wei2024] Eq. 3; `hard` is CE on the labels)."""
+    """The loss of learner weights [p] on one task, in nats per image ([Wei2024] Eq. 3).
+
+    The form `hard` is the cross-entropy on the labels.
+    """
     if form == "hard":
         return lambda w: F.cross_entropy(net(w, task.images, first_order=True), task.labels)
     return lambda w: losses.distillation(task.logits, net(w, task.images, first_order=True), form=form)
 
 
 class Path(NamedTuple):
-    """Where a path ends, theta~ [p]; the losses in nats and the gradients g_i [p] that it met, one of each per step."""
+    """The end theta~ [p] of a path, and for each of its steps the loss in nats and the gradient g_i [p]."""
 
     theta: Tensor
     losses: list[Tensor]
@@ -43,7 +46,7 @@ class Path(NamedTuple):
 
 
 def inner_path(loss_fns: Sequence[Callable[[Tensor], Tensor]], theta: Tensor, *, lr: float, optimizer: str) -> Path:
-    """One step per loss from theta [p], in order ([Wei2024] Algorithm 2, lines 4-6)."""
+    """Take one step for each loss, in order, from theta [p] ([Wei2024] Algorithm 2, lines 4-6)."""
     adam = optim.Adam.zeros(theta)
     path = Path(theta, [], [])
     for loss in loss_fns:
@@ -76,11 +79,11 @@ def alignment(grads: Sequence[Tensor]) -> tuple[float, float]:
 
 
 def update(cfg: Config, world: World, state: State, tasks: Sequence[DistillSet], r: int) -> tuple[State, Metrics]:
-    """One outer step on the learner ([Wei2024] Algorithm 2), or for ERM one step on the summed losses at theta.
+    """Take one outer step on the learner ([Wei2024] Algorithm 2), or for ERM one step on the summed losses at theta.
 
-    Losses and gradients are computed on `world.device`, the outer step on the CPU, where the state stays. The figure
-    `bell/loss` is the mean over the tasks, in nats, of the loss that each had when its step was taken: of the first
-    task at theta, of the others at the weights that the steps before left. Of ERM all are at theta.
+    Losses and gradients are computed on `world.device`, and the outer step on the CPU, where the state stays. The
+    figure `bell/loss` is the mean of the tasks' losses in nats. Each is taken just before the task's own step, so only
+    the first one is at theta. For ERM all losses are at theta.
     """
     theta = state["theta"].to(world.device)
     tasks = [DistillSet(*(part.to(world.device) for part in task)) for task in tasks]

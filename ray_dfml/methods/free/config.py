@@ -1,4 +1,4 @@
-"""Settings of FREE, and the sets of values that have a name.
+"""Settings of FREE, its profiles and its presets.
 
 [Wei2024] FREE, arXiv 2405.00984, section 5.1, Table 5 (ablations) and Table 7 (hard label).
 """
@@ -32,17 +32,17 @@ class Config(InversionConfig):
         description="Outer optimiser of theta_G: persistent Adam; Adam re-created every round (code); SGD (paper).",
     )
     meta_reduction: Literal["mean", "sum"] = Field(
-        default="mean", description="Of the b meta-gradients; the released code sums."
+        default="mean", description="How the b meta-gradients are joined; the released code sums them."
     )
     generator_sharing: Literal["meta", "sequential"] = Field(
         default="meta", description="FIVE, or one generator trained on teacher after teacher (ablation)."
     )
     final_pass: bool = Field(
         True,
-        description="k updates, then one pass for images and meta-gradient; the released code takes both from pass k.",
+        description="Whether one more pass follows the k updates, for images and meta-gradient; the code uses pass k.",
     )
     learner_update: Literal["bell", "erm", "none"] = Field(
-        default="bell", description="Distillation of the b tasks: BELL, or ablations."
+        default="bell", description="How the b tasks are distilled: BELL, one summed step (ERM), or not at all."
     )
     bell_inner: Literal["adam", "sgd"] = Field(default="adam", description="Inner optimiser of BELL.")
     bell_lr: float = Field(default=1e-3, gt=0, description="alpha: inner step size of BELL.")
@@ -58,11 +58,11 @@ class Config(InversionConfig):
         default="kl", description="BELL's loss: KL, the code's form, or CE on labels."
     )
     alignment_every: int = Field(
-        default=10, ge=0, description="Rounds between gradient products with all g_i at theta; 0 is never."
+        default=10, ge=0, description="Rounds between measurements of the alignment at theta; with 0, there is none."
     )
     bank_capacity: int = Field(default=400, ge=1, description="Images kept per class, first in first out.")
     bank_adds: Literal["all", "last"] = Field(
-        default="all", description="Recovered tasks stored per round; the released code: last."
+        default="all", description="Which recovered tasks of a round are stored; the released code stores the last."
     )
     bank_key: BankKey = Field(
         default="class",

@@ -1,6 +1,7 @@
 """FIVE: faster inversion via the meta-generator, for one teacher or for several of one architecture at once.
 
-[Wei2024] FREE, arXiv 2405.00984, Algorithm 1, Eq. 1 and 2. First order: no graph through the k steps.
+[Wei2024] FREE, arXiv 2405.00984, Algorithm 1, Eq. 1 and 2. The meta-gradient is of first order: no graph is kept
+through the k steps.
 """
 
 from collections.abc import Sequence
@@ -28,12 +29,12 @@ def five(
 ) -> tuple[list[Arrays], Tensor]:
     """Recover one task from each of b teachers ([Wei2024] Algorithm 1, lines 4-7).
 
-    From theta_g [b p] and Z ~ N(0, 1) [b n d], k Adam steps on both; then images, losses and the first-order
-    meta-gradient at the adapted weights. `judge` is the learner of the disagreement term, None to leave it out. The
-    slots do not touch each other: `batched` runs them through `vmap`, else they run one after another.
+    theta_g [b p] and Z ~ N(0, 1) [b n d] take k Adam steps. Images, losses and the first-order meta-gradient are then
+    those at the adapted weights. `judge` is the learner in the disagreement term, or None to leave the term out. With
+    `batched` the teachers run through `vmap`, else one after another; they do not affect each other.
 
-    Returns per teacher the recovered task (`inversion.Inversion.task`) with the meta-gradient `grad` [p] and losses in
-    nats, and the adapted theta_g [b p].
+    Returns the recovered task of each teacher (`inversion.Inversion.task`), with the meta-gradient `grad` [p] and the
+    losses in nats, and the adapted theta_g [b p].
     """
     inversion = Inversion(cfg, net_g, teachers, way, seeds, device=theta_g.device, batched=batched)
     z = inversion.codes()

@@ -1,8 +1,7 @@
-"""FREE: faster inversion via a meta-generator (FIVE), better generalisation via a meta-learner (BELL), cross-task
-replay.
+"""FREE: faster inversion via a meta-generator (FIVE), better generalisation via a meta-learner (BELL), and replay.
 
 [Wei2024] FREE: Faster and Better Data-Free Meta-Learning, arXiv 2405.00984 (CVPR 2024), Eq. 1-4, Algorithms 1-3.
-Deviations of the released code and of this implementation are rows of docs/methods.md.
+docs/methods.md lists how the released code and this implementation deviate from the paper.
 """
 
 import math
@@ -41,16 +40,16 @@ from ray_dfml.types import Arrays, Job, Shard, Teacher, TeacherCard
 
 
 def notes(cfg: Config, world: World) -> list[str]:
-    """Teachers for which the statistics term does not apply, and classes that no task can hold."""
+    """Lines that name teachers to which the statistics term does not apply, and classes that no task can hold."""
     return dropped_statistics(world.cards, cfg.bn_weight) + bank_of.notes(
         cfg.replay, world.way, bank_of.of_pool(world, cfg.bank_key)
     )
 
 
 def init(cfg: Config, world: World) -> State:
-    """Learner and generator from the run's seed, fresh optimisers, an empty bank.
+    """Learner and generator drawn from the run's seed, fresh optimisers, and an empty bank.
 
-    Raises UsageError for an input size that the generator cannot make, for a teacher of too few classes, and where no
+    Raises UsageError for an input size that the generator cannot make, for a teacher with too few classes, and if no
     task can be drawn.
     """
     bank_of.check_capacity("free", cfg.replay, cfg.bank_capacity)
@@ -66,7 +65,10 @@ def init(cfg: Config, world: World) -> State:
 
 
 def plan(cfg: Config, world: World, state: State, r: int) -> list[Job]:
-    """b teachers drawn with replacement; none for a sequential generator, whose jobs `learn` sends one by one."""
+    """Jobs for b teachers, drawn with replacement.
+
+    There are none for a sequential generator, whose jobs `learn` sends one by one.
+    """
     return _drawn(cfg, world, r) if cfg.generator_sharing == "meta" else []
 
 
@@ -80,7 +82,7 @@ def _drawn(cfg: Config, world: World, r: int) -> list[Job]:
 
 
 def shared(cfg: Config, world: World, state: State, r: int) -> Arrays:
-    """Generator and learner weights, and the settings of the inversion."""
+    """The weights of generator and learner, and the settings of the inversion."""
     return image_values(world.image) | {
         "cfg": cfg.model_dump(),
         "theta_g": state["theta_g"].numpy(),
@@ -91,9 +93,9 @@ def shared(cfg: Config, world: World, state: State, r: int) -> Arrays:
 
 
 def recover(shard: Shard, jobs: Sequence[Job], shared: Arrays) -> list[Arrays]:
-    """The `free.recover` op: FIVE on each job's teacher, from the shared generator.
+    """The `free.recover` op: FIVE on the teacher of each job, from the shared generator.
 
-    A result is the recovered task, of a sequential generator with the adapted `theta_g`.
+    A result is the recovered task. With a sequential generator it also holds the adapted `theta_g`.
     """
     cfg = Config.model_validate(shared["cfg"])
     net_g = generator(tuple(shared["shape"]), cfg.latent, cfg.width)
@@ -112,7 +114,7 @@ def recover(shard: Shard, jobs: Sequence[Job], shared: Arrays) -> list[Arrays]:
 
 
 def _learner(shared: Arrays, device: torch.device) -> Callable[..., Tensor] | None:
-    """The learner as a function of pixels [n c h w] and `first_order`; None while it takes no part."""
+    """The learner as a function of pixels [n c h w] and `first_order`; None while the generator warms up."""
     if shared["theta"] is None:
         return None
     network = net(shared["arch"], tuple(shared["shape"]), shared["way"])
@@ -121,7 +123,10 @@ def _learner(shared: Arrays, device: torch.device) -> Callable[..., Tensor] | No
 
 
 def learn(cfg: Config, world: World, state: State, r: int, results: list[Arrays], send: Send) -> tuple[State, Metrics]:
-    """One round at the learner ([Wei2024] Algorithm 3, lines 6-10): theta_G, bank, BELL, replay until a plateau."""
+    """Update theta_G, the bank and the learner ([Wei2024] Algorithm 3, lines 6-10).
+
+    The learner takes the step of BELL, then replays until a plateau.
+    """
     sequential = cfg.generator_sharing == "sequential"
     state, tasks = _chain(cfg, world, state, r, send) if sequential else (state, results)
     if not tasks:
@@ -153,7 +158,7 @@ def learn(cfg: Config, world: World, state: State, r: int, results: list[Arrays]
 
 
 def _chain(cfg: Config, world: World, state: State, r: int, send: Send) -> tuple[State, list[Arrays]]:
-    """The tasks of one generator trained teacher after teacher: each starts where the one before ended."""
+    """Recover tasks with one generator, trained on teacher after teacher; each starts where the one before ended."""
     tasks: list[Arrays] = []
     for job in _drawn(cfg, world, r):
         found = send("free.recover", [replace(job, index=0)], shared(cfg, world, state, r))
@@ -186,7 +191,7 @@ def _distill_set(cfg: Config, world: World, task: Arrays) -> bell.DistillSet:
 
 
 def cost(cfg: Config, world: World, shard: Shard) -> Cost:
-    """One pass of the inversion of a mean teacher is timed; a job has k + 1 of them."""
+    """Time one pass of the inversion of a mean teacher. A job has k + 1 passes."""
 
     def one_pass(card: TeacherCard) -> float:
         net_g = generator(world.image.shape, cfg.latent, cfg.width)
@@ -219,7 +224,7 @@ METHOD = Method(
     panels=(
         panels.RECOVERED,
         panels.INVERSION,
-        Panel("Distillation loss", "nats per image", "Mean over the round's tasks, each before its own step.",
+        Panel("Distillation loss", "nats per image", "Mean of the tasks' losses, each just before its own step.",
               {"bell/loss": "distillation"}),
         *panels.REPLAY,
         Panel("Gradient alignment: cosine", "mean pairwise cosine",

@@ -1,3 +1,3 @@
-"""PURER. Its settings are `config`, the method is `method`; `eci` is what the shards do for it."""
+"""PURER: `config` holds its settings, `method` its functions, and `eci` what the shards compute."""
 
 from ray_dfml.methods.purer.method import METHOD as METHOD

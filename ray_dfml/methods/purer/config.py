@@ -1,4 +1,4 @@
-"""Settings of PURER, and the sets of values that have a name."""
+"""Settings of PURER, its profiles and its presets."""
 
 from typing import Literal
 
@@ -14,9 +14,9 @@ class Config(MethodConfig):
 
     rounds: int = Field(default=1500, ge=1, description="Outer iterations.")
     image_steps: int = Field(default=10, ge=1, description="Adam steps on the images in a round.")
-    updates: int = Field(default=10, ge=1, description="Meta-updates in a round; the paper alternates one and one.")
+    updates: int = Field(default=10, ge=1, description="Meta-updates in a round; the paper makes one per image step.")
     image_warmup: int = Field(
-        default=20, ge=0, description="First rounds without meta-updates: noise teaches the learner nothing."
+        default=20, ge=0, description="First rounds without meta-updates, since noise teaches the learner nothing."
     )
     teachers_per_round: int = Field(
         default=0, ge=0, description="Teachers whose images move in a round, drawn without replacement; 0 is all."
@@ -30,7 +30,7 @@ class Config(MethodConfig):
     curriculum: float = Field(default=10.0, ge=0, description="Weight of the adversarial step; 0 is no curriculum.")
     curriculum_after: int = Field(default=4000, ge=1, description="Meta-updates before the first adversarial step.")
     curriculum_patience: int = Field(
-        default=6, ge=1, description="Updates without a new best training accuracy before the next one."
+        default=6, ge=1, description="Updates without a new best training accuracy before the next adversarial step."
     )
     start: Literal["random", "average"] = Field(
         default="random", description="Initial learner; the released scripts start from the mean of all teachers."

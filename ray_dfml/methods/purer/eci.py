@@ -1,8 +1,8 @@
-"""ECI on the shards: steps of a teacher's learnable images, and the pixel gradient of the learner's outer loss.
+"""The shards' part of ECI: steps on a teacher's learnable images, and the pixel gradient of the learner's outer loss.
 
 [Hu2023] PURER, arXiv 2303.11183 (episode curriculum inversion). The images live in the teacher's normalised space and
-are never clamped. A step descends CE + total variation + batch-norm statistics + norm of the images; where the
-curriculum is due, the first step of a job also ascends the learner's outer loss, whose gradient is a value of the job.
+are never clamped. A step descends cross-entropy + total variation + batch-norm statistics + norm of the images. If the
+curriculum is due, the first step of a job also ascends the outer loss of the learner; the job brings its gradient.
 """
 
 from collections.abc import Sequence
@@ -23,7 +23,10 @@ from ray_dfml.types import Arrays, ImageSpec, Job, Shard, Teacher
 
 
 def as_learner_sees(x: Tensor, teacher: ImageSpec, learner: ImageSpec) -> Tensor:
-    """A teacher's normalised images [n c h w] as the learner's [n c' h' w']; the same tensor where the inputs agree."""
+    """Turn normalised images [n c h w] of a teacher into the learner's normalised images [n c' h' w'].
+
+    If both inputs agree, the result is the same tensor.
+    """
     if teacher == learner:
         return x
     mean, std = (torch.tensor(values, device=x.device)[:, None, None] for values in (teacher.mean, teacher.std))
@@ -34,10 +37,11 @@ def as_learner_sees(x: Tensor, teacher: ImageSpec, learner: ImageSpec) -> Tensor
 def invert(
     cfg: Config, teachers: Sequence[Teacher], jobs: Sequence[Job], *, device: torch.device, batched: bool
 ) -> list[Arrays]:
-    """`cfg.image_steps` Adam steps on the images of b teachers of one architecture and input.
+    """Take `cfg.image_steps` Adam steps on the images of b teachers of one architecture and input.
 
-    A job's values: `x` [n c h w], Adam's `m`, `v`, `step`, and `push` [n c h w], which is added to the gradient of the
-    first step, or None. Returns these anew, and figures of the last step: losses in nats, accuracy in percent.
+    The values of a job are the images `x` [n c h w], Adam's `m`, `v` and `step`, and `push` [n c h w] or None, which is
+    added to the gradient of the first step. A result holds the new `x`, `m`, `v` and `step`, and figures of the last
+    step: losses in nats, and the accuracy in percent.
     """
     network, classes = teachers[0].net, len(teachers[0].card.classes)
     theta, stats = (torch.stack([getattr(t, name) for t in teachers]) for name in ("theta", "stats"))
@@ -101,10 +105,10 @@ def invert(
 
 
 def grad(shard: Shard, jobs: Sequence[Job], shared: Arrays) -> list[Arrays]:
-    """The `purer.grad` op: gradients of the outer loss with respect to a pseudo task's normalised pixels, through the
-    inner loop ([Hu2023], the step of the gradient switch).
+    """The `purer.grad` op: the gradient of the outer loss with respect to the normalised pixels of a pseudo task.
 
-    A job's values: `support` [s c h w], `query` [u c h w]. Returns `support` and `query` gradients and `loss` in nats.
+    The gradient passes through the inner loop ([Hu2023], the step of the gradient switch). The values of a job are
+    `support` [s c h w] and `query` [u c h w]. A result holds their gradients under the same names, and `loss` in nats.
     """
     network = net(shared["arch"], tuple(shared["shape"]), shared["way"])
     theta = torch.tensor(shared["theta"], device=shard.device)
@@ -126,8 +130,11 @@ def grad(shard: Shard, jobs: Sequence[Job], shared: Arrays) -> list[Arrays]:
 def push_of(
     x: Tensor, rows: np.ndarray, gradient: Tensor, teacher: ImageSpec, learner: ImageSpec, weight: float
 ) -> np.ndarray:
-    """What a teacher's images [n c h w] receive of a pixel gradient of the learner's: -weight x gradient at `rows` [k],
-    carried back through the change of size and normalisation; zero elsewhere."""
+    """The push on a teacher's images [n c h w] from the pixel gradient at the learner's input.
+
+    At `rows` [k] it is -weight x gradient, carried back through the change of size and normalisation. Elsewhere it is
+    zero.
+    """
     leaf = x[rows].detach().requires_grad_()
     back = torch.autograd.grad(as_learner_sees(leaf, teacher, learner), leaf, gradient)[0]
     push = torch.zeros_like(x)

@@ -1,11 +1,11 @@
-"""PURER: one set of learnable images for the whole pool, made harder whenever the learner stops improving on it.
+"""PURER: learnable images of all teachers, made harder whenever the learner stops improving on them.
 
 [Hu2023] Architecture, Dataset and Model-Scale Agnostic Data-free Meta-Learning, arXiv 2303.11183 (CVPR 2023). ECI is
-here and in `eci`; ICFIL, which acts at meta-test, is `icfil` and the setting `eval.icfil`.
+here and in `eci`. ICFIL acts at meta-test: it is `methods.icfil`, and its settings are `eval.icfil`.
 
-A round is `image_steps` steps on the images of every teacher, on the shards, then `updates` meta-updates on pseudo
-tasks of these images. A teacher has a set of its own; a class that several teachers know has the images of all of them.
-Deviations of the released code and of this implementation are rows of docs/methods.md.
+In a round the shards take `image_steps` steps on the images of every teacher. Then the learner makes `updates`
+meta-updates on pseudo tasks of these images. Each teacher has its own images, and a class that several teachers know
+has the images of all of them. docs/methods_purer_bidf.md lists the deviations from paper and released code.
 """
 
 import math
@@ -30,17 +30,17 @@ from ray_dfml.types import Arrays, Job, Shard, Teacher, TeacherCard
 
 
 def notes(cfg: Config, world: World) -> list[str]:
-    """Teachers for which the statistics term does not apply, and classes that no task can hold."""
+    """Lines that name teachers to which the statistics term does not apply, and classes that no task can hold."""
     return dropped_statistics(world.cards, cfg.bn_weight) + bank_of.notes(
         cfg.meta, world.way, bank_of.of_pool(world, cfg.image_key)
     )
 
 
 def init(cfg: Config, world: World) -> State:
-    """The learner, images N(0, 1) per teacher, and the switch.
+    """The learner, images N(0, 1) of each teacher, and the gradient switch.
 
-    Raises UsageError where a class has too few images for a task, a data set too few classes, or teachers that have no
-    mean are to be averaged.
+    Raises UsageError if a class has too few images for a task, if no data set has enough classes, and if the learner is
+    to start from the mean of teachers that have none.
     """
     if cfg.meta.shot + cfg.meta.query > cfg.images_per_class:
         raise UsageError(
@@ -66,14 +66,14 @@ def _kind(world: World) -> tuple[str, tuple[int, int, int], int]:
 
 
 def fresh(cfg: Config, world: World, card: TeacherCard) -> State:
-    """Images N(0, 1) of a teacher from the run's seed, with the moments of their optimiser."""
+    """Images N(0, 1) of a teacher, drawn from the run's seed, with the moments of their optimiser."""
     shape = (cfg.images_per_class * len(card.classes), *card.image.shape)
     x = torch.randn(shape, generator=seeds.rng(world.seed, "images", card.id))
     return {"x": x, "m": torch.zeros_like(x), "v": torch.zeros_like(x), "step": 0}
 
 
 def plan(cfg: Config, world: World, state: State, r: int) -> list[Job]:
-    """One job per teacher: its images, their moments, and what the curriculum pushes them by."""
+    """One job per teacher, with its images, their moments, and the push of the curriculum."""
     cards = list(world.cards)
     if 0 < cfg.teachers_per_round < len(cards):
         rng = seeds.rng(world.seed, r, "plan")
@@ -94,7 +94,7 @@ def shared(cfg: Config, world: World, state: State, r: int) -> Arrays:
 
 
 def recover(shard: Shard, jobs: Sequence[Job], shared: Arrays) -> list[Arrays]:
-    """The `purer.recover` op: `eci.invert` on the images of each job's teacher."""
+    """The `purer.recover` op: `eci.invert` on the images that each job brings."""
     cfg = Config.model_validate(shared["cfg"])
 
     def invert(jobs: Sequence[Job], teachers: Sequence[Teacher], batched: bool) -> list[Arrays | None]:
@@ -108,7 +108,7 @@ def recover(shard: Shard, jobs: Sequence[Job], shared: Arrays) -> list[Arrays]:
 
 
 def learn(cfg: Config, world: World, state: State, r: int, results: list[Arrays], send: Send) -> tuple[State, Metrics]:
-    """Store the images, then meta-updates on pseudo tasks of them, then the curriculum's pixel gradient where due."""
+    """Store the images, make meta-updates on pseudo tasks of them, and ask for the curriculum's push if it is due."""
     metrics: Metrics = {"recover/tasks": len(results)}
     if results:
         metrics |= {
@@ -144,10 +144,11 @@ def learn(cfg: Config, world: World, state: State, r: int, results: list[Arrays]
 
 
 def switched(cfg: Config, switch: State, updates: int, accuracy: float) -> State:
-    """The gradient switch after meta-update number `updates` with mean training accuracy in percent ([Hu2023]).
+    """The gradient switch after meta-update number `updates`, which had this mean training accuracy in percent.
 
-    Due for the first time at `curriculum_after`; then, while not due, after `curriculum_patience` updates without a new
-    best accuracy, which starts anew.
+    An adversarial step ([Hu2023]) is due for the first time after `curriculum_after` updates. Later it is due after
+    `curriculum_patience` updates without a new best accuracy, and the best is forgotten. Nothing is counted while a
+    step is due. With `curriculum` 0 no step is ever due.
     """
     if not cfg.curriculum or switch["due"] or updates < cfg.curriculum_after:
         return switch
@@ -161,8 +162,11 @@ def switched(cfg: Config, switch: State, updates: int, accuracy: float) -> State
 
 
 def _curriculum(cfg: Config, world: World, state: State, r: int, store: "_Store", send: Send) -> tuple[State, float]:
-    """One adversarial step is due: the pixel gradient of the outer loss of a pseudo task, kept for the next job of each
-    teacher in it, whose first image step it joins. These images do not change in between: it is the paper's step."""
+    """Prepare the adversarial step that is due: the pixel gradient of the outer loss of one pseudo task.
+
+    Each teacher in the task gets its part as a push, which joins the first image step of its next job. The images do
+    not change before that step, so it is the step of the paper.
+    """
     drawn = store.draw(world.seed, r, "curriculum")
     values = store.pixels(drawn)
     job = Job(index=0, seed=0, values=values)
@@ -206,12 +210,12 @@ class _Store:
         return {"support": support, "query": query}
 
     def pixels(self, task: dict[str, np.ndarray]) -> Arrays:
-        """Its images, normalised for the learner, float32."""
+        """The images of a pseudo task, float32, normalised for the learner."""
         return {name: np.stack([self.images[i][row] for i, row in rows]) for name, rows in task.items()}
 
 
 def cost(cfg: Config, world: World, shard: Shard) -> Cost:
-    """The image steps that a mean teacher takes in a round are timed."""
+    """Time the image steps that a mean teacher takes in a round."""
 
     def one_round(card: TeacherCard) -> float:
         alone = replace(world, cards=(card,))
@@ -245,7 +249,7 @@ METHOD = Method(
         panels.RECOVERED,
         panels.INVERSION,
         *panels.LAST_UPDATE,
-        Panel("Curriculum: outer loss", "nats per image", "Of the pseudo task that the images are to make harder.",
+        Panel("Curriculum: outer loss", "nats per image", "Loss of the pseudo task that is to become harder.",
               {"curriculum/outer_loss": "outer loss"}),
         Panel("Curriculum: steps", "steps so far", "Adversarial steps: one whenever the learner stops improving.",
               {"curriculum/fired": "steps"}),
