@@ -83,6 +83,7 @@ def read_inputs(config: RunConfig) -> Inputs:
 
     Raises RejectedError where no teacher is usable, UsageError where pools, data and settings do not fit each other.
     """
+    _check_once(config.data)
     teachers, rejected, pools = _open(config)
     loaded = {spec: datasets.load(spec) for spec in config.data}
     if not teachers and not loaded:
@@ -131,6 +132,12 @@ def read_inputs(config: RunConfig) -> Inputs:
     ]
     notes += method.notes(config.method, world)
     return Inputs(world, sets, teachers, rejected, pools, data, notes, _bytes(state))
+
+
+def _check_once(specs: Sequence[str]) -> None:
+    twice = [spec for n, spec in enumerate(specs) if spec in specs[:n]]
+    if twice:
+        raise UsageError(f"--data {twice[0]} is given twice; name it once")
 
 
 def _check_different(loaded: Mapping[str, datasets.ImageSet]) -> None:

@@ -106,8 +106,8 @@ class RunFolder:
         return config
 
     def manifest(self) -> dict[str, Any]:
-        """The manifest the run began with."""
-        return json.loads((self.path / "manifest.json").read_text())
+        """The manifest the run began with. Raises RejectedError if it cannot be read."""
+        return _json(self.path / "manifest.json")
 
     def status(self, **fields: Any) -> None:
         """Update `status.json` with fields; the others keep their values."""
@@ -115,13 +115,13 @@ class RunFolder:
         write_text(self.path / "status.json", json.dumps(known, indent=2) + "\n")
 
     def read_status(self) -> dict[str, Any]:
-        """What `status.json` says."""
+        """What `status.json` says; nothing where there is none. Raises RejectedError if it cannot be read."""
         path = self.path / "status.json"
-        return json.loads(path.read_text()) if path.exists() else {}
+        return _json(path) if path.exists() else {}
 
     def read_scores(self) -> list[dict[str, Any]]:
-        """The rows of `scores.json`."""
-        return json.loads((self.path / "scores.json").read_text())
+        """The rows of `scores.json`. Raises RejectedError if it cannot be read."""
+        return _json(self.path / "scores.json")
 
     def log(self, row: Mapping[str, Any]) -> None:
         """Append one object to `metrics.jsonl`."""
@@ -186,6 +186,15 @@ def manifest(
         "pool": list(pools),
         "data": list(data),
     }
+
+
+def _json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_bytes())
+    except OSError as error:
+        raise RejectedError(f"{path}: cannot be read: {error.strerror or error}") from None
+    except ValueError as error:
+        raise RejectedError(f"{path}: not whole: {error}; put back a copy of it, or start a new run") from None
 
 
 def _version(name: str) -> str | None:

@@ -237,6 +237,11 @@ def test_the_same_images_twice_are_refused(tmp_path: Path, toy_pool: Path, toy_d
     assert [one["data"] for one in found.data] == list(dict.fromkeys(one.data for one in found.sets))
 
 
+def test_one_data_set_twice_is_refused(toy_pool: Path, toy_data: str) -> None:
+    with pytest.raises(UsageError, match=f"^--data {toy_data} is given twice; name it once$"):
+        read_inputs(mixed("free", [toy_pool], [toy_data, toy_data]))
+
+
 def test_what_a_run_holds_counts_teachers_real_images_and_the_state(toy_pool: Path, toy_data: str) -> None:
     """PURER's state has the images and moments of all teachers, which go to the shards and come back."""
     free, purer = (driver.read_inputs(toy.config(name, toy_pool, toy_data)) for name in ("free", "purer"))

@@ -42,6 +42,16 @@ def test_an_existing_path_is_left_alone(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.rglob("*")] == ["run", "mine.txt"]
 
 
+@pytest.mark.parametrize("text", ["", '{"state": "do', "\xff"])
+def test_a_damaged_file_of_the_folder_is_named(folder: RunFolder, text: str) -> None:
+    reads = {"status": folder.read_status, "manifest": folder.manifest, "scores": folder.read_scores}
+    for name, read in reads.items():
+        path = folder.path / f"{name}.json"
+        path.write_bytes(text.encode("latin-1"))
+        with pytest.raises(RejectedError, match=f"^{path}: not whole: .*; put back a copy of it, or start a new run$"):
+            read()
+
+
 @pytest.mark.parametrize("step", ["yaml.safe_dump", "os.rename"])
 def test_a_failed_creation_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str) -> None:
     def fail(*_: object, **__: object) -> None:
