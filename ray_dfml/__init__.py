@@ -1,6 +1,6 @@
-"""Data-free meta-learning: from a pool of classifiers whose training data nobody has, to one few-shot learner.
+"""Data-free meta-learning: a pool of classifiers, without their training data, becomes one few-shot learner.
 
-from ray_dfml import Pool, train, Learner
+The public names are `from ray_dfml import Learner, Pool, train`.
 """
 
 import importlib

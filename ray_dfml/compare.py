@@ -1,8 +1,7 @@
-"""`report`: runs beside each other, with accuracy, cost, and the paired difference to the best baseline.
+"""`report` puts runs side by side, with accuracy, cost, and the paired difference to the best baseline.
 
-From run folders only. Two scores are of the same episodes if these agree: the data and their md5 as the run noted it,
-split, way, shot, query, `eval.seed`, number of episodes, and batch norm. Such scores are a `set`; nothing is compared
-across sets.
+It reads run folders only. Two scores belong to the same `set` if they are of the same episodes, that is if they agree
+in all of FIELDS. Nothing is compared across sets.
 """
 
 import json
@@ -25,10 +24,10 @@ from ray_dfml.report import Record, dicts
 from ray_dfml.scorer import POOLED
 
 BASELINES = tuple(name for name, method in METHODS.items() if method.baseline)
-"""What a difference is taken to, in any reading."""
+"""The methods that a difference may be taken to, in any reading."""
 
 FIELDS = ("data", "split", "way", "shot", "query", "eval.seed", "episodes", "bn")
-"""What two scores of the same episodes agree in."""
+"""What two scores of the same episodes agree in. `data` is the name and content hash of the data set."""
 
 KEYS = (
     "kind", "set", "method", "selection", "preset", "profile", "seeds", "mean", "ci95", "sd", "difference",
@@ -41,19 +40,19 @@ in percent, differences in percentage points."""
 
 @dataclass(frozen=True)
 class Comparison:
-    """Rows of KEYS in the order to show them, set after set, and (set, remark) pairs."""
+    """Rows with KEYS, set after set, in the order to show them; and remarks as (set, text) pairs."""
 
     rows: list[dict[str, Any]]
     notes: list[tuple[int, str]]
 
     def tree(self) -> dict[str, Any]:
-        """`runs`, `groups` (means of seeds) and `notes`, for JSON."""
+        """The comparison for JSON: `runs`, `groups` (means of seeds) and `notes`."""
         kinds = {name: [row for row in self.rows if row["kind"] == kind] for name, kind in _KINDS.items()}
         return kinds | {"notes": [{"set": where, "note": text} for where, text in self.notes]}
 
 
 _OF_TRAINING = ("preset", "profile", "rounds", "recover_seconds", "seconds")
-"""Keys that say nothing of a score beside the run's own."""
+"""Keys that describe the training of the run's own method. Scores of other methods in the run have none of them."""
 
 _KINDS = {"runs": "run", "groups": "mean"}
 
@@ -62,7 +61,7 @@ _KINDS = {"runs": "run", "groups": "mean"}
 class _Entry:
     """A score: its row, the FIELDS of its episodes, all settings but the seed, and the accuracies [episodes].
 
-    `adaptation` is what it learned an episode with, by name of the setting. `flaw` says why there are no accuracies.
+    `adaptation` holds the settings of the adaptation to an episode. `flaw` says why there are no accuracies.
     """
 
     row: dict[str, Any]
@@ -79,16 +78,16 @@ class _Entry:
 
     @property
     def baseline(self) -> bool:
-        """Whether it may be a reference. What was chosen on test may not."""
+        """Whether the score may be a reference. Weights that were chosen on test may not."""
         method = self.row["method"]
         known = any(method == one or method.startswith(f"{one}-") for one in BASELINES)
         return known and self.row["selection"] != "test-best" and self.row["mean"] is not None
 
 
 def compare(runs: Sequence[Path]) -> Comparison:
-    """All scores of run folders. A folder named twice counts once.
+    """Compare all scores of run folders. A folder named twice counts once.
 
-    Raises UsageError for a folder that is no run, RejectedError for a file that is not what it should be.
+    Raises UsageError for a folder that is no run, and RejectedError for a file that cannot be read.
     """
     records = list({run.resolve(): report.read(run) for run in map(resolved, runs)}.values())
     entries = _once([entry for record in records for entry in _entries(record)])
@@ -108,7 +107,7 @@ def compare(runs: Sequence[Path]) -> Comparison:
 
 
 def text(value: object) -> str:
-    """A value from a file in one line of printable characters: it cannot drive a terminal or break a table."""
+    """A value from a file in one line of printable characters, so that it cannot drive a terminal or break a table."""
     return "".join(c if c.isprintable() else "?" for c in " ".join(str(value).split()))
 
 
@@ -172,7 +171,7 @@ def _episodes(path: Path) -> dict[tuple[str, ...], list[tuple[int, float]]]:
 
 
 def _checked(row: Mapping[str, Any], pairs: Sequence[tuple[int, float]]) -> tuple[np.ndarray | None, str | None]:
-    """The accuracies [episodes] if they are those of the score; else why they cannot be used."""
+    """The accuracies [episodes], or the reason why they cannot be used: they must have the mean of the score."""
     if not pairs:
         return None, "no accuracies of its episodes in episodes.parquet"
     accuracies, mean = np.array([accuracy for _, accuracy in pairs]), row["mean"]
@@ -183,8 +182,10 @@ def _checked(row: Mapping[str, Any], pairs: Sequence[tuple[int, float]]) -> tupl
 
 
 def _identity(record: Record, data: object) -> str | None:
-    """The data of a score, NAME@HASH, and for `pooled` those of all sets of the run; None where the hash is not
-    recorded."""
+    """The data of a score as NAME@HASH, or for `pooled` those of all data sets of the run.
+
+    None if the hash is not recorded.
+    """
     if data != POOLED:
         return text(data) if "@" in str(data) else None
     sets = [one.get("data") for one in dicts(record.manifest.get("data"))]
@@ -192,8 +193,10 @@ def _identity(record: Record, data: object) -> str | None:
 
 
 def _steps(record: Record, method: str, selection: str, data: str) -> list[float]:
-    """Step sizes of the adaptation at test: the one the run chose for the data, of `pooled` those of all, else
-    `eval.lr`; none for a reading without steps.
+    """The step sizes of the adaptation at test.
+
+    They are what the run chose for the data, or for all data sets in the case of `pooled`; if it chose none, `eval.lr`.
+    A reading without steps has none.
     """
     if method.endswith(("-direct", "-assign")) or _part(record.config, "learner").get("head") == "protonet":
         return []
@@ -208,7 +211,7 @@ def _steps(record: Record, method: str, selection: str, data: str) -> list[float
 
 
 def _settings(record: Record, method: str) -> str:
-    """All that decides a score, apart from the seed and the episodes. `random` has no settings but the learner's."""
+    """All settings that decide a score, apart from the seed. `random` has only those of the learner and the test."""
     names = {"learner", "eval"} if method == UNTRAINED else set(record.config) - {"seed", "data", "pool"}
     kept = {name: record.config.get(name) for name in names}
     if method != UNTRAINED:
@@ -218,12 +221,12 @@ def _settings(record: Record, method: str) -> str:
 
 
 def _own(record: Record, method: str) -> bool:
-    """Whether a score is of the run's method, in any reading, and not of what is scored beside it."""
+    """Whether a score is of the run's own method, in any reading, and not of `random` beside it."""
     return method == record.name or method.startswith(f"{record.name}-")
 
 
 def _adaptation(record: Record, method: str) -> dict[str, Any]:
-    """What an episode was learned with: settings in which a method and its baseline should agree."""
+    """The settings of the adaptation to an episode, in which a method and its baseline should agree."""
     learner, evaluation = _part(record.config, "learner"), _part(record.config, "eval")
     if method.endswith(("-direct", "-assign")):
         return {}
@@ -263,9 +266,9 @@ def _whole(value: object) -> int | None:
 
 
 def _once(entries: Sequence[_Entry]) -> list[_Entry]:
-    """Equal scores of `random`, which many runs have beside their own, as one that names those runs.
+    """Merge equal scores of `random`, which many runs have beside their own, into one that names all these runs.
 
-    A run of `random` itself comes first: it knows its preset, profile and cost.
+    A run of `random` itself comes first, since it knows its preset, profile and cost.
     """
     kept: dict[object, _Entry] = {}
     for entry in sorted(entries, key=lambda entry: entry.row["rounds"] is None):
@@ -288,7 +291,7 @@ def _place(entry: _Entry) -> tuple[Any, ...]:
 def _reference(
     where: tuple[str, ...], members: Sequence[_Entry], entries: Iterable[_Entry]
 ) -> tuple[Sequence[_Entry] | None, str]:
-    """The baseline with the highest mean among the scores of a set, all its seeds, or None and why."""
+    """All seeds of the baseline with the highest mean in a set; or None, and the reason."""
     known = _families([entry for entry in members if entry.baseline])
     if known:
         best = max(known, key=lambda family: _mean(family, "mean", 0.0))
@@ -311,7 +314,7 @@ def _apart(entry: _Entry, where: tuple[str, ...]) -> str:
 
 
 def _left_out(members: Sequence[_Entry], entries: Iterable[_Entry]) -> list[str]:
-    """Baselines on the same kind of task whose episodes are others, apart from `random`."""
+    """One remark for each baseline, apart from `random`, that has the same kind of task but other episodes."""
 
     def kind(entry: _Entry) -> tuple[Any, ...]:
         names = [part.partition("@")[0] for part in str(entry.row["data"]).split(" + ")]
@@ -324,7 +327,7 @@ def _left_out(members: Sequence[_Entry], entries: Iterable[_Entry]) -> list[str]
 
 
 def _families(members: Iterable[_Entry]) -> list[list[_Entry]]:
-    """Scores of equal settings, method and selection together: the seeds of each."""
+    """Group scores with equal settings, method and selection: a group holds the seeds of one configuration."""
     families: dict[tuple[str, ...], list[_Entry]] = {}
     for entry in members:
         families.setdefault((entry.settings, entry.row["method"], entry.row["selection"]), []).append(entry)
@@ -332,7 +335,7 @@ def _families(members: Iterable[_Entry]) -> list[list[_Entry]]:
 
 
 def _rows(members: Sequence[_Entry], reference: Sequence[_Entry] | None, reason: str) -> list[dict[str, Any]]:
-    """The scores of a set, best first; seeds of equal settings together, followed by their mean."""
+    """The scores of a set, best first. Seeds of equal settings stand together, followed by their mean."""
     rows = []
     for family in sorted(_families(members), key=lambda family: -_mean(family, "mean", 0.0)):
         family.sort(key=lambda entry: entry.row["seeds"])
@@ -343,7 +346,10 @@ def _rows(members: Sequence[_Entry], reference: Sequence[_Entry] | None, reason:
 
 
 def _against(family: Sequence[_Entry], reference: Sequence[_Entry] | None, reason: str) -> dict[str, Any]:
-    """The paired difference to the reference, or why not; several seeds of either are averaged in each episode."""
+    """The paired difference to the reference, or a note why there is none.
+
+    If either has several seeds, their accuracies are averaged in each episode first.
+    """
     flaw = reason or next((f"{entry.name}: {entry.flaw}" for entry in family if entry.flaw), None)
     if reference is not None and any(entry is one for entry in family for one in reference):
         return {"note": "the reference" if len(family) == len(reference) else "a seed of the reference"}
@@ -360,9 +366,10 @@ def _against(family: Sequence[_Entry], reference: Sequence[_Entry] | None, reaso
 
 
 def _group(family: Sequence[_Entry]) -> dict[str, Any]:
-    """The mean of seeds: `ci95` over the episodes, which all seeds meet, with the seeds averaged in each.
+    """The row for the mean of several seeds.
 
-    `sd` is the sample standard deviation of the seeds' means.
+    All seeds meet the same episodes, so `ci95` is over episodes, in each of which the seeds are averaged. `sd` is the
+    sample standard deviation of the seeds' means.
     """
     means = [entry.row["mean"] for entry in family if entry.row["mean"] is not None]
     accuracies = [entry.accuracies for entry in family if entry.accuracies is not None]

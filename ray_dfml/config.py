@@ -1,6 +1,7 @@
-"""The configuration of a run: typed, strict, and resolved once. A profile or a preset is a set of values, nothing more.
+"""The configuration of a run. It is typed and strict, and it is resolved once.
 
-Order: defaults (profile `fixed`), then the profile, the preset, and each `--set key=value`. Unknown keys are errors.
+A profile or a preset is a set of values and nothing more. The defaults are the profile `fixed`. The values of another
+profile, then those of the preset, then each `--set key=value` override them. Unknown keys are errors.
 """
 
 import math
@@ -23,7 +24,7 @@ from ray_dfml.methods.base import MethodConfig
 
 
 class LearnerConfig(BaseModel):
-    """The few-shot learner. Its input is that of the teachers, the largest of each size where they differ."""
+    """Settings of the few-shot learner. Its input is the largest channels, height and width among the teachers."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -43,7 +44,7 @@ class LearnerConfig(BaseModel):
 
 
 class RunConfig(BaseModel):
-    """Everything that decides a run's numbers, and nothing else (shards and devices do not)."""
+    """Everything that decides the numbers of a run. Shards and devices do not, so they are not here."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -60,28 +61,28 @@ class RunConfig(BaseModel):
     eval: EvalConfig = EvalConfig()
 
     def validates(self, r: int) -> bool:
-        """Whether round r ends with a validation: every `eval.every` rounds, and after the last."""
+        """Whether round r ends with a validation. One is due every `eval.every` rounds, and after the last round."""
         every = self.eval.every or max(1, math.ceil(self.method.rounds / 20))
         return r % every == every - 1 or r == self.method.rounds - 1
 
 
 PROFILES = ("fixed", "paper", "code")
-"""`fixed` is the defaults; the others are what a method says they change, and PUBLISHED_TEST."""
+"""`fixed` is the defaults. The others apply the changes that a method lists for them, and PUBLISHED_TEST."""
 
 PUBLISHED_TEST: Mapping[str, Any] = {"eval": {"lrs": ()}}
-"""What the profiles `paper` and `code` change of the test, for every method: one step size, none chosen."""
+"""What the profiles `paper` and `code` change for every method: no step size at test is chosen, `eval.lr` is used."""
 
 SECTIONS = ("method", "eval", "learner")
-"""Parts of a RunConfig that `--set` may change; what a run is stamped with has options of its own."""
+"""The parts of a RunConfig that `--set` may change. The others have command-line options of their own."""
 
 
 def presets() -> dict[str, str]:
-    """Every preset -> the method that it is for."""
+    """Name of a preset -> name of the method that it is for."""
     return {preset: name for name, method in METHODS.items() for preset in method.presets}
 
 
 def parse_set(text: str) -> tuple[list[str], Any]:
-    """`a.b=c` as (["a", "b"], value); the value is read as YAML. Raises UsageError without an `=`."""
+    """Parse `a.b=c` into (["a", "b"], value), where the value is read as YAML. Raises UsageError without an `=`."""
     key, equals, value = text.partition("=")
     if not equals or not key.strip():
         raise UsageError(f"--set {text}: expected key=value, for example --set method.rounds=100")
@@ -94,9 +95,9 @@ def parse_set(text: str) -> tuple[list[str], Any]:
 def resolve(
     name: str, *, profile: str = "fixed", preset: str | None = None, settings: Sequence[str] = (), **values: Any
 ) -> RunConfig:
-    """The full configuration of method `name`, with the paths of `pool` and `data` made absolute.
+    """The full configuration of method `name`. The paths in `pool` and `data` become absolute.
 
-    Raises UsageError, one line, for anything unknown or out of range.
+    Raises UsageError, whose message is one line, for anything unknown or out of range.
     """
     if name not in METHODS:
         raise UsageError(f"unknown method {name!r}{did_you_mean(name, METHODS)}; known: {', '.join(METHODS)}")
@@ -128,7 +129,7 @@ def resolve(
 
 
 def build(tree: Mapping[str, Any]) -> RunConfig:
-    """A RunConfig from a nested mapping, as `config.yaml` holds it. Raises UsageError, one line."""
+    """A RunConfig from a nested mapping, as `config.yaml` holds it. Raises UsageError with a message of one line."""
     if not isinstance(tree, Mapping):
         raise UsageError(f"config: expected keys and values, got {tree!r}")
     tree = dict(tree)
@@ -160,9 +161,9 @@ def pretrain_config(settings: Sequence[str]) -> PretrainConfig:
 
 
 def _listed(model: type[BaseModel], path: Sequence[str], value: Any) -> Any:
-    """The value of the setting at `path`, as a list where that is one: of one value, or of several with commas.
+    """Turn a value into a list if the setting at `path` is one: text with commas gives several items.
 
-    `model` is that of the first part of the path, or one that has it as a field.
+    `model` is the model of the first part of the path, or a model that has this part as a field.
     """
     fields, annotation = model.model_fields, None
     for key in path if path[0] in fields else path[1:]:

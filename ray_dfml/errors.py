@@ -1,6 +1,6 @@
-"""Errors a user can act on. Each carries the process exit code of the contract; everything else is a defect (exit 1).
+"""Errors that a user can act on. Each class has an exit code; any other exception is a defect and exits with 1.
 
-A message is one line: what is wrong, where, what to do.
+A message is one line that says what is wrong, where, and what to do.
 """
 
 import difflib
@@ -8,31 +8,31 @@ from collections.abc import Iterable, Sequence
 
 
 def first_of(names: Sequence[str], most: int = 5) -> str:
-    """`a, b, c and 4 more`: names for one line of a message."""
+    """Names for one line of a message, such as `a, b, c and 4 more`."""
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """` (did you mean 'conv4'?)` where a known name is close to `name` in any case, else nothing."""
+    """A hint such as ` (did you mean 'conv4'?)` if a known name is close to `name` in any case, else an empty text."""
     lower = {other.lower(): other for other in known}
     close = difflib.get_close_matches(name.lower(), lower, n=1)
     return f" (did you mean {lower[close[0]]!r}?)" if close else ""
 
 
 class DfmlError(Exception):
-    """Base class. `exit_code` 1: the run failed."""
+    """The base class. Its exit code 1 says that the run failed."""
 
     exit_code = 1
 
 
 class UsageError(DfmlError):
-    """A command line or a configuration that cannot be carried out. Exit code 2."""
+    """A command line or a configuration cannot be carried out. Exit code 2."""
 
     exit_code = 2
 
 
 class RejectedError(DfmlError):
-    """A pool or a data source that was read and found wanting. Exit code 3."""
+    """A pool or a data source was read and cannot be used. Exit code 3."""
 
     exit_code = 3
 
@@ -44,10 +44,10 @@ class ResourceError(DfmlError):
 
 
 class Interrupted(DfmlError):
-    """Stopped by the user; the run folder can be resumed. Exit code 130."""
+    """The user stopped the run; it can be resumed. Exit code 130."""
 
     exit_code = 130
 
 
 class LearnerLost(DfmlError):
-    """The learner's process ended; the last checkpoint is the state to go on from."""
+    """The learner's process ended. The run can go on from the last checkpoint."""

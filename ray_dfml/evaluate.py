@@ -1,10 +1,11 @@
-"""Meta-test: accuracy on fixed real episodes ([Wei2024] section 5.1). The `evaluate` op, and the jobs that cover a set
-of episodes.
+"""Meta-test: the `evaluate` op, which measures accuracy on fixed real episodes, and the jobs that cover the episodes.
 
-[Finn2017] arXiv 1703.03400. A learner adapts as its head says (`core.inner_loop.adapted`), on request followed by ICFIL
-(`methods.icfil`). Batch norm at test: `transductive` uses the statistics of the current batch for support and query
-(the query's own images help to classify it; the field's published numbers are of this kind); `support` normalises the
-query with the support's statistics; `running` uses the statistics kept from training, for both.
+[Wei2024] FREE, arXiv 2405.00984, section 5.1. [Finn2017] arXiv 1703.03400.
+
+A learner adapts as its head says (`core.inner_loop.adapted`), and on request ICFIL follows (`methods.icfil`). There are
+three modes of batch norm at test. `transductive` normalises support and query each with its own statistics, so the
+images of a query help to classify each other; the published numbers of the field are of this kind. `support` normalises
+the query with the statistics of the support. `running` uses the statistics kept from training for both.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -25,13 +26,13 @@ from ray_dfml.types import Arrays, Job, LearnerWeights, Shard
 
 BatchNormMode = Literal["transductive", "support", "running"]
 EPISODES_PER_JOB = 10
-"""A multiple of `inner_loop.GROUP`, so that an episode has one place in its group however many there are."""
+"""A multiple of `inner_loop.GROUP`, so that the place of an episode in its group does not depend on their number."""
 OFF = IcfilConfig()
-"""No calibration."""
+"""Settings that switch the calibration off."""
 
 
 class EvalConfig(BaseModel):
-    """Meta-test settings."""
+    """Settings of validation and test."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -43,13 +44,13 @@ class EvalConfig(BaseModel):
     )
     query: int = Field(default=15, ge=1, description="Query images per class.")
     steps: int = Field(default=10, ge=0, description="Adaptation steps on the support.")
-    lr: float = Field(default=0.01, gt=0, description="Their step size where `lrs` has none.")
+    lr: float = Field(default=0.01, gt=0, description="Step size of the adaptation if none is chosen from `lrs`.")
     lrs: tuple[Annotated[float, Field(gt=0)], ...] = Field(
         default=(0.01, 0.05, 0.2, 0.5),
-        description="Candidate step sizes; the best on validation episodes is used. Empty, or without data: `lr`.",
+        description="Candidate step sizes: the best on validation episodes is used. If there are none, `lr` is used.",
     )
     bn: BatchNormMode = Field(
-        default="transductive", description="Batch-norm statistics at test; stamped on every number."
+        default="transductive", description="Batch-norm statistics at test; every score names them."
     )
     seed: int = Field(default=0, ge=0, description="Seed of the episodes; equal for every method.")
     test_best: bool = Field(
@@ -72,9 +73,9 @@ def adapt_to(
     icfil: IcfilConfig = OFF,
     seed: int = 0,
 ) -> Tensor:
-    """Weights [p] after the adaptation to a support: normalised images [s c h w], labels [s] in 0..k-1.
+    """Weights [p] after the adaptation to a support: normalised images [s c h w] and labels [s] in 0..k-1.
 
-    `seed` is read by the calibration only.
+    Only the calibration reads `seed`.
     """
     fixed = stats if bn == "running" else None
     way = int(labels.max()) + 1
@@ -99,7 +100,10 @@ def finetune(
     icfil: IcfilConfig = OFF,
     seed: int = 0,
 ) -> Tensor:
-    """Query logits [u k] after `adapt_to` the support; images normalised [n c h w], labels [s] in 0..k-1."""
+    """Logits [u k] of a query after the adaptation to a support (`adapt_to`).
+
+    Images are normalised [n c h w], and labels [s] are in 0..k-1.
+    """
     phi = adapt_to(network, theta, stats, support, labels, steps=steps, lr=lr, bn=bn, head=head, icfil=icfil, seed=seed)
     return query_logits(network, phi, stats, support, query, bn=bn)[:, : int(labels.max()) + 1]
 
@@ -108,7 +112,7 @@ def finetune(
 def query_logits(
     network: Net, phi: Tensor, stats: Tensor, support: Tensor, query: Tensor, *, bn: BatchNormMode
 ) -> Tensor:
-    """Query logits [u q] under adapted weights [p]; the statistics [k] are read where `bn` is `running`."""
+    """Logits [u q] of a query under adapted weights [p]. `stats` [k] are used only if `bn` is `running`."""
     fixed = stats if bn == "running" else None
     if bn == "support":
         fixed = network.with_stats(phi, support, first_order=True)[1]
@@ -116,9 +120,9 @@ def query_logits(
 
 
 def jobs(cfg: EvalConfig, *, way: int, shot: int, start: int = 0, stop: int) -> list[Job]:
-    """Jobs that cover episodes start..stop-1, ten each, so that the work splits alike for any number of shards.
+    """Jobs that cover episodes start..stop-1, ten each, so that the work is cut alike for any number of shards.
 
-    `start` is a multiple of `EPISODES_PER_JOB`, so that a job's episodes do not depend on where it begins.
+    `start` must be a multiple of `EPISODES_PER_JOB`, so that jobs always cut the episodes at the same places.
     """
     values = {"way": way, "shot": shot, "query": cfg.query, "seed": cfg.seed}
     return [
@@ -128,8 +132,10 @@ def jobs(cfg: EvalConfig, *, way: int, shot: int, start: int = 0, stop: int) -> 
 
 
 def shared(cfg: EvalConfig, weights: LearnerWeights, *, reading: str, images: Any, labels: np.ndarray) -> Arrays:
-    """Values that all evaluate jobs read: the weights with their adaptation, the reading, uint8 images [n c h w], or
-    what `Backend.keep` made of them, and labels [n]."""
+    """Values that all evaluate jobs read: the weights and how they adapt, the reading, images and labels [n].
+
+    The images are uint8 [n c h w], or what `Backend.keep` made of them.
+    """
     return {
         "weights": weights.values(),
         "reading": reading,
@@ -141,10 +147,11 @@ def shared(cfg: EvalConfig, weights: LearnerWeights, *, reading: str, images: An
 
 
 def evaluate(shard: Shard, jobs: Sequence[Job], shared: Arrays) -> list[Arrays]:
-    """The `evaluate` op: accuracies in percent of the episodes of each job.
+    """The `evaluate` op: the accuracies in percent of the episodes of each job.
 
-    Readings: `finetune` adapts to the support; `direct` takes output unit c for way c and ignores the support;
-    `assign` matches output units to ways on the support's log-probabilities (both with the weights' own statistics).
+    The reading `finetune` adapts to the support. `direct` takes output unit c for way c and ignores the support.
+    `assign` matches output units to ways by the support's log-probabilities. The last two use the running statistics of
+    the weights in batch norm.
     """
     device, weights = shard.device, LearnerWeights.of(shared["weights"])
     weights = replace(weights, theta=weights.theta.to(device), stats=weights.stats.to(device))
@@ -176,7 +183,7 @@ def _finetuned(
     weights: LearnerWeights, supports: Tensor, labels: Tensor, queries: Iterable[Tensor],
     *, bn: BatchNormMode, icfil: IcfilConfig, seeds: Sequence[int],
 ) -> Iterator[Tensor]:  # fmt: skip
-    """Query logits of each episode as `finetune` gives them, with supports that adapt together where that is faster."""
+    """Query logits of each episode, as `finetune` gives them. Supports adapt together where that is faster."""
     network, fixed, way = weights.net, weights.stats if bn == "running" else None, int(labels.max()) + 1
     phis = adapted_each(
         network, weights.theta, supports, labels,
@@ -191,7 +198,7 @@ def _finetuned(
 def _read(
     weights: LearnerWeights, supports: Tensor, labels: Tensor, queries: Iterable[Tensor], *, assign: bool
 ) -> Iterator[Tensor]:
-    """Query logits of each episode without adaptation; with `assign` the units are matched to ways on the support."""
+    """Query logits of each episode without adaptation. With `assign` the support decides which unit is which way."""
     network, theta, stats = weights.net, weights.theta, weights.stats
     for support, query in zip(supports, queries, strict=True):
         logits = network(theta, query, stats, first_order=True)

@@ -1,4 +1,4 @@
-"""Paths as people write them, names as they can be printed, and errors of the disk that say where.
+"""Paths as people write them, names in a printable form, and errors of the disk that name the file.
 
 Every path that a user gives, on the command line or from Python, goes through `resolved` once.
 """
@@ -16,10 +16,10 @@ _VARIABLE = re.compile(r"\$(?:\{(\w+)\}|(\w+))")
 
 
 def resolved(path: str | os.PathLike[str]) -> Path:
-    """The absolute path that a user means: `~`, `~NAME`, `$VAR` and `${VAR}` are expanded, links are kept.
+    """The absolute path that a user means. `~`, `~NAME`, `$VAR` and `${VAR}` are expanded, and links are kept.
 
-    A `$` in a name that exists as it is written stands for itself. Raises UsageError for an empty path, an unknown
-    variable or user, and a path that is not UTF-8, since YAML and JSON files could not hold it.
+    If a name with a `$` exists as it is written, the `$` stands for itself. Raises UsageError for an empty path, an
+    unknown variable or user, and a path that is not UTF-8, since YAML and JSON files could not hold it.
     """
     text = os.fspath(path)
     if not text:
@@ -37,7 +37,7 @@ def _is_utf8(text: str) -> bool:
 
 
 def _is_literal(text: str) -> bool:
-    """Whether `$` in a path is part of a name: the path, or the folder of a new name without `$`, is there."""
+    """Whether a `$` in a path is part of a name: the path exists, or the folder of a new name without a `$` does."""
     head, tail = os.path.split(text)
     return "$" not in text or os.path.exists(text) or ("$" not in tail and os.path.exists(head))
 
@@ -53,8 +53,10 @@ def _expanded(text: str) -> str:
 
 
 def shown(name: str | os.PathLike[str]) -> str:
-    r"""A name, or a line with names in it, that any terminal and file can hold: `caf\xe9.png` for bytes that are not
-    UTF-8, `a\nb` for control characters."""
+    r"""A name, or a line with names in it, in a form that any terminal and file can hold.
+
+    Bytes that are not UTF-8 become `caf\xe9.png`, and control characters become `a\nb`.
+    """
     return "".join(_shown(letter) for letter in os.fspath(name))
 
 
@@ -65,8 +67,10 @@ def _shown(letter: str) -> str:
 
 
 def is_readable(text: str) -> bool:
-    """Whether a text is one line that a person can read: printable characters, any kind of space, and the joiners
-    of Arabic and Indian scripts and of emoji."""
+    """Whether a text is one line that a person can read.
+
+    It may hold printable characters, any kind of space, and the joiners of Arabic and Indian scripts and of emoji.
+    """
     return all(c.isprintable() or c in _SPACES or c in "\u200c\u200d" for c in text)
 
 
@@ -75,7 +79,7 @@ _SPACES = "\u00a0\u1680\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2
 
 @contextlib.contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Errors of the disk within carry the path: the system gives none where a write fails."""
+    """Put the path into errors of the disk that are raised inside, since the system names none when a write fails."""
     try:
         yield
     except OSError as error:

@@ -6,7 +6,7 @@
     adapted = Learner.load("runs/free").adapt(support, ["cat", "cat", "dog", "dog"])  # uint8 [4 c h w]
     print(adapted.predict(query))                                                     # ["dog", "cat", ...]
 
-The mathematics is that of `evaluate.finetune` without calibration; a test holds the two to the same bits.
+The mathematics is that of `evaluate.finetune` without calibration, and a test checks that both give the same bits.
 """
 
 import json
@@ -31,9 +31,9 @@ from ray_dfml.types import ImageSpec, LearnerWeights
 
 WEIGHTS = "learner.safetensors"
 CARD_BYTES = 1 << 20
-"""Largest `learner.json` that is parsed."""
+"""The size of the largest `learner.json` that is parsed."""
 CHUNK = 256
-"""Query images classified at once where batch norm has fixed statistics."""
+"""How many query images are classified at once if batch norm has fixed statistics."""
 _SLACK = 1e-5  # float pixels may leave [0, 1] by rounding
 
 
@@ -41,7 +41,7 @@ Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 
 class LearnerCard(BaseModel):
-    """`learner.json`: what the weights need to be used, and where they come from."""
+    """`learner.json`: what is needed to use the weights, and where they come from."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
@@ -75,7 +75,7 @@ class LearnerCard(BaseModel):
 def export(
     folder: Path, weights: LearnerWeights, *, method: str, bn: BatchNormMode, selection: str, profile: str, seed: int
 ) -> None:
-    """Write the weights and statistics as named tensors, and `learner.json`. Each file is replaced whole.
+    """Write the weights and statistics as named tensors, and `learner.json`. Each file is replaced in one step.
 
     Raises RejectedError for values that `Learner.load` would refuse.
     """
@@ -108,21 +108,21 @@ def export(
 
 
 class Learner:
-    """A few-shot learner: `adapt` it to 2 to `way` new classes from a few labelled images of each.
+    """A few-shot learner, which `adapt` adapts to 2 to `way` new classes from a few labelled images of each.
 
         learner = Learner.load("runs/free")
         adapted = learner.adapt(x, ["cat", "cat", "dog", "dog"])  # x: uint8 [4 c h w]
         adapted.predict(queries)                                  # one label per query image
         adapted.predict_proba(queries)                            # [m 2], columns in the order of adapted.classes
 
-    Images have the learner's size, `learner.image`; they are not resized here; `data.folders.read_folder` does it
-    for files.
+    Images must have the size `learner.image`; they are not resized here. For image files, `data.folders.read_folder`
+    resizes them.
     """
 
     weights: LearnerWeights
-    """Its network and weights, and how it adapts."""
+    """The network, its weights, and how they adapt."""
     bn: BatchNormMode
-    """Batch-norm statistics when it adapts and predicts."""
+    """The batch-norm statistics that adaptation and prediction use."""
 
     def __init__(self, card: LearnerCard, theta: Tensor, stats: Tensor) -> None:
         self.weights = LearnerWeights(
@@ -135,9 +135,9 @@ class Learner:
 
     @classmethod
     def load(cls, path: str | Path) -> "Learner":
-        """The learner of a run folder, or of the path of a `learner.safetensors` with its `.json` beside it.
+        """Load the learner of a run folder, or a `learner.safetensors` file with its `.json` beside it.
 
-        Raises UsageError where there is none, RejectedError, one line, where it was damaged or does not fit its card.
+        Raises UsageError if there is none, and RejectedError if it is damaged or does not fit its `.json`.
         """
         path = resolved(path)
         file = path / WEIGHTS if path.is_dir() else path
@@ -157,22 +157,21 @@ class Learner:
 
     @property
     def image(self) -> ImageSpec:
-        """Size and normalisation of the images it takes."""
+        """Size and normalisation of the images that the learner takes."""
         return self.weights.image
 
     @property
     def way(self) -> int:
-        """The most classes it can tell apart at once."""
+        """The most classes that the learner can tell apart at once."""
         return self.weights.outputs
 
     def adapt(self, x: np.ndarray | Tensor, y: Sequence[Hashable] | np.ndarray | Tensor) -> "AdaptedLearner":
-        """The learner adapted to the support; itself it does not change.
+        """Adapt to a support. The result is a new object, and the learner itself does not change.
 
-        `weights.head` says which weights the SGD steps change, if any (`core.inner_loop.adapted`).
-
-        `x`: uint8 [n c h w] or [n h w c], or float in [0, 1] [n c h w]; NumPy or torch. `y`: n labels of any hashable
-        kind. Class i is the i-th distinct label in `y`; head outputs beyond the last class are left out of loss and
-        predictions. All n images form one batch. Raises UsageError for images or labels it cannot take.
+        `x` holds the images, in NumPy or torch: uint8 [n c h w] or [n h w c], or float in [0, 1] [n c h w]. `y` holds n
+        labels of any hashable kind. Class i is the i-th distinct label in `y`, and outputs of the head beyond the last
+        class take no part in loss and predictions. All n images form one batch. `weights.head` says which weights the
+        SGD steps change, if any (`core.inner_loop.adapted`). Raises UsageError for images or labels that do not fit.
         """
         labels = y.tolist() if isinstance(y, np.ndarray | Tensor) else list(y)
         support = self._normalised(x)
@@ -218,18 +217,18 @@ class Learner:
 
 
 class AdaptedLearner:
-    """A learner adapted to the classes of a support set; `classes` gives their order.
+    """A learner adapted to the classes of a support; `classes` gives their order.
 
-    With batch norm `transductive` (see `Learner.bn`) all queries of one call are classified together and a
-    prediction depends on the other queries of the call: ask for them as one batch, with about as many of each class.
-    A single query makes a degenerate batch: its batch norm uses the support's statistics instead. With `support` or
-    `running` each query stands alone.
+    With batch norm `transductive` (see `Learner.bn`) all queries of one call are classified together, and each
+    prediction depends on the other queries. Such queries should come in one batch, with about as many of each class. A
+    single query would be a degenerate batch, so its batch norm uses the statistics of the support. With `support` or
+    `running` each query is classified by itself.
     """
 
     classes: tuple[Any, ...]
 
     def __init__(self, learner: Learner, classes: tuple[Any, ...], support: Tensor, labels: Tensor) -> None:
-        """Adapts to normalised images [s c h w] with labels [s] in 0..k-1 (`evaluate.adapt_to`)."""
+        """Adapt `learner` to normalised images [s c h w] with labels [s] in 0..k-1 (`evaluate.adapt_to`)."""
         self.classes = classes
         self._learner = learner
         weights = learner.weights

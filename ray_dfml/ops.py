@@ -1,4 +1,4 @@
-"""The work a shard can do, by name."""
+"""All work that a shard can do, by name."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from ray_dfml.methods.base import Method, Op
 
 
 def of_method(name: str, method: Method[Any]) -> dict[str, Op]:
-    """The ops of one method: `NAME.recover` if it recovers, and its own."""
+    """The ops of one method: `NAME.recover` if the method recovers, and the further ops that it brings."""
     return ({} if method.recover is None else {f"{name}.recover": method.recover}) | dict(method.ops)
 
 

@@ -1,4 +1,4 @@
-"""The round loop's body, written once for all methods and backends, and the object that holds a run's state.
+"""One round of a run, written once for all methods and backends, and the object that holds the state of a run.
 
 pool -> [shards] recover -> recovered tasks -> [learner] learn -> theta -> [shards] evaluate -> scores
                                                  ^  |
@@ -23,19 +23,18 @@ from ray_dfml.scorer import Part, accuracies
 from ray_dfml.types import Arrays, Backend, Job, Labelled, LearnerWeights
 
 KEYS = {"val": "best", "test-best": "test_best"}
-"""Selection -> the part of the state that holds its weights."""
+"""Selection -> the key in the state of the weights that it has kept."""
 
 KEPT = ("rejected", "began", *KEYS.values())
-"""Parts of the state that belong to the loop, not to the method: teachers found bad, the digest of the weights that the
-run began with, weights selected so far."""
+"""Keys in the state that belong to the loop and not to the method: the teachers found bad, the digest of the weights
+that the run began with, and the weights kept so far."""
 
 
 class Trainer:
-    """A run in progress: configuration, state, and the backend that does its work. In a cluster it is the learner
-    actor.
+    """A run in progress: its configuration, its state, and the backend that does its work.
 
-    `round` and `keep` advance it, `score` answers what a `Scorer` asks about its weights. `state` is all of it: what
-    a checkpoint holds, and a Trainer made from one goes on with the same bits.
+    `round` and `keep` change the state, and `score` answers what a `Scorer` asks about the weights. A checkpoint holds
+    `state` and nothing else, and a Trainer made from a checkpoint goes on with the same bits.
     """
 
     def __init__(
@@ -55,12 +54,12 @@ class Trainer:
 
     @property
     def world(self) -> World:
-        """The world without the teachers found bad so far."""
+        """The world of the run, without the teachers found bad so far."""
         rejected = self.state["rejected"]
         return replace(self._world, cards=tuple(c for c in self._world.cards if c.id not in rejected))
 
     def round(self, r: int) -> Metrics:
-        """One outer iteration. Returns its numbers; teachers that failed are in `state["rejected"]` from now on."""
+        """Run round `r`, and return its numbers. Teachers that failed are in `state["rejected"]` from then on."""
         seconds: dict[str, float] = {}
         started = time.perf_counter()
 
@@ -98,11 +97,14 @@ class Trainer:
             raise RejectedError(f"every teacher was rejected ({self._reasons()}); run `ray-dfml pool check`")
 
     def _reasons(self) -> str:
-        """Why each rejected teacher is."""
+        """Why each rejected teacher was rejected."""
         return "; ".join(f"{id}: {why}" for id, why in self.state["rejected"].items())
 
     def weights(self, selection: str) -> LearnerWeights:
-        """The weights of a selection: `last`, `val`, `test-best`, or `random`, a fresh learner. KeyError: none yet."""
+        """The weights of a selection: `last`, `val`, `test-best`, or `random` for a fresh learner.
+
+        Raises KeyError if the selection has kept no weights yet.
+        """
         if selection == "last":
             return self._weights(self.state)
         if selection == UNTRAINED:
@@ -110,19 +112,19 @@ class Trainer:
         return LearnerWeights.of(self.state[KEYS[selection]]["weights"])
 
     def candidates(self) -> dict[str, str]:
-        """Selection -> digest of its weights, of all selections that there are. `score` knows these digests."""
+        """Selection -> digest of its weights, for every selection that has weights. `score` knows these digests."""
         names = ["last", UNTRAINED, *(name for name, key in KEYS.items() if self.state[key])]
         found = {name: self.weights(name) for name in names}
         self._known = {weights.digest: weights for weights in found.values()}
         return {name: weights.digest for name, weights in found.items()}
 
     def learned(self) -> bool:
-        """Whether the weights are others than those that the run began with, and finite: else they are no candidate."""
+        """Whether the weights are finite and differ from those that the run began with. Only then may they be kept."""
         last = self.weights("last")
         return last.finite and last.digest != self.state["began"]
 
     def score(self, part: Part) -> np.ndarray:
-        """Accuracies in percent of a part, whose weights are one of `candidates`."""
+        """Accuracies in percent of a part, whose weights must be among `candidates`."""
         of = part.episodes
         if of.weights not in self._known:
             self.candidates()
@@ -130,8 +132,10 @@ class Trainer:
         return accuracies(self._backend, self.config.eval, self._known[of.weights], part, images, way=self._world.way)
 
     def keep(self, selection: str, accuracy: float, r: int) -> None:
-        """Keep the last weights, of round `r`, for a selection if their accuracy is above that of the ones kept. The
-        first of equals stays, and NaN is above nothing."""
+        """Keep the last weights, those of round `r`, for a selection if their accuracy is higher than the kept one.
+
+        Equal accuracy and NaN are not higher.
+        """
         best = self.state[KEYS[selection]]
         if accuracy > (best["accuracy"] if best else -math.inf):
             kept = {"weights": self.weights("last").values(), "accuracy": accuracy, "round": r}

@@ -1,4 +1,4 @@
-"""Plots of a run's metrics as SVG, to inline in a page."""
+"""Plots of the metrics of a run, as SVG elements for a page."""
 
 import html
 import io
@@ -38,19 +38,19 @@ _BINS = 200
 
 
 VALIDATION = Panel(
-    "Validation accuracy", "%", "On validation episodes of the largest shot; the best is kept.",
+    "Validation accuracy", "%", "Accuracy on validation episodes of the largest shot; the best weights are kept.",
     {"validation": "validation"},
 )  # fmt: skip
-"""The panel of the loop; a method brings its own."""
+"""The panel that every run has; methods bring further ones."""
 
 
 def number(value: object) -> float | None:
-    """A finite number, or None for anything else."""
+    """The value as a float if it is a finite number, else None."""
     return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
 
 
 def series(metrics: Sequence[Mapping[str, Any]], key: str) -> tuple[np.ndarray, np.ndarray]:
-    """Rounds [m] and values [m] of a metric, where it is a finite number."""
+    """The rounds [m] in which a metric is a finite number, and its values [m] there."""
     pairs = [(row["round"], value) for row in metrics if (value := number(row.get(key))) is not None]
     return np.array([r for r, _ in pairs], dtype=float), np.array([v for _, v in pairs], dtype=float)
 
@@ -84,7 +84,7 @@ def _line_panel(panel: Panel, metrics: Sequence[Mapping[str, Any]]) -> Callable[
 
 
 def stages(metrics: Sequence[Mapping[str, Any]]) -> dict[str, np.ndarray]:
-    """Seconds of each stage [rounds], longest in all first; `seconds/round` is their sum and is left out."""
+    """Stage -> its seconds in each round. The stage that took longest comes first; their sum is left out."""
     names = {key.removeprefix("seconds/") for row in metrics for key in row if key.startswith("seconds/")} - {"round"}
     spent = {n: np.array([number(row.get(f"seconds/{n}")) or 0.0 for row in metrics]) for n in names}
     return dict(sorted(spent.items(), key=lambda item: (-item[1].sum(), item[0])))
@@ -114,7 +114,7 @@ def _stage_panel(metrics: Sequence[Mapping[str, Any]]) -> Callable[[Axes], None]
 
 
 def _svg(slug: str, label: str, draw: Callable[[Axes], None]) -> Markup:
-    """An SVG element to inline: no metadata, ids of its own, the same bytes for the same data."""
+    """An SVG element for a page: without metadata, with ids of its own, and with the same bytes for the same data."""
     style: dict[Any, Any] = {**_STYLE, "svg.hashsalt": slug}
     with matplotlib.rc_context(style):
         figure = Figure(figsize=(5.4, 2.9), layout="constrained")
@@ -135,7 +135,10 @@ def _svg(slug: str, label: str, draw: Callable[[Axes], None]) -> Markup:
 
 
 def draw(metrics: Sequence[Mapping[str, Any]], panels: Sequence[Panel]) -> list[dict[str, Any]]:
-    """The plots that the metrics allow, of validation, the `panels` and the time: `title about svg` each."""
+    """The plots for which there are metrics: of the validation, of the `panels` and of the time.
+
+    Each is a dict of `title`, `about` and `svg`.
+    """
     about = "Seconds of each round; with many rounds, means of neighbours."
     drawn = [(panel.title, panel.about, _line_panel(panel, metrics)) for panel in (VALIDATION, *panels)]
     drawn.append(("Time per stage", about, _stage_panel(metrics)))

@@ -1,6 +1,7 @@
-"""A run folder as `report.html`, one self-contained page, and `MODEL_CARD.md`: from files, after the run or during it.
+"""Makes `report.html`, one self-contained page, and `MODEL_CARD.md` from the files of a run folder.
 
-A file that is absent leaves its part out; only `config.yaml` is needed. Everything that is shown is escaped.
+It works after a run and during one. The part of an absent file is left out, and only `config.yaml` is needed.
+Everything that is shown is escaped.
 """
 
 import hashlib
@@ -37,20 +38,20 @@ class Record:
     metrics: list[dict[str, Any]]
     """One per round, in order of rounds."""
     unread: int
-    """Lines of `metrics.jsonl` that are no JSON objects."""
+    """How many lines of `metrics.jsonl` are no JSON objects."""
     queries: dict[str, int]
     """Teacher -> images sent to it, from `ledger.jsonl`."""
     learner: dict[str, Any]
-    """`learner.json`: what the exported weights are; empty where there are none yet."""
+    """`learner.json`, which describes the exported weights; empty if there are none yet."""
 
     @property
     def name(self) -> str:
-        """The method."""
+        """Name of the method."""
         return str(self.config.get("name", "unknown"))
 
     @property
     def rounds(self) -> int:
-        """Rounds done."""
+        """How many rounds are done."""
         done = self.status.get("round")
         return done if isinstance(done, int) else len(self.metrics)
 
@@ -62,14 +63,16 @@ class Record:
 
     @property
     def seconds(self) -> float | None:
-        """Time of all rounds, resumed ones included; without metrics, what the status says."""
+        """Seconds of all rounds, also of those before a resume. Without metrics it is what the status says."""
         spent = plots.series(self.metrics, "seconds/round")[1]
         return float(spent.sum()) if len(spent) else number(self.status.get("seconds"))
 
 
 def read(run: Path) -> Record:
-    """The files of a run folder. Raises UsageError where there is no run, RejectedError for a file that is not what it
-    should be."""
+    """Read the files of a run folder.
+
+    Raises UsageError if there is no run, and RejectedError for a file that cannot be read.
+    """
     if not (run / "config.yaml").is_file():
         raise UsageError(f"{run}: not a run folder (no config.yaml); name the --run-dir of a run")
     try:
@@ -109,7 +112,7 @@ def _json(path: Path, kind: type) -> Any:
 
 
 def _lines(path: Path) -> tuple[list[dict[str, Any]], int]:
-    """Objects of a JSON-lines file, and how many lines hold none: a run that was killed may leave half a line."""
+    """The objects of a JSON-lines file, and how many lines hold none, since a killed run may leave half a line."""
     found, bad = [], 0
     for line in path.read_text("utf-8", errors="replace").splitlines() if path.exists() else []:
         try:
@@ -127,9 +130,9 @@ def _lines(path: Path) -> tuple[list[dict[str, Any]], int]:
 
 
 def verdict(row: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> tuple[bool | None, float | None]:
-    """Whether a score is above `random` on the same episodes by more than both intervals, and by how many points.
+    """Whether a score is above `random` by more than the two half-widths together, and by how many points it is above.
 
-    (None, None) for `random` itself and where it was not scored on these episodes.
+    Both are None for `random` itself, and if `random` was not scored on these episodes.
     """
     same = ("data", "split", "way", "shot", "episodes", "bn")
     for other in rows:
@@ -148,7 +151,7 @@ def _own(record: Record, row: Mapping[str, Any]) -> bool:
 
 
 def _table(record: Record) -> list[dict[str, Any]]:
-    """Rows for display: the run's own first within each set of episodes, `random` last."""
+    """Rows for display. Among scores of the same episodes the run's own come first, and `random` comes last."""
     selections = ["val", "last", "test-best"]
 
     def place(row: Mapping[str, Any]) -> tuple[Any, ...]:
@@ -182,7 +185,7 @@ def _table(record: Record) -> list[dict[str, Any]]:
 
 
 def _pools(record: Record) -> list[dict[str, Any]]:
-    """The manifest's pools; one that is still there, unchanged, with its architectures, sources and rights."""
+    """The pools of the manifest. Pools that are still there unchanged have architectures, sources and rights too."""
     pools = []
     for noted in dicts(record.manifest.get("pool")):
         one: dict[str, Any] = {key: noted.get(key) for key in ("path", "sha256", "teachers")}
@@ -202,7 +205,7 @@ def _pools(record: Record) -> list[dict[str, Any]]:
 
 
 def dicts(value: object) -> list[dict[str, Any]]:
-    """The mappings of a list from a file; none for anything else."""
+    """The mappings in a list that was read from a file. There are none if the value is no list."""
     return [one for one in value if isinstance(one, dict)] if isinstance(value, list) else []
 
 
@@ -227,7 +230,7 @@ def _facts(value: object, prefix: str = "") -> list[tuple[str, str]]:
 
 
 def _steps(record: Record) -> list[str]:
-    """Step sizes at test, as the run chose them for its weights and each data set."""
+    """The step sizes at test that the run chose for its weights and each data set, as text."""
     steps = dicts(record.status.get("test_step"))
     several = len({str(step.get("data")) for step in steps}) > 1
     return [
@@ -272,7 +275,7 @@ def _values(record: Record) -> dict[str, Any]:
 
 
 def markdown(value: object) -> Markup:
-    """Text that Markdown shows as it is: one line, no markup, no HTML."""
+    """Escape a text so that Markdown shows it as it is, in one line."""
     if isinstance(value, Markup):
         return value
     text = html.escape(" ".join(str(value).split()), quote=False)
@@ -286,7 +289,7 @@ def _code(value: object) -> Markup:
 
 
 def pages() -> jinja2.Environment:
-    """The templates of pages. What they are given is escaped."""
+    """The templates of pages. They escape every value that is put into them."""
     loader = jinja2.PackageLoader("ray_dfml", "templates")
     return jinja2.Environment(
         loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
@@ -294,9 +297,9 @@ def pages() -> jinja2.Environment:
 
 
 def write(run: Path) -> None:
-    """Make `report.html` and `MODEL_CARD.md` in a run folder, from its files; each is replaced whole.
+    """Make `report.html` and `MODEL_CARD.md` in a run folder from its files. Each is replaced in one step.
 
-    Raises as `read` does.
+    Raises what `read` raises.
     """
     record = read(run)
     values, page = _values(record), pages()

@@ -1,8 +1,8 @@
-"""What is scored: which weights, with which step size, on which episodes, and under which name.
+"""Decides what is scored: which weights, with which step size, on which episodes, and under which name.
 
-A `Scorer` asks for the accuracies of one `Part` after another and needs no weights for it: it names them by their
-digest. So the driver can hold it, show progress between two parts and stop there, while the weights stay where they
-are. What it has been told once it does not ask again: equal weights are scored once, under whatever selections.
+A `Scorer` asks for the accuracies of one `Part` after another. It names weights by their digest and holds none itself.
+So the driver can own it, show progress between two parts and stop there, while the weights stay with the learner. It
+remembers the answers: equal weights are scored once, however many selections they have.
 """
 
 import math
@@ -22,12 +22,12 @@ POOLED = "pooled"
 """The `data` of a score over the episodes of all data sets of a run."""
 
 TRIAL_SHARE = 4
-"""A validation tries each step size on one of so many parts of its episodes, and scores with the best one on all."""
+"""A validation tries each step size on this fraction (a quarter) of its episodes, and scores all with the best one."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Episodes:
-    """A kind of episodes for one set of weights. Two that are equal have the same accuracies, episode by episode."""
+    """Which weights meet which episodes, and how. Equal values have equal accuracies, episode by episode."""
 
     weights: str
     """`LearnerWeights.digest`."""
@@ -41,7 +41,7 @@ class Episodes:
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """Episodes start..stop-1 of a kind: what is asked at once."""
+    """Episodes start..stop-1, whose accuracies are asked for at once."""
 
     episodes: Episodes
     start: int
@@ -49,10 +49,10 @@ class Part:
 
 
 PART_SECONDS = 2.0
-"""How long a part should take: short enough to see progress, long enough to be worth a call."""
+"""How long a part should take: short enough to show progress, and long enough to be worth a call."""
 
 Set = tuple[str, str]
-"""A data set of a run: (data, split)."""
+"""A data set of a run, as (data, split)."""
 
 Ask = Callable[[Part], np.ndarray]
 """Accuracies in percent of the episodes of a part."""
@@ -70,7 +70,7 @@ class Step:
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
-    """Weights to test: under which name and selection, and in which readings."""
+    """Weights to test, with the name and selection of their scores, and the readings in which they are tested."""
 
     method: str
     selection: str
@@ -82,7 +82,7 @@ class Entry:
 def accuracies(
     backend: Backend, cfg: EvalConfig, weights: LearnerWeights, part: Part, images: Labelled, *, way: int
 ) -> np.ndarray:
-    """Answer a part: accuracies in percent [stop - start]. Raises DfmlError if a job of it fails."""
+    """The answer to a part: accuracies in percent [stop - start]. Raises DfmlError if one of its jobs fails."""
     of = part.episodes
     shared = evaluate.shared(
         cfg, replace(weights, lr=of.lr), reading=of.reading, images=images.images, labels=images.labels
@@ -96,10 +96,10 @@ def accuracies(
 
 
 class Scorer:
-    """Chooses step sizes and scores weights, through `ask`, which answers one part at a time.
+    """Chooses step sizes and scores weights. `ask` answers one part at a time.
 
-    `val` and `test` are the data sets, as (data, split) pairs, that steps are chosen on and that are tested. A part has
-    jobs for `shards` shards, or a multiple of that, so as to take about PART_SECONDS. `on_work` is told the `work` of
+    Steps are chosen on the data sets `val`, and weights are tested on the data sets `test`; both hold (data, split)
+    pairs. A part has a multiple of `shards` jobs, as many as take about PART_SECONDS. `on_work` is told the `work` of
     each part that is answered.
     """
 
@@ -116,11 +116,10 @@ class Scorer:
         self._at_once = EPISODES_PER_JOB * shards
 
     def validate(self, weights: str, reading: str, *, on_test: bool = False) -> float | None:
-        """Mean accuracy in percent at the largest shot on `eval.val_episodes` episodes of every validation set, or of
-        every test set, with the step that suits the weights; None without such sets.
+        """Mean accuracy in percent of weights on episodes of all validation sets, or with `on_test` of all test sets.
 
-        The step is the one of `eval.lrs` that is best on the first quarter of the validation episodes, rounded up to
-        whole jobs.
+        Each set has `eval.val_episodes` episodes of the largest shot. The step is the one of `eval.lrs` that is best on
+        the first quarter of the validation episodes, rounded up to whole jobs. Returns None if there are no sets.
         """
         sets = self._test if on_test else self._val
         if not sets:
@@ -131,17 +130,20 @@ class Scorer:
         return self._mean(weights, reading, sets, (shot,), lr, cfg.val_episodes)
 
     def step(self, weights: str, data: str = POOLED) -> float:
-        """The step of `eval.lrs` whose mean accuracy on the validation episodes of `data`, over all shots, is best; the
-        first of equals. `eval.lr` without candidates, without validation data, and for a head that takes no steps.
+        """The step of `eval.lrs` with the best mean accuracy on the validation episodes of `data`, over all shots.
 
-        For `POOLED`, and for data without validation episodes, the step is chosen on those of all data sets.
+        Of equals the first one is taken. For `POOLED`, and for data without validation episodes, those of all data sets
+        decide. The step is `eval.lr` if there are no candidates or no validation data, or if the head takes no steps.
         """
         own = [one for one in self._val if one[0] == data]
         return self._best(weights, own or self._val, self._cfg.shots, self._cfg.val_episodes)
 
     def test(self, entries: Sequence[Entry]) -> list[Score]:
-        """Scores of each entry in each of its readings on the test episodes, every shot; those of several data sets
-        also pooled. A reading that adapts takes for each data set the step that `step` chooses."""
+        """Scores of each entry in each of its readings, on the test episodes of every data set and shot.
+
+        If there are several data sets, a pooled score follows for each shot. A reading that adapts takes, for each data
+        set, the step that `step` chooses.
+        """
         return [score for entry in entries for reading in entry.readings for score in self._tested(entry, reading)]
 
     def steps(self, entries: Sequence[Entry]) -> list[Step]:
@@ -155,9 +157,9 @@ class Scorer:
         ]  # fmt: skip
 
     def total(self, plan: Callable[["Scorer"], object]) -> float:
-        """The work that `plan` makes for this scorer: it is run on one that is told zeros.
+        """The work that `plan` would make for this scorer.
 
-        A step that is not known yet does not change how much is asked.
+        `plan` runs on a copy whose answers are zeros. It asks for as much, since the chosen step does not change that.
         """
         spent: list[float] = []
         other = Scorer(
@@ -169,13 +171,16 @@ class Scorer:
         return sum(spent)
 
     def work(self, part: Part) -> float:
-        """How long a part takes, relative to others: image passes through the network, a gradient counted as two."""
+        """How long a part takes relative to others, in passes of an image through the network.
+
+        A step of the adaptation counts as three: the pass itself, and its gradient for two.
+        """
         of, cfg = part.episodes, self._cfg
         passes = 3 * cfg.steps if of.reading == "finetune" and self._head != "protonet" else 1
         return (part.stop - part.start) * self._way * (passes * of.shot + cfg.query)
 
     def _best(self, weights: str, sets: Sequence[Set], shots: Sequence[int], count: int) -> float:
-        """The best step on so many episodes of each shot of each set; one whose accuracy is NaN is never it."""
+        """The best step on the first `count` episodes of each shot of each set. A step with accuracy NaN is worst."""
         if len(self._choices) < 2:
             return (*self._choices, self._cfg.lr)[0]
         means = {lr: self._mean(weights, "finetune", sets, shots, lr, count) for lr in self._choices}
@@ -209,7 +214,7 @@ class Scorer:
         return scores
 
     def _accuracies(self, weights: str, reading: str, one: Set, shot: int, lr: float, count: int) -> np.ndarray:
-        """Accuracies of episodes 0..count-1. What is known already is not asked again."""
+        """Accuracies of episodes 0..count-1. Those that are known already are not asked for again."""
         data, split = one
         of = Episodes(weights=weights, reading=reading, data=data, split=split, shot=shot, lr=lr)
         known = self._known.get(of, np.zeros(0))
@@ -223,7 +228,7 @@ class Scorer:
         return known[:count]
 
     def _adjust(self, part: Part, took: float) -> None:
-        """Ask for more at once, or for less, where a part was quick, or slow. No accuracy depends on it."""
+        """Ask for more at once after a quick part, and for less after a slow one. No accuracy depends on it."""
         if took < PART_SECONDS / 2 and part.stop - part.start == self._at_once:
             self._at_once *= 2
         elif took > 2 * PART_SECONDS:
@@ -231,5 +236,5 @@ class Scorer:
 
 
 def _whole_jobs(episodes: float) -> int:
-    """So many episodes or a few more, to fill jobs."""
+    """The number of episodes, rounded up to whole jobs."""
     return math.ceil(episodes / EPISODES_PER_JOB) * EPISODES_PER_JOB

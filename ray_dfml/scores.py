@@ -1,4 +1,4 @@
-"""Rows of `scores.json`: exactly these keys, for every method."""
+"""The rows of `scores.json`, which have exactly these keys for every method."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ KEYS = ("method", "data", "split", "way", "shot", "episodes", "bn", "profile", "
 
 
 def as_row(score: Score, profile: str) -> dict[str, Any]:
-    """One object of `scores.json`: accuracy in percent with its 95 % half-width, and everything that qualifies it."""
+    """One object of `scores.json`: the accuracy in percent, its 95 % half-width, and what they are of."""
     mean, ci95 = mean_ci95(score.accuracies)
     values = (
         score.method, score.data, score.split, score.way, score.shot, len(score.accuracies), score.bn, profile,

@@ -1,6 +1,6 @@
-"""What parts of the project hand to each other, above the mathematics and below the methods.
+"""The types that parts of the project hand to each other. They know the mathematics and no method.
 
-What crosses a process border is a value: NumPy arrays, numbers, strings, and dicts or lists of these, or a dataclass of
+Only values cross the border of a process: NumPy arrays, numbers, strings, dicts or lists of these, and dataclasses of
 them.
 """
 
@@ -19,11 +19,11 @@ from ray_dfml.core.inner_loop import Head
 from ray_dfml.core.net import Net, net
 
 Arrays = dict[str, Any]
-"""Names to NumPy arrays, numbers, strings, or nested dicts and lists of these. Cheap to ship, no pickle of our own."""
+"""Name -> NumPy array, number, string, or nested dicts and lists of these. Such values are cheap to ship."""
 
 
 def size_text(shape: Sequence[int]) -> str:
-    """A size as people write it: `3x32x32`."""
+    """A size as people write it, such as `3x32x32`."""
     return "x".join(str(number) for number in shape)
 
 
@@ -43,7 +43,7 @@ class ImageSpec:
         return (self.channels, self.height, self.width)
 
     def values(self) -> Arrays:
-        """The same as values that can be shipped and checkpointed."""
+        """The spec as values that can be shipped and stored in a checkpoint."""
         size = {"channels": self.channels, "height": self.height, "width": self.width}
         return size | {"mean": list(self.mean), "std": list(self.std)}
 
@@ -55,7 +55,7 @@ class ImageSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class TeacherCard:
-    """What is known of a pool member without its data. Accuracies are the owner's claims, in percent."""
+    """What is known of a teacher without its data. `accuracy` is a claim of its owner, in percent."""
 
     id: str
     arch: str
@@ -69,16 +69,16 @@ class TeacherCard:
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """One unit of work for a shard. Its result depends on the job and the shared values only."""
+    """One unit of work for a shard. The result depends on the job and the shared values only."""
 
     index: int
-    """Position in the batch: results come back in this order."""
+    """Number of the job, by which its result is found. No two jobs of a call may have the same one."""
     seed: int
-    """Derived from (run seed, round, op, index); the only source of randomness of the job."""
+    """The only source of randomness of the job. It derives from (run seed, round, op, index)."""
     teacher: str | None = None
     values: Arrays = field(default_factory=dict)
     cost: float = 1.0
-    """Work relative to the other jobs of the batch (multiply-accumulates of one image). Never changes a result."""
+    """Work relative to the other jobs of the call (multiply-accumulates of one image). It never changes a result."""
     memory: int = 0
     """Bytes that the job's teacher occupies on a shard."""
 
@@ -87,73 +87,78 @@ class Backend(Protocol):
     """Where work is done: `map` does it, and `keep` stores an array that many calls read."""
 
     def keep(self, value: np.ndarray) -> Any:
-        """An array as it is, or a reference to it, for the top level of `shared` in any number of calls. Ops find the
-        array there, which travels once."""
+        """Store an array that many calls read.
+
+        The result is the array itself or a reference to it, and stands at the top level of `shared`. Ops find the array
+        there, and it travels once only.
+        """
         ...
 
     def map(self, op: str, jobs: Sequence[Job], shared: Arrays) -> list[Arrays]:
-        """Run `op` on every job with the same `shared` values; results in job order, whoever ran or re-ran them.
+        """Run `op` on every job with the same `shared` values. Results are in job order, whoever ran or re-ran them.
 
-        A teacher that cannot be used (bad values, or a process that died twice on it) gives `{"rejected": reason}`.
+        If a teacher cannot be used (bad values, or two processes died on it), the result is `{"rejected": reason}`.
         """
         ...
 
 
 class Teacher(Protocol):
-    """A pool member as an op sees it, frozen, on the shard's device."""
+    """A teacher as an op sees it: frozen, on the device of the shard."""
 
     @property
     def card(self) -> TeacherCard:
-        """What is known of it."""
+        """What is known of the teacher."""
         ...
 
     @property
     def net(self) -> Net:
-        """Its network."""
+        """The network, without weights."""
         ...
 
     @property
     def theta(self) -> Tensor:
-        """Its weights [p]."""
+        """The weights [p]."""
         ...
 
     @property
     def stats(self) -> Tensor:
-        """Its running batch-norm statistics [k]."""
+        """The running batch-norm statistics [k]."""
         ...
 
 
 class Shard(Protocol):
-    """A shard as an op sees it: the process it runs in."""
+    """A shard as an op sees it: the process in which the op runs."""
 
     device: torch.device
     batched: bool
     """Whether to batch jobs with `vmap` (accelerators) or to loop over them (CPU)."""
 
     def teacher(self, id: str) -> Teacher:
-        """The teacher, from a cache keyed by content."""
+        """The teacher of an id. It stays in a cache of the shard."""
         ...
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class LearnerWeights:
-    """A network with its weights, and how it adapts to a support: all that a score or a prediction depends on, apart
-    from the images and the batch norm at test."""
+    """A network with its weights, and how they adapt to a support.
+
+    A score or a prediction depends on nothing else but the images and the batch norm at test.
+    """
 
     arch: str
     image: ImageSpec
     outputs: int
-    """Units of the head: the most classes it can tell apart."""
+    """Units of the head, and so the most classes that it can tell apart."""
     theta: Tensor
     """Weights [p], float32 on the CPU."""
     stats: Tensor
     """Running batch-norm statistics [k], float32 on the CPU."""
     head: Head
-    """What adapts."""
+    """What adapts to a support."""
     steps: int
     """SGD steps on the support."""
     lr: float
-    """Their step size."""
+    """Step size of the SGD steps."""
 
     @property
     def net(self) -> Net:
@@ -167,7 +172,7 @@ class LearnerWeights:
 
     @cached_property
     def digest(self) -> str:
-        """sha256 of everything but `lr`: equal weights, of whatever selection, have one digest."""
+        """sha256 of everything but `lr`, so that equal weights have one digest, whatever their selection."""
         plain = {key: value for key, value in self.values().items() if key not in ("theta", "stats", "lr")}
         found = hashlib.sha256(json.dumps(plain, sort_keys=True).encode())
         for part in (self.theta, self.stats):
@@ -175,7 +180,7 @@ class LearnerWeights:
         return found.hexdigest()
 
     def values(self) -> Arrays:
-        """The same as values that can be shipped and checkpointed; `theta` and `stats` are float32 arrays."""
+        """The weights as values that can be shipped and stored; `theta` and `stats` are float32 arrays."""
         return {
             "arch": self.arch,
             "image": self.image.values(),
@@ -196,7 +201,7 @@ class LearnerWeights:
 
 @dataclass(frozen=True)
 class Labelled:
-    """Real images for episodes, and their labels. They validate and test; no method trains on them."""
+    """Real images and their labels, for episodes of validation and test. No method trains on them."""
 
     data: str
     """Identity of the data set, NAME@HASH."""
@@ -209,7 +214,7 @@ class Labelled:
 
 @dataclass(frozen=True, kw_only=True)
 class Score:
-    """Per-episode accuracies in percent of one set of weights, one reading, on one set of episodes."""
+    """The accuracies in percent of weights in one reading, on each of a set of episodes."""
 
     method: str
     data: str

@@ -1,7 +1,7 @@
 """YAML as people write it, for pools and settings.
 
-A number looks as in JSON or YAML 1.2, so `1e-4` is one. Everything else that YAML 1.1 makes of plain text stays text:
-`on`, `no`, `010` (not 8), `12:30` (not 750), and `2024-01-31`.
+Numbers are those of JSON and YAML 1.2, so `1e-4` is a number. Plain text that YAML 1.1 would turn into something else
+stays text: `on`, `no`, `010` (8 in YAML 1.1), `12:30` (750) and `2024-01-31`.
 """
 
 import re
@@ -21,11 +21,11 @@ _KINDS = {
 
 
 class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # pyright: ignore[reportGeneralTypeIssues]
-    yaml_implicit_resolvers = {}  # none of those of YAML 1.1  # noqa: RUF012
+    yaml_implicit_resolvers = {}  # without the rules of YAML 1.1  # noqa: RUF012
 
 
 class _Dumper(getattr(yaml, "CSafeDumper", yaml.SafeDumper)):  # pyright: ignore[reportGeneralTypeIssues]
-    """Puts text in quotes that is a number or a word to this reader, or to one of YAML 1.1."""
+    """Puts text in quotes that this reader, or one of YAML 1.1, would take for something else."""
 
 
 for _class in (_Loader, _Dumper):
@@ -34,10 +34,10 @@ for _class in (_Loader, _Dumper):
 
 
 def load(text: str | bytes) -> Any:
-    """The value of a YAML text, of plain types only. Raises yaml.YAMLError."""
+    """The value of a YAML text. It has plain types only. Raises yaml.YAMLError."""
     return yaml.load(text, Loader=_Loader)
 
 
 def dump(value: Any) -> str:
-    """The text of a value of plain types, keys in their order; `load` gives the value back."""
+    """The YAML text of a value of plain types. Keys keep their order, and `load` gives the value back."""
     return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120, default_flow_style=None)
