@@ -111,7 +111,7 @@ def nhwc(a: Tensor) -> Tensor:
 
 def convolve(x: Tensor, weight: Tensor, groups: int = 1) -> Tensor:
     """The 3x3 convolution [n h w o] of images [n h w c], zero-padded, without a bias."""
-    return nhwc(torch.conv2d(channels_last(nchw(x)), channels_last(weight), None, 1, 1, 1, groups)).contiguous()
+    return nhwc(torch.conv2d(nchw(x), channels_last(weight), None, 1, 1, 1, groups)).contiguous()
 
 
 def convolve_backward(
@@ -122,7 +122,7 @@ def convolve_backward(
     A gradient that is not asked for is an empty tensor.
     """
     ones, wanted = [1, 1], [of_input, of_weight, False]
-    gradient, x, weight = nchw(gradient), channels_last(nchw(x)), channels_last(weight)
+    gradient, x, weight = nchw(gradient), nchw(x), channels_last(weight)
     found = torch.ops.aten.convolution_backward(
         gradient, x, weight, None, ones, ones, ones, False, [0, 0], groups, wanted
     )
@@ -137,7 +137,7 @@ def lay(images: Tensor, *, channels: int = 0) -> Images:
     products.
     """
     t, n, c, h, w = images.shape
-    x = images.permute(1, 3, 4, 0, 2).reshape(n, h, w, t * c).contiguous()
+    x = nhwc(channels_last(images.transpose(0, 1).reshape(n, t * c, h, w)))
     if not channels:
         return Images(x)
     k = 9 * c
