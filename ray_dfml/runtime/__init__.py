@@ -1,1 +1,1 @@
-"""Where runs happen: backends, the driver, the run folder, checkpoints. Only `cluster` knows Ray."""
+"""What carries out a run: backends, the driver, the run folder, checkpoints. Only `cluster` and `dispatch` use Ray."""

@@ -1,4 +1,4 @@
-"""The validations and the test of a run, as the driver asks the learner for them."""
+"""The driver's side of validation and test: it asks the learner for accuracies, and decides what to keep and export."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -15,13 +15,14 @@ from ray_dfml.scorer import Entry, Scorer, Step
 from ray_dfml.types import Score
 
 Call = Callable[..., Any]
-"""(name of a trainer's method, *arguments) -> its result, wherever the trainer is."""
+"""(name of a method of `Trainer`, *arguments) -> its result, wherever the trainer is."""
 
 
 class Assessment:
-    """What a run knows of its weights: their accuracies, and which are to be kept, exported and tested.
+    """Validates and tests the weights of a run, and decides which ones are kept and exported.
 
-    It lives as long as the run and holds no weights. A learner that died is asked only for what it has not answered.
+    It lives in the driver as long as the run, and holds no weights. After a learner has died, the new one is asked only
+    for accuracies that are not known yet.
     """
 
     def __init__(self, config: RunConfig, inputs: Inputs, call: Call, progress: Progress, *, shards: int) -> None:
@@ -34,10 +35,10 @@ class Assessment:
         )  # fmt: skip
 
     def validate(self, r: int) -> float | None:
-        """Accuracy in percent of the weights of round `r` on validation episodes; the best so far are kept. None
-        without data, and for weights that are no candidate.
+        """Validate the weights of round `r`: their accuracy in percent. The best weights so far are kept.
 
-        A run that asks for `eval.test_best` also keeps the weights that a selection on test would claim.
+        With `eval.test_best` the run also keeps the weights that are best on test episodes. Returns None if the run has
+        no data, or if the weights may not be kept (`Trainer.learned`).
         """
         if not self._config.data or not self._call("learned"):
             return None
@@ -54,8 +55,11 @@ class Assessment:
         return found[0]
 
     def finish(self, folder: Path) -> tuple[list[Score], list[Step]]:
-        """Export the selected weights with the step size chosen for them, then test: the scores, and the steps that
-        they are of. Raises DfmlError for weights that are not finite."""
+        """Export the selected weights with the step size chosen for them, then test.
+
+        Returns the scores, and the step sizes that they were made with. Raises DfmlError for weights that are not
+        finite.
+        """
         config, candidates = self._config, self._call("candidates")
         selection = "val" if "val" in candidates else "last"
         chosen, entries = self._call("weights", selection), self._entries(candidates)
@@ -70,7 +74,7 @@ class Assessment:
             return self._scorer.test(entries), self._scorer.steps(entries)
 
     def _entries(self, candidates: Mapping[str, str]) -> list[Entry]:
-        """What is tested: the selected weights, the last ones, on request the best on test; then `random`."""
+        """What is tested: the weights selected on validation, the last ones, those best on test if asked, `random`."""
         name = self._config.name
         entries = [
             Entry(method=name, selection=one, weights=candidates[one], readings=self._readings)

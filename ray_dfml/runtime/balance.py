@@ -1,4 +1,4 @@
-"""Which jobs go together and which go first: by what they cost, not by how many they are. Results never depend on it.
+"""Decides which jobs go together and which go first, by their cost. Results never depend on it.
 
 [Graham1969] Bounds on Multiprocessing Timing Anomalies, SIAM J. Appl. Math. 17(2): longest processing time first.
 """
@@ -11,31 +11,33 @@ from ray_dfml.types import Job
 
 
 def check_distinct(jobs: Sequence[Job]) -> None:
-    """Raises ValueError where two jobs have one index: it is how results find their job."""
+    """Raise ValueError if two jobs have the same index, since results find their job by it."""
     twice = [index for index, count in Counter(job.index for job in jobs).items() if count > 1]
     if twice:
         raise ValueError(f"{len(jobs)} jobs: index {twice[0]} is given twice")
 
 
 def longest_first(jobs: Sequence[Job]) -> list[Job]:
-    """Jobs by falling cost, equal ones in their order: what is long must not begin last."""
+    """Jobs by falling cost, so that no long job begins last. Jobs of equal cost keep their order."""
     return sorted(jobs, key=lambda job: -job.cost)
 
 
 def chunks(jobs: Sequence[Job], shards: int, limit: int) -> list[list[Job]]:
-    """Jobs as chunks for shards that batch, by falling cost; within a chunk by index.
+    """Cut jobs into chunks for shards that batch. Chunks come by falling cost, and jobs in a chunk by index.
 
-    There is one part per shard, of costs as equal as `_parts` makes them. A part is cut where its teachers would occupy
-    more than `limit` bytes together; one that is larger alone has a chunk of its own.
+    First `_parts` makes one part per shard, of about equal costs. Then a part is cut wherever its teachers would occupy
+    more than `limit` bytes together. A teacher that is larger than that by itself gets a chunk of its own.
     """
     found = [chunk for part in _parts(jobs, shards) for chunk in _cut(sorted(part, key=lambda job: job.index), limit)]
     return sorted(found, key=lambda chunk: -sum(job.cost for job in chunk))
 
 
 def _parts(jobs: Sequence[Job], shards: int) -> list[list[Job]]:
-    """Each job, the costliest first, to the part with the least: the costliest part is at most 4/3 - 1/(3 shards) times
-    the best possible one ([Graham1969] Theorem 2). Jobs of equal cost are dealt in runs: equal costs give slices whose
-    lengths differ by one at most."""
+    """Give each job, the costliest first, to the part with the least cost so far.
+
+    The costliest part is then at most 4/3 - 1/(3 shards) times as costly as in the best division ([Graham1969] Theorem
+    2). Jobs of equal cost are counted out first and then given to the parts as slices of neighbours.
+    """
     parts: list[list[Job]] = [[] for _ in range(shards)]
     load = [0.0] * shards
     for cost, equal in groupby(longest_first(jobs), key=lambda job: job.cost):

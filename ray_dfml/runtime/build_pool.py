@@ -1,7 +1,7 @@
-"""`pool build`: train many teachers on the backend, each on its own classes, and put them in a pool.
+"""`pool build` trains many teachers on the backend, each on its own classes, and puts them into a pool.
 
-A uniform random subset of the meta-train classes per teacher; the first 80 % of each class train, the
-last 20 % are held out for the accuracies that the pool reports.
+The classes of a teacher are a uniform random subset of the meta-train classes. The first 80 % of the images of a class
+are for training, and the last 20 % are held out for the accuracies that the pool reports.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,16 +21,16 @@ from ray_dfml.types import Arrays, Backend, ImageSpec, Job
 
 HELD_OUT = 0.2
 LEAST = 2
-"""Images of a class that a teacher can learn: one to train, one to hold out."""
+"""The fewest images of a class that a teacher can learn: one to train and one to hold out."""
 
 
 def plan(
     spec: str, *, models: int, archs: Sequence[str], way: int, seed: int, note: Callable[[str], None] | None = None
 ) -> tuple[ImageSpec, list[tuple[str, str, tuple[str, ...], Job]]]:
-    """The teachers of a pool: their input, and per teacher (id, architecture, class names, pretrain job).
+    """Plan the teachers of a pool: their input, and (id, architecture, class names, pretrain job) for each.
 
-    `note` is called with a line for each thing that a reader must know of the data. Raises UsageError where the data's
-    training split has fewer than `way` classes with enough images, or where a pool could not hold such a teacher.
+    `note` is called with each line that a reader must know about the data. Raises UsageError if the training split has
+    fewer than `way` classes with enough images, or if a pool could not hold such a teacher.
     """
     train = datasets.load(spec).subset("train")
     lines = list(train.notes)
@@ -75,7 +75,7 @@ def plan(
         job = Job(index=i, seed=seeds.derive(seed, "pretrain", i), values=values, cost=cost)
         names = tuple(f"{train.name}/{train.class_names[c]}" for c in chosen)
         id = f"{train.name}-{arch}-{i:04d}"
-        make_entry(id, arch, image, names, None, _source(spec, seed), "")  # refuses before training
+        make_entry(id, arch, image, names, None, _source(spec, seed), "")  # what a pool cannot hold is refused here
         planned.append((id, arch, names, job))
     return image, planned
 
@@ -92,9 +92,9 @@ def build(
     path: Pool, spec: str, image: ImageSpec, planned: Sequence[tuple[str, str, tuple[str, ...], Job]],
     cfg: PretrainConfig, *, backend: Backend, at_once: int = 1, seed: int, on_teacher: Callable[[str, float], None],
 ) -> list[float]:  # fmt: skip
-    """Train the planned teachers that the pool lacks, adding each when done. Returns held-out accuracies, percent.
+    """Train the planned teachers that the pool lacks, and add each when it is done.
 
-    The backend is given `at_once` of them at a time.
+    The backend gets `at_once` teachers at a time. Returns the held-out accuracies of all teachers in percent.
     """
     have = {card.id: card for card in path.cards}
     for id, _, classes, _ in planned:

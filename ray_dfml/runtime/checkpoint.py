@@ -1,10 +1,11 @@
 """Checkpoints of a run's state that write only what is new, as safetensors and JSON. No pickle.
 
-A checkpoint is `round-000012.json`: the state's tree, with each array as pieces, runs of its rows in files beside it. A
-file such as `bank-000012.safetensors` holds the rows that round 12 added below the key `bank`. An array that has not
-changed is written no more. Of one that lost its oldest rows and got new ones (first in first out, as images of a bank)
-only the new rows are written. A file of which less than half is still needed gives its rows to the newest, so that all
-files together are at most about twice the state, and it goes once no kept checkpoint needs it.
+A checkpoint is a file such as `round-000012.json`. It holds the tree of the state, in which each array is a list of
+pieces. A piece is a run of rows in a file beside it: `bank-000012.safetensors` holds the rows that round 12 added below
+the key `bank`. An array that has not changed is not written again. If an array lost its oldest rows and got new ones,
+as the images of a bank do (first in, first out), only the new rows are written. If less than half of a file is still
+needed, its rows are copied to the newest file. So all files together are at most about twice as large as the state. A
+file is removed when no kept checkpoint needs it.
 
 The JSON is written last: what a stopped process had written before it belongs to no checkpoint.
 """
@@ -27,13 +28,13 @@ from ray_dfml.errors import RejectedError
 from ray_dfml.runtime.storage import Folder
 
 KEEP = 2
-"""Checkpoints kept; the one before the last survives a disk that fills while the last is written."""
+"""How many checkpoints are kept. If the disk fills while the last one is written, the one before it is whole."""
 
 FORMAT = 2
-"""Of the JSON. The first format was one file of safetensors."""
+"""Version of the JSON. The first format was a single safetensors file."""
 
 SAMPLE = 64
-"""Bytes of a row that are compared before whole rows are."""
+"""How many bytes of a row are compared before whole rows are compared."""
 
 MADE = re.compile(r"round-\d+\.json|[\w-]+-\d+\.safetensors")
 """What a file written here is called. Whatever else lies in the folder is left alone."""
@@ -70,7 +71,7 @@ class _File:
 
 
 class _Held(NamedTuple):
-    """What the last checkpoint holds of an array: the array then, its version if it is a tensor, where its rows are."""
+    """An array as the last checkpoint holds it, its version if it is a tensor, and the pieces that hold its rows."""
 
     array: Array
     version: int
@@ -87,9 +88,9 @@ class Checkpoints:
         self._needed: dict[str, set[str]] = {}
 
     def load(self) -> tuple[Saved, dict[str, Any], Any] | None:
-        """The newest checkpoint, the state in it and what was noted with it; None where there is none.
+        """Read the newest checkpoint: what was saved, the state, and the note. None if there is no checkpoint.
 
-        Raises RejectedError where it cannot be read, or another version wrote it.
+        Raises RejectedError if it cannot be read, or if another version wrote it.
         """
         self._folder.sweep()
         names = [name for name in self._names() if name.startswith("round-")]
@@ -120,8 +121,9 @@ class Checkpoints:
         return saved, state, content["note"]
 
     def save(self, rounds: int, state: dict[str, Any], note: Any = None) -> Saved:
-        """Write the state (nested dicts of tensors, arrays, numbers, strings) after `rounds` rounds; drop what no kept
-        checkpoint needs. `note` is anything that JSON can hold.
+        """Write the state after `rounds` rounds, and drop the files that no kept checkpoint needs.
+
+        The state is nested dicts of tensors, arrays, numbers and strings. `note` is anything that JSON can hold.
 
         Arrays in the state may not be changed in place from now on; those of NumPy refuse it. Raises OSError, and the
         checkpoints before are then as they were.
@@ -153,7 +155,10 @@ class Checkpoints:
         return saved
 
     def _runs(self, arrays: Mapping[Place, Array]) -> dict[Place, list[Piece]]:
-        """The rows of each array as pieces. Those without a file are new, or of a file that is left half empty."""
+        """The rows of each array as pieces.
+
+        A piece without a file must be written: its rows are new, or they leave a file that is less than half needed.
+        """
         runs: dict[Place, list[Piece]] = {}
         used: Counter[str] = Counter()
         for place, array in arrays.items():
@@ -173,7 +178,7 @@ class Checkpoints:
         return runs
 
     def _fill(self, value: Any, place: Place, read: dict[str, dict[str, torch.Tensor]]) -> Any:
-        """A tree with its arrays in place. `read` are the files read so far."""
+        """Put the arrays into a tree. `read` holds the files that were read so far."""
         if not isinstance(value, dict):
             return value
         if "__array__" not in value:
@@ -220,7 +225,7 @@ def _sha256(data: bytes) -> str:
 
 
 def _stem(place: Place) -> str:
-    """How the files of an array begin: its first key, as a file can be called."""
+    """The beginning of the names of an array's files: its first key, in letters that a file name may have."""
     return re.sub(r"[^A-Za-z0-9_]", "-", place[0])
 
 
@@ -233,7 +238,7 @@ def _arrays(value: Any, place: Place) -> Iterator[tuple[Place, Array]]:
 
 
 def _tree(value: Any, place: Place, runs: Mapping[Place, Sequence[Piece]]) -> Any:
-    """The state with what an array is, and where its rows are, for each array."""
+    """The state in which each array is replaced by its type, its shape, and its pieces."""
     if isinstance(value, dict):
         return {key: _tree(item, (*place, key), runs) for key, item in value.items()}
     if isinstance(value, torch.Tensor | np.ndarray):
@@ -245,7 +250,7 @@ def _tree(value: Any, place: Place, runs: Mapping[Place, Sequence[Piece]]) -> An
 
 
 def _rows(array: Array) -> int:
-    """Rows that must be stored: the length, 1 of an array without axes, 0 of one without values."""
+    """How many rows must be stored: the length, but 1 for an array without axes, and 0 for one without values."""
     if 0 in array.shape:
         return 0
     return array.shape[0] if array.ndim else 1
@@ -266,7 +271,7 @@ def _give(name: str, arrays: Mapping[Place, Array], runs: dict[Place, list[Piece
 
 
 def _freeze(array: Array) -> int:
-    """The version of a tensor, which rises with each change in place; an array of NumPy refuses changes from now on."""
+    """Make a NumPy array refuse changes. Returns the version of a tensor, which rises with each change in place."""
     if isinstance(array, torch.Tensor):
         return array._version
     array.flags.writeable = False
@@ -274,7 +279,7 @@ def _freeze(array: Array) -> int:
 
 
 def _kept(held: _Held | None, array: Array) -> list[Piece]:
-    """The pieces that hold the first rows of an array already."""
+    """The pieces of the last checkpoint that already hold the first rows of an array."""
     if held is None or type(held.array) is not type(array):
         return []
     old = held.array
@@ -295,7 +300,10 @@ def _bytes(array: Array) -> np.ndarray:
 
 
 def _dropped(old: np.ndarray, new: np.ndarray) -> int:
-    """How many of the first rows of `old` [n b] went, if all others are the first rows of `new` [m b]; else n."""
+    """How many of the first rows of `old` [n b] were dropped, if its other rows are the first rows of `new` [m b].
+
+    Otherwise n.
+    """
     starts = np.zeros(1, np.int64)  # of numbers, not images, many are alike, and nothing drops the oldest
     if old.shape[1] >= SAMPLE:
         sample = slice(None, None, old.shape[1] // SAMPLE)

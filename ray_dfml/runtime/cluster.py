@@ -1,8 +1,7 @@
-"""Ray: a connection to it, shard actors, and the learner actor. With `dispatch` the only code that knows of them.
+"""Ray: the connection to it, the shard actors, and the learner actor. Only this module and `dispatch` use Ray.
 
-Shards and the learner are plain classes wrapped here. The driver owns the shards and the pool's arrays, so that they
-outlive a learner that dies; the learner dispatches jobs to the shards and puts shared values in the object store once
-per call.
+Shards and the learner are plain classes, which are wrapped as actors here. The driver owns the shards and the arrays of
+the pool, so that they outlive a learner that dies. The learner sends jobs to the shards.
 """
 
 import logging
@@ -34,24 +33,23 @@ PLACEMENT_SECONDS = 180
 """Longest wait for all shards to be placed and to import torch."""
 
 ADDRESS_SECONDS = 20.0
-"""Longest wait for somebody to answer at RAY_ADDRESS."""
+"""Longest wait for an answer at RAY_ADDRESS."""
 
 STORE_BYTES = 512 * 2**20
-"""Object store of a private cluster for work without a pool, and room beside what a run is known to hold."""
+"""Size of a private cluster's object store for work without a pool. A run gets as much beside what it will hold."""
 
 LEAST_STORE_BYTES = 80 * 2**20
-"""Ray takes no smaller one."""
+"""The smallest object store that Ray accepts."""
 
 
 def connect(
     workers: int, gpus_per_worker: float, gpus_per_learner: float = 0.0, *, store_bytes: int = STORE_BYTES
 ) -> bool:
-    """Join the cluster of RAY_ADDRESS, or start a private one on this machine, unless this process is connected
-    already.
+    """Join the cluster of RAY_ADDRESS, or start a private one on this machine. A connected process stays as it is.
 
-    A private one has an object store of `store_bytes`, or as much as this machine can give. Returns whether the
-    connection is new, and so the caller's to close. What SIGTERM does here stays as it was. Raises ResourceError if
-    there is no cluster, or it is too small.
+    A private cluster has an object store of `store_bytes`, or as much as this machine can give. Returns whether the
+    connection is new; then the caller must close it. The handler of SIGTERM stays as it was. Raises ResourceError if
+    there is no cluster, or if it is too small.
     """
     new = not ray.is_initialized()
     if new:
@@ -86,13 +84,16 @@ def connect(
 
 
 def store_size(wanted: int) -> int:
-    """Bytes of the object store of a private cluster: what is wanted, in at most 3/10 of the memory and 9/10 of what is
-    free where processes share arrays. It spills to disk what it cannot hold."""
+    """Size in bytes of a private cluster's object store.
+
+    It is what is wanted, but at most 3/10 of the memory and 9/10 of the free shared memory. The store spills to disk
+    what it cannot hold.
+    """
     return max(min(wanted, 3 * host.memory() // 10, 9 * host.shared_memory() // 10), LEAST_STORE_BYTES)
 
 
 def _check_size(workers: int, gpus_per_worker: float, gpus_per_learner: float) -> None:
-    """Raises ResourceError for a cluster that lacks what shards and learner ask for."""
+    """Raise ResourceError if the cluster lacks the CPUs or GPUs that shards and learner ask for."""
     have, gpus = ray.cluster_resources(), workers * gpus_per_worker + gpus_per_learner
     learner = f" and a learner of {gpus_per_learner:g} GPU" if gpus_per_learner else ""
     for name, wanted in (("CPU", float(workers)), ("GPU", gpus)):
@@ -116,7 +117,7 @@ def _node() -> str:
 
 
 def _check_address(address: str) -> None:
-    """Raises ResourceError for a RAY_ADDRESS that is not of a cluster's head, and where nobody answers."""
+    """Raise ResourceError if RAY_ADDRESS is not the address of a cluster's head, or if nobody answers there."""
     if address in ("", "auto", "local"):
         return
     what = "a run joins a cluster at its head's HOST:PORT, such as 10.0.0.1:6379"
@@ -138,10 +139,10 @@ def _check_address(address: str) -> None:
 
 
 class PoolStore:
-    """Teachers in the object store; calling it with an id is a shard's way to load one.
+    """Teachers in the object store. A shard calls it with an id to load a teacher.
 
-    They are put there one by one, and the store spills to disk what it cannot hold. A teacher that can no longer be
-    read is refused when it is asked for.
+    Teachers are put there one by one, and the store spills to disk what it cannot hold. A teacher that could not be
+    read is refused when a shard asks for it.
     """
 
     def __init__(self, teachers: Mapping[str, Loaded]) -> None:
@@ -160,9 +161,9 @@ class PoolStore:
 
 
 def start_shards(*, workers: int, gpus_per_worker: float) -> list[Any]:
-    """Shard actors that Ray restarts for ever; their calls are retried by the dispatcher, which knows what to blame.
+    """Start shard actors. Ray restarts them without limit; the dispatcher repeats their calls, as it counts strikes.
 
-    Raises ResourceError where they are not up in time. None is left where they are not, or the wait is broken off.
+    Raises ResourceError if they are not up in time. If this fails or is interrupted, no shard is left.
     """
     shard = ray.remote(num_cpus=1, num_gpus=gpus_per_worker, max_restarts=-1, max_task_retries=0)(ShardActor)
     device = None if gpus_per_worker else torch.device("cpu")  # Ray hides no GPU from an actor that asks for none
@@ -186,9 +187,9 @@ def start_shards(*, workers: int, gpus_per_worker: float) -> list[Any]:
 
 
 class Cluster:
-    """A connection to Ray and shards in it. A context manager.
+    """A connection to Ray, and shards in it. It is a context manager.
 
-    When it ends, or cannot begin, nothing that it started is left.
+    When it ends, and also when it cannot start, everything that it started is stopped.
     """
 
     def __init__(
@@ -213,7 +214,7 @@ class Cluster:
         self.close()
 
     def close(self) -> None:
-        """Stop the shards, and the connection where it was made here. Harmless when done twice."""
+        """Stop the shards, and close the connection if it was made here. A second call does nothing."""
         shards, self.shards = self.shards, []
         connected, self._connected = self._connected, False
         try:
@@ -230,8 +231,10 @@ class Cluster:
 
 @contextmanager
 def starting(cluster: Cluster) -> Iterator[Callable[[], Cluster]]:
-    """Start a cluster beside other work: what this gives waits until it is up, and raises what its start raised. It is
-    stopped at the end."""
+    """Start a cluster while the `with` block does other work. The cluster is stopped at the end of the block.
+
+    The block gets a function that waits until the cluster is up and returns it, or raises what its start raised.
+    """
     with ThreadPoolExecutor(1) as thread:
         start = thread.submit(cluster.__enter__)
         try:
@@ -254,10 +257,10 @@ class LearnerActor(Learning):
 
 
 class RaySession:
-    """A learner in a cluster, called by method name. LearnerLost: start it again.
+    """A session whose learner is an actor in a cluster. After LearnerLost the learner can be started again.
 
-    A cluster that is up already is used and left; another one is started, and closed with the session. The learner is
-    placed on the driver's node, so that a path means one place for both.
+    If the cluster is already up, it is used and left running; otherwise it is started here and closed with the session.
+    The learner is placed on the driver's node, so that a path means the same place for both.
     """
 
     def __init__(
@@ -286,8 +289,10 @@ class RaySession:
             raise
 
     def start(self) -> Done:
-        """A new learner actor, from the last checkpoint or from the seed. Raises ResourceError where there is no room
-        for it, RejectedError for a checkpoint that cannot be read."""
+        """Start a new learner actor from the last checkpoint, or from the seed if there is none.
+
+        Raises ResourceError if there is no room for it, and RejectedError for a checkpoint that cannot be read.
+        """
         if self._learner is not None:
             ray.kill(self._learner)
         gpus = self._cluster.gpus_per_learner
@@ -306,7 +311,7 @@ class RaySession:
         return self._ask("begin")
 
     def call(self, name: str, *args: Any) -> Any:
-        """A trainer method's result. Raises LearnerLost if the actor died, and whatever the method raises."""
+        """Call a method of the trainer. Raises LearnerLost if the actor died, and whatever the method raises."""
         return self._ask("call", name, *args)
 
     def save(self, rounds: int, row: dict[str, Any]) -> Done:
@@ -322,7 +327,7 @@ class RaySession:
             raise cause(error) from error
 
     def close(self) -> None:
-        """Stop the learner, and the cluster where it was started here."""
+        """Stop the learner, and the cluster if it was started here."""
         try:
             if self._learner is not None:
                 ray.kill(self._learner)
@@ -333,6 +338,6 @@ class RaySession:
 
 @contextmanager
 def shards_of(workers: int) -> Iterator[RayBackend]:
-    """A backend of `workers` shards of one thread and no teachers, for work that needs no pool. Stopped at the end."""
+    """A backend of `workers` shards for work that needs no teachers. The shards are stopped at the end of the block."""
     with Cluster(workers=workers) as cluster:
         yield cluster.backend(no_teachers)

@@ -1,7 +1,7 @@
-"""Dispatch: jobs to shard actors and their results back in job order, whoever dies on the way.
+"""Sends jobs to shard actors and returns the results in job order, even if shards die on the way.
 
-Delivery is at least once: a shard that dies is restarted by Ray, and the job it held is sent again. Ops depend on (job,
-shared) only, so a job that ran twice gives the same bits.
+Every job is delivered at least once. Ray restarts a shard that died, and the jobs that it had are sent again. The
+result of an op depends on (job, shared) only, so a job that runs twice gives the same bits.
 """
 
 import time
@@ -20,28 +20,30 @@ from ray_dfml.runtime.shard import CACHE_BYTES, Shard
 from ray_dfml.types import Arrays, Job
 
 STRIKES = 2
-"""A job whose process died this often is given up: its teacher is rejected."""
+"""How many deaths of a process make the dispatcher give up its job; the teacher of the job is then rejected."""
 
 IN_FLIGHT = 2
-"""Jobs queued per shard: the next one is there when the last one ends."""
+"""How many chunks a shard is sent at a time, so that the next one is there when the first one ends."""
 
 WAKE_SECONDS = 0.1
-"""Between two questions whether a shard that died is up again. Until it is, Ray fails every call to it at once."""
+"""Wait between two attempts to reach a shard that died. Until it is up again, Ray fails every call to it at once."""
 
 LOST_SECONDS = 180.0
-"""Longest time without any shard that is up: their nodes may be replaced, and a process takes seconds to start."""
+"""Longest time in which all shards may be down, since nodes may be replaced and processes take seconds to start."""
 
 
 class ShardActor(Shard):
-    """A shard in a process of its own. How it gets teachers comes with each message, so that one that was restarted
-    needs nothing else."""
+    """A shard in a process of its own.
+
+    Each message says where teachers come from, so that a restarted shard needs nothing else.
+    """
 
     def __init__(self, *, device: torch.device | None) -> None:
         self._where: ray.ObjectRef | None = None
         super().__init__(no_teachers, device=device)
 
     def run_for(self, load: "Sequence[ray.ObjectRef]", op: str, jobs: Sequence[Job], shared: Arrays) -> list[Arrays]:
-        """`run` with the teachers of `load[0]`, and with arrays that stand in `shared` by reference."""
+        """`run` with the teachers of `load[0]`. References in `shared` are replaced by the arrays they stand for."""
         if load[0] != self._where:
             self.reload(ray.get(load[0]))
             self._where = load[0]
@@ -49,15 +51,16 @@ class ShardActor(Shard):
 
 
 class RayBackend:
-    """`Backend` over shard actors: dynamic dispatch, costly work first, results in job order, lost jobs sent again.
+    """The `Backend` over shard actors. It sends costly work first, and sends lost jobs again.
 
-    A shard that works on a chunk for longer than `job_seconds` is killed, as if it had died of it; None for no limit.
+    A shard that works on a chunk for longer than `job_seconds` is killed, which counts as any other death. None means
+    that there is no limit.
     """
 
     def __init__(
         self, shards: Sequence[Any], load: "ray.ObjectRef", *, batched: bool, job_seconds: float | None = None
     ) -> None:
-        """`load`: in the object store, how shards get teachers, a `shard.LoadWeights`."""
+        """`load` refers to a `shard.LoadWeights` in the object store, by which shards get teachers."""
         self.shards = list(shards)
         self.load = load
         self.batched = batched
@@ -65,12 +68,14 @@ class RayBackend:
         self.waking: set[int] = set()
 
     def keep(self, value: np.ndarray) -> "ray.ObjectRef":
-        """See `Backend.keep`. The process that calls it owns what is kept, and it is lost with that process."""
+        """See `Backend.keep`. The calling process owns what is kept; if it ends, what is kept is lost."""
         return ray.put(value)
 
     def map(self, op: str, jobs: Sequence[Job], shared: Arrays) -> list[Arrays]:
-        """See `Backend.map`. Raises ResourceError when no shard is left, or none was up for LOST_SECONDS, and whatever
-        an op raises."""
+        """See `Backend.map`.
+
+        Raises ResourceError if no shard is left, or if none was up for LOST_SECONDS, and whatever an op raises.
+        """
         balance.check_distinct(jobs)
         if self.batched:
             waiting = balance.chunks(jobs, len(self.shards), CACHE_BYTES)
@@ -81,11 +86,12 @@ class RayBackend:
 
 
 class _Dispatch:
-    """One call of `map`: chunks of jobs that wait, those that shards have, and what came back.
+    """One call of `map`: the chunks of jobs that wait, the chunks that shards have, and the results so far.
 
-    The first chunk in a shard's queue is the one at work. When its process dies each of its jobs gets a strike, if the
-    shard has answered in this call: one that had died before takes its first chunk with it, unseen. A job with a strike
-    is sent alone to a shard that has answered, and nothing is queued with it, so that a second strike is its own.
+    A shard works on the first chunk of its queue. If its process dies, each job of that chunk gets a strike. There is
+    one exception: a shard that has not answered in this call may have been dead before the chunk arrived, so the chunk
+    gets no strike. A job with a strike is sent alone to a shard that has answered, and nothing is queued with it. If
+    that shard dies too, the job is to blame.
     """
 
     def __init__(self, backend: RayBackend, op: str, waiting: Iterable[Sequence[Job]], shared: "ray.ObjectRef") -> None:
@@ -101,7 +107,7 @@ class _Dispatch:
         self._down_since: float | None = None
 
     def run(self, count: int) -> dict[int, Arrays]:
-        """Results of `count` jobs by their index."""
+        """Send all jobs: index -> result, for `count` jobs."""
         for i in tuple(self._backend.waking):
             self._wake(i)
         self._fill()
@@ -146,7 +152,7 @@ class _Dispatch:
         return any(job.index in self._strikes for job in chunk)
 
     def _fill(self) -> None:
-        """Send the next chunks where the least is ahead of them."""
+        """Send the next chunks to the shards that have the least work before them."""
         for depth in range(1, IN_FLIGHT + 1):
             for i in sorted(self._load, key=self._ahead):
                 queue = self._load[i]
@@ -170,7 +176,7 @@ class _Dispatch:
         self._flying[self._backend.shards[i].__ray_ready__.remote()] = (i, ())
 
     def _lost(self, i: int, ref: "ray.ObjectRef", error: Exception) -> None:
-        """Shard `i` died, or is not up again: whatever ran gets a strike once, what was queued is sent again."""
+        """Shard `i` died, or is not up again. The jobs at work get a strike once, and all its jobs are sent again."""
         queue, chunk = self._load.get(i, []), self._flying[ref][1]
         if queue and i not in self._backend.waking and i in self._answered:
             for job in self._flying[queue[0]][1]:
@@ -192,7 +198,7 @@ class _Dispatch:
         return [i for i, queue in self._load.items() if queue and i not in self._backend.waking]
 
     def _patience(self) -> float | None:
-        """Seconds until the first shard at work is late, or all have been down for too long; None if neither can be."""
+        """Seconds until the first shard is late, or until all have been down for too long; None for no such limit."""
         limit, working = self._backend.job_seconds, self._working()
         ends = [self._since[i] + limit for i in working] if limit is not None else []
         if self._down_since is not None:
@@ -200,7 +206,7 @@ class _Dispatch:
         return max(0.0, min(ends) - time.monotonic()) if ends else None
 
     def _check_lost(self) -> None:
-        """Raises ResourceError where no shard has been up for LOST_SECONDS: their nodes are gone."""
+        """Raise ResourceError if no shard has been up for LOST_SECONDS, since their nodes are then gone."""
         if not self._backend.waking >= self._load.keys():
             self._down_since = None
             return
@@ -213,7 +219,7 @@ class _Dispatch:
             )
 
     def _kill_late(self) -> None:
-        """End the process of each shard that is late; Ray starts it again, and its calls fail as those of any death."""
+        """Kill each shard that is late. Ray starts it again, and its calls fail as after any other death."""
         now, limit = time.monotonic(), self._backend.job_seconds
         if limit is None:
             return
@@ -226,5 +232,5 @@ class _Dispatch:
 
 
 def cause(error: exceptions.RayTaskError) -> Exception:
-    """What the remote code raised: its message is one line, Ray's holds a traceback."""
+    """The exception that the remote code raised. Its message is one line, while Ray's holds a traceback."""
     return error.cause if isinstance(error.cause, Exception) else error

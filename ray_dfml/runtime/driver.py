@@ -1,7 +1,7 @@
-"""The driver: starts a session, watches it, logs, and starts the learner again where it died.
+"""The driver starts a session, runs its rounds, writes the logs, and starts the learner again if it died.
 
-It holds no mathematics and no state, and takes under 1 % of a round. Whatever the session is, the sequence of calls is
-the same, so the final weights are the same bits.
+It has no mathematics and no state, and takes less than 1 % of a round. The sequence of calls is the same for every kind
+of session, so the final weights have the same bits.
 """
 
 import signal
@@ -27,22 +27,22 @@ if TYPE_CHECKING:
     from ray_dfml.runtime.cluster import Cluster
 
 LEARNER_LIVES = 3
-"""Deaths of the learner's process in one round before the run fails."""
+"""How many times the learner's process may die in one round: the last of these deaths ends the run."""
 
 
 class Session(Protocol):
-    """A learner somewhere. It keeps the state, and its checkpoints; the driver is told figures."""
+    """A learner, in this process or another one. It keeps the state and the checkpoints, and returns figures."""
 
     def start(self) -> Done:
-        """Make the learner, from its last checkpoint or from the seed; how far the run is."""
+        """Make the learner from its last checkpoint, or from the seed. Returns how far the run is."""
         ...
 
     def call(self, name: str, *args: Any) -> Any:
-        """A trainer method's result; LearnerLost if its process died."""
+        """Call a method of the trainer. Raises LearnerLost if its process died."""
         ...
 
     def save(self, rounds: int, row: dict[str, Any]) -> Done:
-        """Write a checkpoint of `rounds` rounds, the last with this line of metrics; LearnerLost as above."""
+        """Write a checkpoint after `rounds` rounds, with the metrics `row` of the last one. Raises LearnerLost."""
         ...
 
     def close(self) -> None:
@@ -52,23 +52,23 @@ class Session(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Machine:
-    """Where a run is computed. None of it changes the numbers, unless a limit of time rejects a teacher."""
+    """Where a run is computed. This changes no number, unless `job_seconds` rejects a teacher."""
 
     backend: str = "ray"
     workers: int = 1
     gpus_per_worker: float = 0.0
     gpus_per_learner: float = 0.0
-    """Share of a GPU on which the learner does its own work."""
+    """Share of a GPU for the learner's own work."""
     job_seconds: float | None = None
-    """Longest time that one job, or one batch of them on a GPU, may take under Ray; None for any."""
+    """Longest time that one job, or one batch of jobs on a GPU, may take under Ray; None means no limit."""
 
     def notes(self) -> list[str]:
-        """What of this can change which teachers are used, and so the numbers."""
+        """Lines about what can change which teachers are used, and so the numbers."""
         limit = self.job_seconds
         return [] if limit is None else [f"a job that takes over {limit:g} s counts as one that killed its process"]
 
     def cluster(self, store_bytes: int) -> "Cluster":
-        """The cluster that this asks for, not yet started. Ray is imported only if it is asked for."""
+        """The cluster that this machine asks for. It is not started yet, and Ray is imported here only."""
         from ray_dfml.runtime.cluster import Cluster
 
         return Cluster(
@@ -79,7 +79,7 @@ class Machine:
     def session(
         self, config: RunConfig, inputs: Inputs, checkpoints: Path, cluster: "Cluster | None" = None
     ) -> Session:
-        """A session of this kind, not yet started, in `cluster` if that is given."""
+        """A session on this machine that is not started yet; in `cluster`, if it is given."""
         arguments = (config.model_dump(mode="json"), inputs.world, inputs.sets, inputs.teachers, checkpoints)
         if self.backend == "local":
             return LocalSession(*arguments, on_device=self.gpus_per_learner > 0)
@@ -91,7 +91,7 @@ class Machine:
 
 @contextmanager
 def _interruptible() -> Iterator[None]:
-    """SIGTERM acts as Ctrl-C, so that a cluster's grace period ends in a clean stop."""
+    """Let SIGTERM act as Ctrl-C, so that a run stops cleanly within the grace period of a cluster."""
 
     def stop(_signal: int, _frame: object) -> None:
         raise KeyboardInterrupt
@@ -109,10 +109,10 @@ def run(
     config: RunConfig, inputs: Inputs, folder: RunFolder, machine: Machine, progress: Progress,
     cluster: "Cluster | None" = None,
 ) -> list[dict[str, Any]]:  # fmt: skip
-    """Train to the end (from the last checkpoint, if there is one), test, export. Returns the rows of `scores.json`.
+    """Train to the end, from the last checkpoint if there is one; export and test. Returns the rows of `scores.json`.
 
-    Under Ray that is in `cluster`, or in one of its own. Raises Interrupted after Ctrl-C or SIGTERM (resumable),
-    LearnerLost when the learner keeps dying, and whatever a method raises; `status.json` says which.
+    With Ray the run uses `cluster`, or starts one. Raises Interrupted after Ctrl-C or SIGTERM (the run can be resumed),
+    LearnerLost if the learner keeps dying, and whatever a method raises; `status.json` records it.
     """
     with folder.locked(), _interruptible():
         try:
@@ -161,8 +161,10 @@ def _run(
 def _train(
     config: RunConfig, inputs: Inputs, folder: RunFolder, session: Session, assessment: Assessment, progress: Progress
 ) -> Done:
-    """The rounds that are not done. The state is on disk after each of them, so that whatever ends the run, one round
-    is repeated at most."""
+    """Run the rounds that are not done.
+
+    The state is on disk after each round, so at most one round is repeated, whatever ends the run.
+    """
     rounds, lives, busy = config.method.rounds, LEARNER_LIVES, 0.0
     done = session.start()
     folder.resume_log(done.rounds, done.row)

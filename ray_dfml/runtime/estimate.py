@@ -1,4 +1,4 @@
-"""`train --dry-run`: what a run would do, and how long, from one pass of each kind of work on this machine."""
+"""`train --dry-run`: what a run would do and how long it would take. Each kind of work is timed once, here."""
 
 from typing import Any
 
@@ -16,15 +16,18 @@ from ray_dfml.runtime.shard import Shard
 from ray_dfml.scorer import Entry, Part, Scorer
 
 PROCESS_BYTES = 600e6
-"""Proportional memory of a process with torch that has trained a Conv4."""
+"""Memory of a process with torch that has trained a Conv4; pages that processes share are counted once in all."""
 
 DAEMON_BYTES = 250e6
-"""The same of Ray's own processes on one node."""
+"""Memory of Ray's own processes on one node, counted in the same way."""
 
 
 def estimate(config: RunConfig, inputs: Inputs, machine: Machine) -> dict[str, Any]:
-    """Rounds, teachers, minutes of validation and test, and memory; of a method with a `cost` also images, meta-updates
-    and minutes of training, a range where a plateau decides."""
+    """The plan of a run as it is printed: rounds, teachers, minutes of validation and test, and memory.
+
+    For a method with a `cost` it also has images, meta-updates and minutes of training. They are ranges if a plateau
+    decides on the number of updates.
+    """
     world, cfg = inputs.world, config.method
     plan: dict[str, Any] = {
         "method": config.name,
@@ -55,8 +58,11 @@ def estimate(config: RunConfig, inputs: Inputs, machine: Machine) -> dict[str, A
 
 
 def _evaluation(config: RunConfig, inputs: Inputs) -> tuple[float, float]:
-    """Seconds of the validations of a training, and of the test at most: of the validated, the last and fresh weights,
-    for each of which a step size is chosen on validation episodes."""
+    """Seconds of all validations, and of the test.
+
+    The test has the validated, the last and fresh weights, and chooses a step size for each on validation episodes. It
+    is shorter if some of these weights are equal.
+    """
     world, readings = inputs.world, METHODS[config.name].readings
     sets = {split: [(one.data, split) for one in inputs.sets if one.split == split] for split in ("val", "test")}
     seconds = {shot: _episode(config, world, shot) for shot in config.eval.shots} if any(sets.values()) else {}

@@ -1,4 +1,4 @@
-"""What this process may use of its host, by its affinity and the limits of its control groups."""
+"""The processors and the memory that this process may use, by its affinity and the limits of its control groups."""
 
 import os
 import shutil
@@ -11,9 +11,9 @@ SHARED_MEMORY = Path("/dev/shm")
 
 
 def processors() -> int:
-    """Processors that this process may use, at least 1.
+    """How many processors this process may use, at least 1.
 
-    That is the number of its affinity, or less where a control group (version 1 or 2) has a quota of processor time.
+    It is the number in its affinity, or less if a control group (version 1 or 2) limits the processor time.
     """
     count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     quotas = []
@@ -34,12 +34,12 @@ def memory() -> int:
 
 
 def shared_memory() -> int:
-    """Free bytes of the file system in memory, where processes of a machine share arrays; all memory if it has none."""
+    """Free bytes of shared memory, through which processes of a machine share arrays. Without /dev/shm: all memory."""
     return shutil.disk_usage(SHARED_MEMORY).free if SHARED_MEMORY.is_dir() else memory()
 
 
 def _groups(controller: str) -> Iterator[tuple[int, Path]]:
-    """Version and folder of the control group of this process, and of each of its parents."""
+    """Version and folder of the control group of this process, and of each parent of the group."""
     try:
         lines = PROC.read_text().splitlines()
     except OSError:
@@ -56,7 +56,7 @@ def _groups(controller: str) -> Iterator[tuple[int, Path]]:
 
 
 def _words(folder: Path, *names: str) -> list[int]:
-    """The numbers that files of a control group hold; none where a file is absent or says that there is no limit."""
+    """The numbers in files of a control group. There are none if a file is absent or says that there is no limit."""
     try:
         return [int(word) for name in names for word in (folder / name).read_text().split()]
     except (OSError, ValueError):

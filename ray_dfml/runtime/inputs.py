@@ -1,4 +1,4 @@
-"""What a run reads before it starts: pools and data, checked, and the learner's shape that follows from them."""
+"""What a run reads before it starts: it checks pools and data, and derives the learner's shape from them."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -20,21 +20,21 @@ from ray_dfml.runtime.shard import Loaded
 from ray_dfml.types import ImageSpec, Labelled, TeacherCard, size_text
 
 DEFAULT_WAY = 5
-"""Classes of an episode where neither a teacher nor a setting says."""
+"""Classes of an episode if there is neither a teacher nor a setting to say."""
 
 FIT_IMAGES = 512
-"""Images resized at once."""
+"""How many images are resized at once."""
 
 
 class Teachers(Mapping[str, Loaded]):
-    """Teachers of open pools by id; none is kept in memory.
+    """The teachers of open pools, by id. None is kept in memory.
 
-    Asking for one reads and checks its file anew. Raises RejectedError where that has gone bad since, KeyError for an
-    unknown id.
+    Each access reads and checks the file of the teacher again. It raises RejectedError if the file has gone bad, and
+    KeyError for an unknown id.
     """
 
     def __init__(self, members: Mapping[str, tuple[TeacherCard, Pool]]) -> None:
-        """`members`: id in this run -> the card as its pool has it, and the pool."""
+        """`members` maps an id in this run to the card as its pool has it, and to the pool."""
         self._members = dict(members)
 
     def __getitem__(self, id: str) -> Loaded:
@@ -52,13 +52,13 @@ class Teachers(Mapping[str, Loaded]):
 
     @property
     def cards(self) -> tuple[TeacherCard, ...]:
-        """What is known of each, without reading it."""
+        """The cards of all teachers. No file is read for them."""
         return tuple(replace(card, id=id) for id, (card, _) in self._members.items())
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a run reads: the usable teachers, the real sets, what was refused and why, what a reader must know."""
+    """What a run has read: usable teachers, real images, rejected teachers with reasons, and notes for the reader."""
 
     world: World
     sets: list[Labelled]
@@ -68,11 +68,13 @@ class Inputs:
     data: list[dict[str, Any]]
     notes: list[str]
     state_bytes: int
-    """Of the state that a method begins with."""
+    """Size of the state that the method begins with."""
 
     def held_bytes(self) -> int:
-        """What an object store holds of a run at once: teachers, real images, and twice the state for what goes to the
-        shards and comes back."""
+        """How much an object store must hold at once: teachers, real images, and twice the state.
+
+        The state counts twice, for what goes to the shards and for what comes back.
+        """
         teachers = sum(teacher_job(card, index=0, seed=0, values={}).memory for card in self.world.cards)
         real = sum(one.nbytes for one in self.world.real.values())
         return teachers + real + sum(one.images.nbytes for one in self.sets) + 2 * self.state_bytes
@@ -81,7 +83,7 @@ class Inputs:
 def read_inputs(config: RunConfig) -> Inputs:
     """Open pools and data, and check every teacher once.
 
-    Raises RejectedError where no teacher is usable, UsageError where pools, data and settings do not fit each other.
+    Raises RejectedError if no teacher is usable, and UsageError if pools, data and settings do not fit each other.
     """
     _check_once(config.data)
     teachers, rejected, pools = _open(config)
@@ -120,7 +122,7 @@ def read_inputs(config: RunConfig) -> Inputs:
         cards=teachers.cards, arch=config.learner.arch, image=image, way=way, seed=config.seed,
         head=config.learner.head, real=real,
     )  # fmt: skip
-    state = method.init(config.method, world)  # refuses here, in the driver, what it cannot start from
+    state = method.init(config.method, world)  # a world that the method cannot take is refused here, in the driver
     data = [
         {
             "spec": spec,
@@ -141,7 +143,7 @@ def _check_once(specs: Sequence[str]) -> None:
 
 
 def _check_different(loaded: Mapping[str, datasets.ImageSet]) -> None:
-    """Raises UsageError where two specs are the same images: their scores could not be told apart."""
+    """Raise UsageError if two specs name the same images, since their scores could not be told apart."""
     first: dict[str, str] = {}
     for spec, one in loaded.items():
         if one.identity in first:
@@ -174,16 +176,16 @@ def _open(config: RunConfig) -> tuple[Teachers, dict[str, str], list[dict[str, A
 
 
 def _bytes(value: Any) -> int:
-    """Of the tensors and arrays in a state."""
+    """Size of the tensors and arrays in a state."""
     if isinstance(value, dict):
         return sum(_bytes(item) for item in value.values())
     return getattr(value, "nbytes", 0)
 
 
 def small_classes(part: datasets.ImageSet, what: str, way: int, cfg: EvalConfig) -> list[str]:
-    """A line, which begins with `what`, for each shot at which classes of a split are too small to be in episodes.
+    """One line for each shot for whose episodes some classes of a split are too small. The lines begin with `what`.
 
-    Raises UsageError, which names such classes, where those that are left cannot make the episodes.
+    Raises UsageError, which names such classes, if too few classes are left.
     """
     notes = []
     for shot in cfg.shots:
@@ -206,14 +208,15 @@ def small_classes(part: datasets.ImageSet, what: str, way: int, cfg: EvalConfig)
 
 
 def resizing(spec: str, found: Sequence[int], wanted: Sequence[int]) -> str:
-    """What a reader is told where the images of a data set are brought to the learner's size."""
+    """The note that the images of a data set are brought to the learner's size."""
     return f"--data {spec}: images of {size_text(found)} are brought to the learner's {size_text(wanted)}"
 
 
 def fitted(images: np.ndarray, shape: tuple[int, int, int], what: str) -> np.ndarray:
-    """uint8 images [n c h w] brought to (channels, height, width) by `core.images.fit`; where they agree, themselves.
+    """Bring uint8 images [n c h w] to (channels, height, width) with `core.images.fit`.
 
-    Raises UsageError, which begins with `what`, for channels that cannot be turned into the wanted ones.
+    Images that have this shape already are returned as they are. Raises UsageError, which begins with `what`, if their
+    channels cannot be turned into the wanted ones.
     """
     if images.shape[1:] == shape:
         return np.ascontiguousarray(images)
@@ -228,11 +231,12 @@ def fitted(images: np.ndarray, shape: tuple[int, int, int], what: str) -> np.nda
 
 
 def learner_input(inputs: Mapping[str, ImageSpec]) -> ImageSpec:
-    """The learner's input for teachers, or data sets, with these inputs: the largest channels, height and width.
+    """The input of the learner, from the inputs of the teachers, or of the data sets if there are no teachers.
 
-    Mean and std are theirs where all agree, else the averages over them, those of grey images repeated for every
-    channel: with statistics of the batch the first batch norm takes out shift and scale, so that one normalisation
-    serves all domains. Raises UsageError for numbers of channels that are neither equal nor 1 and c.
+    It has the largest channels, height and width among them. If all agree on mean and std, the learner takes these,
+    else their averages; those of grey images are repeated for every channel. One normalisation serves all domains,
+    because the first batch norm, with statistics of the batch, takes out shift and scale. Raises UsageError for numbers
+    of channels that are neither equal nor 1 and c.
     """
     name, widest = max(inputs.items(), key=lambda item: item[1].channels)
     channels = widest.channels
@@ -263,7 +267,7 @@ def _spec(one: datasets.ImageSet) -> ImageSpec:
 
 
 def _known(spec: str, split: str, names: set[str], cards: Sequence[TeacherCard]) -> list[str]:
-    """A line where teachers know classes of the episodes: these do not measure what is learned of new classes."""
+    """A line that warns if teachers know classes of the episodes, since such classes are not new to the learner."""
     seen = names & {name for card in cards for name in card.classes}
     if not seen:
         return []

@@ -1,4 +1,4 @@
-"""From a configuration, or an existing run folder, to a finished run: behind the command line and `ray_dfml.train`."""
+"""Starts a run from a configuration, or continues one from its folder, for the command line and `ray_dfml.train`."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -32,9 +32,9 @@ def train(
     workers: int = 1,
     job_seconds: float | None = None,
 ) -> list[dict[str, Any]]:
-    """`ray-dfml train` from Python: the rows of `scores.json`; everything else is in `run_dir`.
+    """Do what `ray-dfml train` does, from Python. Returns the rows of `scores.json`; the rest is in `run_dir`.
 
-    Raises UsageError, RejectedError, ResourceError or Interrupted, as the command's exit codes 2, 3, 5 and 130.
+    Raises UsageError, RejectedError, ResourceError and Interrupted where the command exits with 2, 3, 5 and 130.
     """
     pools = (pool,) if isinstance(pool, str | Path) else tuple(pool)
     specs = (data,) if isinstance(data, str) else tuple(data)
@@ -53,9 +53,9 @@ def train(
 def new_run(
     config: RunConfig, path: Path, machine: Machine, *, quiet: bool = False, cluster: "Cluster | None" = None
 ) -> list[dict[str, Any]]:
-    """Make the run folder, train, test, report. Returns the rows of `scores.json`. UsageError: `path` exists.
+    """Make the run folder, train, test, and write the report. Returns the rows of `scores.json`.
 
-    Under Ray that is in `cluster`, or in one that is started for it.
+    With Ray the run uses `cluster`, or starts one. Raises UsageError if `path` exists.
     """
     path = resolved(path)
     if path.exists():
@@ -67,10 +67,9 @@ def new_run(
 
 
 def continue_run(path: Path, method: str, machine: Machine, *, quiet: bool = False) -> list[dict[str, Any]]:
-    """Continue a run from its last checkpoint, with its own configuration; any machine will do. A run that is done
-    stays as it is.
+    """Continue a run from its last checkpoint, with its own configuration, on any machine.
 
-    Raises UsageError where there is no such run, or the pool or data are not the ones it began with.
+    A run that is done stays as it is. Raises UsageError if there is no such run, or if its pool or data have changed.
     """
     path = resolved(path)
     folder = RunFolder.open(path)
@@ -106,7 +105,7 @@ def _finish(
 
 
 def left_out(rejected: Mapping[str, str], used: int) -> list[str]:
-    """One line that names the teachers that cannot be used, and why, if there are any."""
+    """A line that names the teachers that are left out, with the reasons, if there are any."""
     if not rejected:
         return []
     # a reason may begin with the id already

@@ -1,6 +1,6 @@
-"""What the learner's process does, wherever that is: it trains, and writes its own checkpoints.
+"""What the learner's process does, wherever it runs: it trains, and writes its own checkpoints.
 
-The state stays here. What it answers, round by round, is figures.
+The state stays in this process, which returns figures only.
 """
 
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ from ray_dfml.types import Backend, Labelled
 
 @dataclass(frozen=True)
 class Done:
-    """How far a run is: its last checkpoint, that round's line of metrics, and the teachers found bad, with reasons."""
+    """How far a run is: its last checkpoint, the metrics of that round, and the teachers found bad, with reasons."""
 
     saved: Saved | None = None
     row: dict[str, Any] = field(default_factory=dict)
@@ -39,18 +39,20 @@ class Learning:
         self._checkpoints = Checkpoints(Folder(checkpoints))
 
     def begin(self) -> Done:
-        """Make the trainer, from the last checkpoint or from the seed. Raises RejectedError for one that cannot be
-        read."""
+        """Make the trainer from the last checkpoint, or from the seed if there is none.
+
+        Raises RejectedError for a checkpoint that cannot be read.
+        """
         found = self._checkpoints.load()
         saved, state, row = found or (None, None, {})
         self._trainer = Trainer(*self._arguments, state)
         return Done(saved, row, self._trainer.state["rejected"])
 
     def call(self, name: str, *args: Any) -> Any:
-        """A trainer method's result."""
+        """Call a method of the trainer."""
         return getattr(self._trainer, name)(*args)
 
     def save(self, rounds: int, row: dict[str, Any]) -> Done:
-        """Write a checkpoint of the state after `rounds` rounds; `row` is the last one's line of metrics."""
+        """Write a checkpoint of the state after `rounds` rounds. `row` holds the metrics of the last round."""
         state = self._trainer.state
         return Done(self._checkpoints.save(rounds, state, row), row, state["rejected"])

@@ -1,4 +1,4 @@
-"""The backend of one process, and a session on it with the interface of the cluster's."""
+"""The backend and the session of a run that needs no other process."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -16,18 +16,18 @@ from ray_dfml.types import Arrays, Job, Labelled
 
 
 def no_teachers(id: str) -> Loaded:
-    """The `load` of a backend for work that needs no pool. Raises DfmlError: nothing there asks for a teacher."""
+    """The `load` of a backend for work that needs no pool. It always raises DfmlError, since no job has a teacher."""
     raise DfmlError(f"teacher {id} was asked for by work that has no pool")
 
 
 class LocalBackend:
-    """Runs every job here, in order, on one shard: the reference that all other backends equal bit for bit on a CPU."""
+    """Runs every job in this process, in order. On a CPU all other backends equal its results bit for bit."""
 
     def __init__(self, load: LoadWeights) -> None:
         self._shard = Shard(load)
 
     def keep(self, value: np.ndarray) -> np.ndarray:
-        """See `Backend.keep`: it is here already."""
+        """See `Backend.keep`. The array is here already."""
         return value
 
     def map(self, op: str, jobs: Sequence[Job], shared: Arrays) -> list[Arrays]:
@@ -59,12 +59,12 @@ class LocalSession:
         self._arguments = (config, world, sets, backend, checkpoints)
 
     def start(self) -> Done:
-        """A new trainer, from the last checkpoint or from the seed."""
+        """Make a new trainer from the last checkpoint, or from the seed if there is none."""
         self._learning = Learning(*self._arguments)
         return self._learning.begin()
 
     def call(self, name: str, *args: Any) -> Any:
-        """A trainer method's result."""
+        """Call a method of the trainer."""
         return self._learning.call(name, *args)
 
     def save(self, rounds: int, row: dict[str, Any]) -> Done:
@@ -72,4 +72,4 @@ class LocalSession:
         return self._learning.save(rounds, row)
 
     def close(self) -> None:
-        """Nothing to stop."""
+        """Do nothing, since nothing was started."""

@@ -1,4 +1,4 @@
-"""`evaluate`: an exported learner on real episodes, and `random` on the same ones."""
+"""`evaluate` tests an exported learner on real episodes, and `random` on the same ones."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -23,18 +23,18 @@ from ray_dfml.scores import as_row
 from ray_dfml.types import Backend, Labelled
 
 readings = ("finetune",)
-"""How an exported learner is read."""
+"""The readings of an exported learner."""
 
 
 def meta_test(
     weights: Path, *, spec: str, split: str, way: int | None, shots: Sequence[int], episodes: int, bn: str | None,
     seed: int, workers: int, backend: str,
 ) -> list[dict[str, Any]]:  # fmt: skip
-    """Rows as in `scores.json`. Images of another size are brought to the learner's, with a line on stderr.
+    """Test a learner. Returns rows as in `scores.json`.
 
-    The learner adapts with its own step. `random` gets the best of the default `eval.lrs` on validation episodes, as in
-    `train`, or the learner's step where the data have none; a line says which. Raises UsageError where the data's
-    channels or `way` do not fit the learner.
+    The learner adapts with its own step. As in `train`, `random` gets the best of the default `eval.lrs` on validation
+    episodes, or the learner's step if the data have none; a line says which. Images of another size are brought to the
+    learner's, and a line says so. Raises UsageError if the channels of the data or `way` do not fit the learner.
     """
     learner, progress = Learner.load(weights), Progress()
     way = way or learner.way
@@ -83,7 +83,7 @@ def meta_test(
 
 
 def _sets(spec: str, split: str, learner: Learner, way: int, cfg: EvalConfig, progress: Progress) -> list[Labelled]:
-    """The images of the split, and those of `val` where `random` takes steps, to choose their size on."""
+    """The images of the split, and if `random` takes steps, those of `val`, on which their size is chosen."""
     whole = datasets.load(spec)
     sets = []
     for name in (split,) if learner.weights.head == "protonet" else dict.fromkeys((split, "val")):
@@ -108,7 +108,7 @@ def _sets(spec: str, split: str, learner: Learner, way: int, cfg: EvalConfig, pr
 
 @contextmanager
 def _shards(backend: str, workers: int) -> Iterator[Backend]:
-    """Where jobs without teachers are done."""
+    """A backend for jobs without teachers."""
     if backend == "local":
         yield LocalBackend(no_teachers)
         return

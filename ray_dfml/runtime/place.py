@@ -1,4 +1,4 @@
-"""Where all the work of a command is done: in this process, or in one cluster that starts while the command goes on."""
+"""Where all work of a command is done: in this process, or in one cluster, which starts while the command goes on."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,13 +13,13 @@ if TYPE_CHECKING:
 
 
 class Place:
-    """A machine at work. The first question waits until its cluster is up, and raises what its start raised."""
+    """A machine at work. The first call waits until its cluster is up, and raises what its start raised."""
 
     def __init__(self, cluster: "Callable[[], Cluster] | None") -> None:
         self._cluster = cluster
 
     def cluster(self) -> "Cluster | None":
-        """The cluster; None where this process does the work."""
+        """The cluster, or None if this process does the work."""
         return self._cluster() if self._cluster else None
 
     def backend(self) -> Backend:
@@ -30,8 +30,7 @@ class Place:
 
 @contextmanager
 def opened(machine: Machine) -> Iterator[Place]:
-    """The place of a machine. Its cluster, if it has one, starts beside the work of the `with` block, and is stopped at
-    its end."""
+    """The place of a machine. Its cluster, if it has one, starts during the `with` block and is stopped at the end."""
     if machine.backend == "local":
         yield Place(None)
         return

@@ -1,4 +1,4 @@
-"""Progress on stderr: a live line on a terminal, one plain line per interval otherwise. stdout stays for results."""
+"""Progress on stderr: live lines on a terminal, and otherwise one plain line per interval. stdout is for results."""
 
 import sys
 import time
@@ -13,12 +13,12 @@ from rich.progress import Progress as RichProgress
 
 INTERVAL_SECONDS = 10.0
 VALIDATION = {"validation": "validation"}
-"""What is shown of every method, with the word for it."""
+"""The metric that is shown for every method, with the word for it."""
 
 
 @dataclass
 class _Stage:
-    """Work of one kind that is going on: what it is called, how much there is, how much is done, and since when."""
+    """Work of one kind that is going on: its name, how much there is, when it began, and how much is done."""
 
     what: str
     total: float
@@ -27,14 +27,17 @@ class _Stage:
     task: TaskID | None = None
 
     def text(self, now: float) -> str:
-        """How far it is, and the time that is left."""
+        """How much is done, and the time that is left."""
         share = self.done / max(self.total, self.done)
         return f"{100 * share:.0f} %  eta {_clock((now - self.began) * (1 / share - 1))}"
 
 
 class Progress:
-    """Reports rounds, and stages such as a test. `shown` are metrics in percent that the line of a round has, with
-    their words; `quiet` says nothing."""
+    """Reports rounds, and stages such as a test.
+
+    `shown` maps the metrics in percent that the line of a round shows to the words for them. With `quiet` nothing is
+    written.
+    """
 
     def __init__(self, shown: Mapping[str, str] | None = None, *, quiet: bool = False) -> None:
         self._shown = {**(shown or {}), **VALIDATION}
@@ -52,7 +55,7 @@ class Progress:
         self._task = self._add(f"round {done}/{rounds}", total=rounds, completed=done)
 
     def round(self, done: int, eta: float, row: Mapping[str, Any]) -> None:
-        """Round number `done` has ended; `row` is its line of metrics."""
+        """Report that round number `done` has ended, `row` being its metrics."""
         shown = "  ".join(f"{w} {row[k]:.1f} %" for k, w in self._shown.items() if isinstance(row.get(k), float))
         head, text = f"round {done}/{self._rounds}", f"eta {_clock(eta)}  {shown}"
         if self._live is not None and self._task is not None:
@@ -62,7 +65,7 @@ class Progress:
 
     @contextmanager
     def stage(self, what: str, total: float) -> Iterator[None]:
-        """Report work of one kind, of which `advance` tells each part; it has no line of its own once it is over."""
+        """Report work of one kind in the `with` block, where `advance` tells each part. Its line goes at the end."""
         stage = _Stage(what, total, time.monotonic(), task=self._add(what, total=total))
         self._stage = stage
         try:
@@ -73,7 +76,7 @@ class Progress:
                 self._live.remove_task(stage.task)
 
     def advance(self, work: float) -> None:
-        """So much of the work of the stage is done."""
+        """Report that so much work of the stage is done."""
         stage = self._stage
         if stage is None:
             return
@@ -85,7 +88,7 @@ class Progress:
             self._print(f"{stage.what} {text}")
 
     def _add(self, head: str, **values: Any) -> TaskID | None:
-        """A line of the live display, which begins with the first; None without a terminal."""
+        """Add a line to the live display, which starts with the first line. None without a terminal."""
         if self._quiet or not self._console.is_terminal:
             return None
         if self._live is None:
@@ -95,7 +98,7 @@ class Progress:
         return self._live.add_task("", head=head, **values)
 
     def _due(self, began: float = 0.0) -> bool:
-        """Whether it is time for the next plain line of what began then."""
+        """Whether it is time for the next plain line about work that began at `began`."""
         return time.monotonic() - max(self._printed, began) > INTERVAL_SECONDS
 
     def _print(self, line: str) -> None:
@@ -104,7 +107,7 @@ class Progress:
             print(line, file=sys.stderr, flush=True)
 
     def note(self, text: str) -> None:
-        """One line."""
+        """Write one line."""
         if not self._quiet:
             self._console.print(text, highlight=False) if self._live else print(text, file=sys.stderr, flush=True)
 

@@ -1,12 +1,11 @@
-"""The one place that imports Ray, after the variables that Ray reads once, at import: authentication on, telemetry
-off.
+"""The only module that imports Ray. Before that, it sets variables that Ray reads once, when it is imported.
 
-Without RAY_ADDRESS a private cluster is started on this machine. Ray's own processes listen on every interface,
-whatever address they are given, so it is guarded by a token that lives as long as this process. A cluster that exists
-already sets RAY_AUTH_MODE and its token itself; what the user has set is never changed.
+They switch authentication on and telemetry off. Without RAY_ADDRESS a private cluster is started on this machine. Its
+processes listen on every interface, whatever address they are given, so a token guards them that lives as long as this
+process. With RAY_ADDRESS the cluster has its own authentication. What the user has set is never changed.
 
-Where the user's code imported Ray before, it has read its environment already, and what is set now would reach only
-its daemons: nothing is set.
+If other code has imported Ray before, Ray has already read its environment. Variables set now would reach only its
+daemons, so none is set.
 """
 
 import os
@@ -21,7 +20,7 @@ if not IMPORTED_BEFORE:
         os.environ["RAY_AUTH_MODE"] = "token"
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     if os.environ.get("RAY_ADDRESS"):
-        os.environ.setdefault("RAY_NUM_REDIS_GET_RETRIES", "1")  # one takes 40 s where no cluster answers; Ray has 20
+        os.environ.setdefault("RAY_NUM_REDIS_GET_RETRIES", "1")  # Ray makes 20, of 40 s each if no cluster answers
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
 

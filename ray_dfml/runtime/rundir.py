@@ -1,7 +1,7 @@
-"""The run folder: made atomically, never overwritten, and the record of everything a run did.
+"""The run folder, which records everything that a run did. It is made in one step and never overwritten.
 
-`status.json` is authoritative. Every file but the two logs is replaced whole (temporary file, then rename); the logs
-are appended line by line, and lines past the checkpoint a run resumes from are dropped.
+`status.json` says how the run stands. Every file but the two logs is replaced in one step (temporary file, then
+rename). The logs grow line by line; when a run resumes, lines past its checkpoint are dropped.
 """
 
 import datetime
@@ -33,7 +33,7 @@ from ray_dfml.types import Score
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace a file whole: temporary file in the same folder, flush to disk, rename."""
+    """Replace a file in one step: write a temporary file in the same folder, flush it to disk, and rename it."""
     weights_file.write_bytes(path, text.encode())
 
 
@@ -47,7 +47,7 @@ class RunFolder:
 
     @classmethod
     def create(cls, path: Path, config: RunConfig, manifest: Mapping[str, Any]) -> "RunFolder":
-        """A new run folder with configuration and manifest. Raises UsageError if `path` exists."""
+        """Make a new run folder with configuration and manifest. Raises UsageError if `path` exists."""
         if path.exists():
             raise UsageError(f"{path}: exists already; add --resume to continue that run, or choose another --run-dir")
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -73,14 +73,14 @@ class RunFolder:
 
     @classmethod
     def open(cls, path: Path) -> "RunFolder":
-        """An existing run folder. Raises UsageError where there is none."""
+        """Open an existing run folder. Raises UsageError if there is none."""
         if not (path / "config.yaml").is_file():
             raise UsageError(f"{path}: not a run folder (no config.yaml); start a run without --resume")
         return cls(path)
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """This process alone may write here. Raises UsageError if another one does."""
+        """Let this process alone write to the folder. Raises UsageError if another one is at work in it."""
         lock = filelock.FileLock(self.path / ".lock", timeout=0)
         try:
             lock.acquire()
@@ -92,8 +92,11 @@ class RunFolder:
             lock.release()
 
     def config(self) -> RunConfig:
-        """The run's resolved configuration. Raises RejectedError if it cannot be read, or lacks a setting that this
-        version has: its default need not be what the run began with."""
+        """The resolved configuration of the run.
+
+        Raises RejectedError if it cannot be read, or if it lacks a setting that this version has, since the default
+        need not be what the run began with.
+        """
         path = self.path / "config.yaml"
         try:
             tree = yaml.safe_load(path.read_text())
@@ -110,7 +113,7 @@ class RunFolder:
         return _json(self.path / "manifest.json")
 
     def status(self, **fields: Any) -> None:
-        """Update `status.json` with fields; the others keep their values."""
+        """Update fields of `status.json`. The others keep their values."""
         known = self.read_status() | fields | {"updated": _now()}
         write_text(self.path / "status.json", json.dumps(known, indent=2) + "\n")
 
@@ -130,9 +133,9 @@ class RunFolder:
             handle.write(json.dumps(row) + "\n")
 
     def resume_log(self, rounds: int, last: Mapping[str, Any]) -> None:
-        """Keep the metrics of rounds 0..rounds-1: a resumed run writes the others again.
+        """Keep the metrics of rounds 0..rounds-1, since a resumed run writes those of later rounds again.
 
-        `last` are those of round rounds-1, which is added if a process died between its checkpoint and its line.
+        `last` holds the metrics of round rounds-1. They are added if a process died between checkpoint and log.
         """
         path = self.path / "metrics.jsonl"
         kept = []
@@ -169,7 +172,7 @@ class RunFolder:
 def manifest(
     config: RunConfig, *, pools: Sequence[Mapping[str, Any]], data: Sequence[Mapping[str, Any]]
 ) -> dict[str, Any]:
-    """What a reader needs to repeat the run: command, versions, git state, seed, hardware, hashes of pool and data."""
+    """What is needed to repeat the run: command, versions, git state, seed, hardware, hashes of pool and data."""
     packages = ("ray-dfml", "torch", "torchvision", "numpy", "pyarrow", "ray")
     return {
         "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
@@ -225,7 +228,7 @@ def _now() -> str:
 
 
 def _lacking(tree: dict[str, Any], wanted: dict[str, Any]) -> str:
-    """The first dotted key of `wanted` that `tree` has not; empty if it has all."""
+    """The first dotted key of `wanted` that `tree` lacks, or an empty text."""
     for key, value in wanted.items():
         if key not in tree:
             return key

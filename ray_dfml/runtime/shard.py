@@ -1,7 +1,7 @@
-"""A shard: one process on a slice of a device that hosts teachers and does the ops. A plain class; it knows of no
-cluster.
+"""A shard: the process, on a slice of a device, that hosts teachers and runs the ops.
 
-Stateless between jobs but for a cache of teachers keyed by content: any shard may run, or re-run, any job.
+It is a plain class that knows of no cluster. Between jobs it keeps nothing but a cache of teachers, so any shard may
+run, or run again, any job.
 """
 
 from collections import OrderedDict
@@ -21,19 +21,19 @@ Loaded = tuple[TeacherCard, np.ndarray, np.ndarray]
 """A teacher's card, flat weights [p] and batch-norm statistics [k]."""
 
 LoadWeights = Callable[[str], Loaded]
-"""Teacher id -> what it is. Raises RejectedError for a bad teacher."""
+"""Teacher id -> the teacher. Raises RejectedError for a bad teacher."""
 
 CACHE_BYTES = 512 * 2**20
-"""Most that the teachers on a shard occupy together."""
+"""The most memory that the teachers on a shard occupy together."""
 
 
 def pick_device() -> torch.device:
-    """The accelerator this process may use, else the CPU. This file is the only place that knows its name."""
+    """The accelerator that this process may use, else the CPU. Only this module names the kind of accelerator."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def accelerators() -> list[str]:
-    """Names of the accelerators this process sees."""
+    """Names of the accelerators that this process sees."""
     return [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
 
 
@@ -66,12 +66,12 @@ class HostedTeacher:
 
     @property
     def bytes(self) -> int:
-        """What it occupies."""
+        """Memory that the teacher occupies."""
         return self.theta.nbytes + self.stats.nbytes
 
 
 class Shard:
-    """Runs ops. `load` brings a teacher's weights from wherever they are kept."""
+    """Runs ops. `load` fetches the weights of a teacher from wherever they are kept."""
 
     def __init__(self, load: LoadWeights, *, device: torch.device | None = None) -> None:
         pin()
@@ -81,12 +81,12 @@ class Shard:
         self._hosted: OrderedDict[str, HostedTeacher] = OrderedDict()
 
     def reload(self, load: LoadWeights) -> None:
-        """Take teachers from elsewhere from now on, and forget those hosted."""
+        """Fetch teachers with another `load` from now on, and forget the hosted ones."""
         self._load = load
         self._hosted.clear()
 
     def teacher(self, id: str) -> HostedTeacher:
-        """The teacher, loaded on first use; the longest unused go where it would exceed CACHE_BYTES with them."""
+        """The teacher of an id, loaded on first use. The longest unused ones go if the cache exceeds CACHE_BYTES."""
         if id in self._hosted:
             self._hosted.move_to_end(id)
             return self._hosted[id]
@@ -101,10 +101,10 @@ class Shard:
         return self._hosted[id]
 
     def run(self, op: str, jobs: Sequence[Job], shared: Arrays) -> list[Arrays]:
-        """Results of `op` in job order. A job whose teacher is found bad gives `{"rejected": reason}`.
+        """Run `op`: one result per job, in order. The result is `{"rejected": reason}` if the job's teacher is bad.
 
-        A batch that the device has no memory for is done in halves. Raises torch.OutOfMemoryError where one job alone
-        is too much.
+        A batch that is too large for the memory of the device is done in halves. Raises torch.OutOfMemoryError if one
+        job alone is too large.
         """
         try:
             return OPS[op](self, jobs, shared)

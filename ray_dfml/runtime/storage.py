@@ -1,4 +1,4 @@
-"""Where the learner keeps its checkpoints: whole files by name, in a folder of a disk."""
+"""Where the learner keeps its checkpoints: whole files with names, in a folder on a disk."""
 
 from pathlib import Path
 
@@ -6,13 +6,13 @@ from ray_dfml.data import weights_file
 
 
 class Folder:
-    """Files of one folder. A file is there whole or not at all, and what was written has reached the disk."""
+    """The files of one folder. A file is there whole or not at all, and after a write it has reached the disk."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     def names(self) -> list[str]:
-        """The names of the files, sorted; temporary ones are left out."""
+        """The sorted names of the files, without temporary ones."""
         return sorted(p.name for p in self.path.iterdir() if not p.name.endswith(".tmp"))
 
     def read(self, name: str) -> bytes:
@@ -24,10 +24,10 @@ class Folder:
         weights_file.write_bytes(self.path / name, data)
 
     def remove(self, name: str) -> None:
-        """Take a file away if it is there. Raises OSError."""
+        """Remove a file if it is there. Raises OSError."""
         (self.path / name).unlink(missing_ok=True)
 
     def sweep(self) -> None:
-        """Take away what a stopped process left half written."""
+        """Remove what a stopped process left half written."""
         for path in self.path.glob(".*.tmp"):
             path.unlink(missing_ok=True)
