@@ -85,29 +85,6 @@ def adapt_to(
     return calibrate(icfil, network, phi, fixed, support, labels, head=head, seed=seed)
 
 
-def finetune(
-    network: Net,
-    theta: Tensor,
-    stats: Tensor,
-    support: Tensor,
-    labels: Tensor,
-    query: Tensor,
-    *,
-    steps: int,
-    lr: float,
-    bn: BatchNormMode,
-    head: Head = "maml",
-    icfil: IcfilConfig = OFF,
-    seed: int = 0,
-) -> Tensor:
-    """Logits [u k] of a query after the adaptation to a support (`adapt_to`).
-
-    Images are normalised [n c h w], and labels [s] are in 0..k-1.
-    """
-    phi = adapt_to(network, theta, stats, support, labels, steps=steps, lr=lr, bn=bn, head=head, icfil=icfil, seed=seed)
-    return query_logits(network, phi, stats, support, query, bn=bn)[:, : int(labels.max()) + 1]
-
-
 @torch.no_grad()
 def query_logits(
     network: Net, phi: Tensor, stats: Tensor, support: Tensor, query: Tensor, *, bn: BatchNormMode

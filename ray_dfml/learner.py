@@ -6,7 +6,7 @@
     adapted = Learner.load("runs/free").adapt(support, ["cat", "cat", "dog", "dog"])  # uint8 [4 c h w]
     print(adapted.predict(query))                                                     # ["dog", "cat", ...]
 
-The mathematics is that of `evaluate.finetune` without calibration, and a test checks that both give the same bits.
+The mathematics is that of the `evaluate` op without calibration, and a test checks that both give the same bits.
 """
 
 import json

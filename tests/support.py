@@ -11,13 +11,16 @@ import torch
 from hypothesis import settings
 from torch import Tensor
 
+from ray_dfml import evaluate
 from ray_dfml.core import seeds
+from ray_dfml.core.inner_loop import Head
 from ray_dfml.core.net import Net
 from ray_dfml.errors import RejectedError
 from ray_dfml.methods import METHODS
 from ray_dfml.methods.base import State, World
 from ray_dfml.methods.bidf import method as bidf
 from ray_dfml.methods.free import method as free
+from ray_dfml.methods.icfil import IcfilConfig
 from ray_dfml.methods.purer import method as purer
 from ray_dfml.ops import OPS
 from ray_dfml.types import Arrays, ImageSpec, Job, TeacherCard
@@ -249,3 +252,28 @@ def double_by_default() -> Iterator[None]:
         yield
     finally:
         torch.set_default_dtype(before)
+
+
+def finetune(
+    network: Net,
+    theta: Tensor,
+    stats: Tensor,
+    support: Tensor,
+    labels: Tensor,
+    query: Tensor,
+    *,
+    steps: int,
+    lr: float,
+    bn: evaluate.BatchNormMode,
+    head: Head = "maml",
+    icfil: IcfilConfig = evaluate.OFF,
+    seed: int = 0,
+) -> Tensor:
+    """Logits [u k] of a query after the adaptation to a support (`adapt_to`).
+
+    Images are normalised [n c h w], and labels [s] are in 0..k-1.
+    """
+    phi = evaluate.adapt_to(
+        network, theta, stats, support, labels, steps=steps, lr=lr, bn=bn, head=head, icfil=icfil, seed=seed
+    )
+    return evaluate.query_logits(network, phi, stats, support, query, bn=bn)[:, : int(labels.max()) + 1]

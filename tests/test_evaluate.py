@@ -14,10 +14,10 @@ from ray_dfml import evaluate
 from ray_dfml.core import episodes, seeds
 from ray_dfml.core.images import normalise, to_pixels
 from ray_dfml.core.net import Net
-from ray_dfml.evaluate import EvalConfig, adapt_to, finetune, query_logits
+from ray_dfml.evaluate import EvalConfig, adapt_to, query_logits
 from ray_dfml.methods.icfil import IcfilConfig, calibrate
 from ray_dfml.types import LearnerWeights
-from tests.support import FakeShard, image_spec, normal, small_world
+from tests.support import FakeShard, finetune, image_spec, normal, small_world
 
 NETWORK, WAY, LR, STEPS = Net("conv4", (3, 16, 16), 4), 3, 0.05, 4
 HEADS = pytest.mark.parametrize("head", ["maml", "anil", "protonet"])

@@ -11,7 +11,6 @@ import pytest
 import torch
 from PIL import Image
 
-from ray_dfml import evaluate
 from ray_dfml.core.images import normalise, to_pixels
 from ray_dfml.core.net import net
 from ray_dfml.data import weights_file
@@ -19,6 +18,7 @@ from ray_dfml.data.folders import read_folder
 from ray_dfml.errors import DfmlError, RejectedError, UsageError
 from ray_dfml.learner import CHUNK, Learner, export
 from ray_dfml.types import ImageSpec, LearnerWeights
+from tests.support import finetune
 
 IMAGE = ImageSpec(channels=3, height=16, width=20, mean=(0.5, 0.4, 0.3), std=(0.25, 0.2, 0.3))
 WAY = 4
@@ -165,7 +165,7 @@ def test_predictions_are_those_of_the_evaluation_bit_for_bit(tmp_path, bn, head,
     (x, y), (q, _) = blobs(2, classes), blobs(3, classes, seed=1)
     theta, stats = flat()
     mean, std = torch.tensor(IMAGE.mean), torch.tensor(IMAGE.std)
-    expected = evaluate.finetune(
+    expected = finetune(
         net("conv4", IMAGE.shape, WAY), theta, stats, normalise(to_pixels(x), mean, std), torch.tensor(y),
         normalise(to_pixels(q), mean, std), steps=10, lr=0.01, bn=bn, head=head,
     )  # fmt: skip

@@ -5,13 +5,15 @@ from typing import Any
 import numpy as np
 import torch
 
+from ray_dfml import evaluate
 from ray_dfml.config import RunConfig
 from ray_dfml.core import episodes
+from ray_dfml.core.images import to_bytes
 from ray_dfml.core.inner_loop import Task, meta_gradient
-from ray_dfml.evaluate import finetune
 from ray_dfml.methods import METHODS, UNTRAINED, cost
-from ray_dfml.methods.base import MetaConfig, World
+from ray_dfml.methods.base import MetaConfig, World, initial_learner, learner_weights
 from ray_dfml.runtime.driver import Inputs, Machine
+from ray_dfml.runtime.local import no_teachers
 from ray_dfml.runtime.shard import Shard
 from ray_dfml.scorer import Entry, Part, Scorer
 
@@ -103,9 +105,12 @@ def _task(cfg: MetaConfig, world: World) -> float:
 
 
 def _episode(config: RunConfig, world: World, shot: int) -> float:
-    theta, stats = world.net.init(torch.Generator().manual_seed(0)), world.net.initial_stats()
-    support, labels = _images(world, shot)
-    query, _ = _images(world, config.eval.query)
-    cfg, network = config.eval, world.net
-    adaptation = {"steps": cfg.steps, "lr": cfg.lr, "bn": cfg.bn, "head": world.head, "icfil": cfg.icfil}
-    return cost.seconds(lambda: finetune(network, theta, stats, support, labels, query, **adaptation))
+    """Seconds of one test episode: a job of the `evaluate` op on random images, divided by its episodes."""
+    cfg, per_class, count = config.eval, shot + config.eval.query, evaluate.EPISODES_PER_JOB
+    images, labels = _images(world, per_class)
+    state = initial_learner(world)
+    weights = learner_weights(world, state, steps=cfg.steps, lr=cfg.lr)
+    shared = evaluate.shared(cfg, weights, reading="finetune", images=to_bytes(images), labels=labels.numpy())
+    jobs = evaluate.jobs(cfg, way=world.way, shot=shot, stop=count)
+    shard = Shard(no_teachers)
+    return cost.seconds(lambda: shard.run("evaluate", jobs, shared)) / count

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from ray_dfml.core.net import net
+from ray_dfml.evaluate import EPISODES_PER_JOB
 from ray_dfml.methods import METHODS, cost
 from ray_dfml.methods.bidf import method as bidf
 from ray_dfml.pipeline import Trainer
@@ -44,7 +45,7 @@ def test_purer_is_planned_where_a_task_has_more_classes_than_one_teacher(inputs:
 
 def test_the_choice_of_a_step_size_is_counted(inputs: Inputs, monkeypatch: pytest.MonkeyPatch) -> None:
     """One minute an episode: 20 at test, and 10 at validation for each candidate where there is a choice."""
-    monkeypatch.setattr(cost, "seconds", lambda work: 60.0)
+    monkeypatch.setattr(cost, "seconds", lambda work: 60.0 * EPISODES_PER_JOB)
     for steps, wanted in (("[0.1,0.2,0.3]", "50.0"), ("[0.1]", "20.0"), ("[]", "20.0")):
         assert planned(inputs, "random", toy.LOCAL, f"eval.lrs={steps}")["test minutes"] == wanted
     assert planned(inputs, "random", Machine(workers=2), "eval.lrs=[]")["test minutes"] == "10.0"
@@ -55,7 +56,7 @@ def test_the_choice_of_a_step_size_is_counted(inputs: Inputs, monkeypatch: pytes
 ])  # fmt: skip
 def test_validated_last_and_fresh_weights_are_tested(inputs: Inputs, monkeypatch, more, wanted) -> None:
     """Validation after rounds 3 and 5 of 0..5, 10 episodes each, on test episodes too for the best on test."""
-    monkeypatch.setattr(cost, "seconds", lambda work: 60.0)
+    monkeypatch.setattr(cost, "seconds", lambda work: 60.0 * EPISODES_PER_JOB)
     found = planned(inputs, "free", toy.LOCAL, "eval.lrs=[]", "eval.every=4", *more)
     assert (found["validation minutes"], found["test minutes"]) == wanted
 
