@@ -21,7 +21,7 @@ COMMANDS = {
     "adapt": ("ray_dfml.cli.adapt", "adapt"),
     "report": ("ray_dfml.cli.report", "report_runs"),
 }
-"""Command -> (module, function). Loaded on use, so that `--help` is quick."""
+"""Command -> (module, function). Modules are loaded on use, so that `--help` is quick."""
 
 
 class _Commands(click.Group):
@@ -39,7 +39,7 @@ class _Commands(click.Group):
 @click.version_option(importlib.metadata.version("ray-dfml"), prog_name="ray-dfml")
 @click.option("--debug", is_flag=True, expose_value=False, help="Show a traceback when something fails.")
 def cli() -> None:
-    """From a pool of classifiers whose training data nobody has, to one few-shot learner.
+    """Make one few-shot learner from a pool of classifiers, without their training data.
 
     Start with: ray-dfml quickstart
     """
@@ -84,7 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _show(error: click.ClickException) -> None:
-    """A refused command line in one line; the help where there was nothing to refuse."""
+    """Show why a command line was refused, in one line; or the help, if no arguments were given."""
     if isinstance(error, getattr(click.exceptions, "NoArgsIsHelpError", ())):
         error.show()
         return

@@ -13,7 +13,7 @@ def data() -> None:
 @data.command("list", epilog="\b\nExample:\n  ray-dfml data list")
 @options.as_json
 def list_(json_out: bool) -> None:
-    """The names a SPEC can have."""
+    """List the names that a SPEC can have."""
     from ray_dfml.data import DATASETS
 
     rows = {name: entry.description for name, entry in DATASETS.items()}
@@ -28,7 +28,7 @@ def list_(json_out: bool) -> None:
 @click.argument("spec")
 @options.as_json
 def check(spec: str, json_out: bool) -> None:
-    """What SPEC resolves to: classes, sizes, splits, md5. Exit code 3 if it cannot be used."""
+    """Show what SPEC stands for: classes, sizes, splits, md5. The exit code is 3 if it cannot be used."""
     from ray_dfml.data.datasets import describe
 
     found = describe(spec)

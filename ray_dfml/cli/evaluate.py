@@ -27,7 +27,7 @@ Example:
 @click.option("--backend", type=click.Choice(["ray", "local"]), default="local", show_default=True)
 @options.as_json
 def evaluate(weights: Path, json_out: bool, **given: object) -> None:
-    """Accuracy of a learner on real episodes, with `random` on the same episodes beside it."""
+    """Test a learner on real episodes, and `random` on the same episodes."""
     from ray_dfml.runtime.meta_test import meta_test
 
     if given["backend"] == "ray":

@@ -14,7 +14,7 @@ from ray_dfml.runtime import host
 
 
 class _PathType(click.ParamType):
-    """A path as a user writes it; the function gets the absolute one (`files.resolved`)."""
+    """A path as a user writes it. The command gets the absolute path (`files.resolved`)."""
 
     name = "path"
 
@@ -39,7 +39,7 @@ def settings(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def workers(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`--workers`, by default one per processor."""
+    """The `--workers` option. By default there is one shard per processor."""
     return click.option(
         "--workers", type=click.IntRange(min=1), default=host.processors, show_default="processors",
         help="Shards. Any number gives the same bits on a CPU.",
@@ -47,17 +47,17 @@ def workers(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def print_json(value: Any) -> None:
-    """One JSON document on stdout."""
+    """Print one JSON document on stdout."""
     click.echo(json.dumps(value, indent=2))
 
 
 def say(text: str) -> None:
-    """One line of progress on stderr."""
+    """Print one line of progress on stderr."""
     print(text, file=sys.stderr, flush=True)
 
 
 def need_ray() -> None:
-    """Raises ResourceError if Ray cannot be imported."""
+    """Raise ResourceError if Ray cannot be imported."""
     try:
         import ray_dfml.runtime.cluster  # noqa: F401
     except ImportError:

@@ -95,7 +95,7 @@ def add(
     path: Path, weights: Path, size: str, classes: str | None, classes_file: Path | None, mean: str | None,
     std: str | None, json_out: bool, **rest: Any,
 ) -> None:  # fmt: skip
-    """Bring your own weights into POOL (made if it does not exist)."""
+    """Add your own weights to POOL, which is made if it does not exist."""
     from ray_dfml.data.pool import Pool, add_file
 
     id, notes = add_file(
@@ -136,7 +136,7 @@ def _numbers(option: str, text: str | None) -> list[float] | None:
 @click.argument("path", metavar="POOL", type=options.PATH)
 @options.as_json
 def check(path: Path, json_out: bool) -> int:
-    """Load and run each teacher once. One line per teacher; exit code 3 if any is rejected."""
+    """Load and run each teacher once, and print one line for each. The exit code is 3 if any is rejected."""
     from ray_dfml.data.pool import Pool
 
     rows = Pool.open(path).check()

@@ -1,4 +1,4 @@
-"""`ray-dfml quickstart`: the whole way on embedded data, in minutes, without network."""
+"""`ray-dfml quickstart`: from teachers to a tested learner on embedded data, in minutes and without network."""
 
 import time
 from pathlib import Path
@@ -22,7 +22,7 @@ POOL = {"models": 12, "way": 5, "seed": 0}
 @options.settings
 @options.as_json
 def quickstart(run_dir: Path | None, backend: str, workers: int, settings: tuple[str, ...], json_out: bool) -> None:
-    """Teachers of rendered characters, FREE on them without their data, a test on characters nobody saw."""
+    """Train teachers on rendered characters, run FREE without their images, and test on unseen characters."""
     from ray_dfml.config import pretrain_config, resolve
     from ray_dfml.data.pool import Pool
     from ray_dfml.files import resolved

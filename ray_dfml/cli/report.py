@@ -18,7 +18,7 @@ Example:
 @click.option("--out", metavar="FILE", type=options.PATH, help="Write .md, .csv or .html; replaces FILE.")
 @options.as_json
 def report_runs(runs: tuple[Path, ...], out: Path | None, json_out: bool) -> None:
-    """One table over runs: accuracy, time, and the paired difference to the best baseline on the same episodes."""
+    """Compare runs: accuracy, time, and the paired difference to the best baseline on the same episodes."""
     from ray_dfml.cli import tables
     from ray_dfml.compare import compare
     from ray_dfml.data import weights_file

@@ -1,4 +1,4 @@
-"""A comparison of runs to show: text, Markdown, CSV and HTML. Nothing in a file becomes markup."""
+"""Shows a comparison of runs as text, Markdown, CSV or HTML. No text from a file becomes markup."""
 
 import csv
 import io
@@ -32,7 +32,7 @@ FOOT = (
 
 
 def sections(found: Comparison) -> list[Section]:
-    """A table per set of episodes, then the runs without scores. Columns without values are left out."""
+    """One table per set of episodes, then one of the runs without scores. Columns without values are left out."""
     made = []
     for place in dict.fromkeys(row["set"] for row in found.rows):
         rows = [row for row in found.rows if row["set"] == place]
@@ -93,7 +93,7 @@ def as_text(found: Comparison) -> str:
 
 
 def as_markdown(found: Comparison) -> str:
-    """The same as Markdown."""
+    """The comparison as Markdown."""
     lines = ["# Runs", ""]
     for one in sections(found):
         table = [one.heads, ["---"] * len(one.heads), *([report.markdown(cell) for cell in row] for row in one.rows)]
@@ -104,7 +104,7 @@ def as_markdown(found: Comparison) -> str:
 
 
 def as_csv(found: Comparison) -> str:
-    """One line per row, columns KEYS; lists joined with `; `. A text that a spreadsheet would run begins with `'`."""
+    """CSV with the columns KEYS. Lists are joined with `; `, and `'` precedes a text that a spreadsheet would run."""
     buffer = io.StringIO()
     table = csv.writer(buffer, lineterminator="\n")
     table.writerow(KEYS)
@@ -115,7 +115,7 @@ def as_csv(found: Comparison) -> str:
 
 
 def as_html(found: Comparison) -> str:
-    """One self-contained page."""
+    """The comparison as one self-contained page."""
     return report.pages().get_template("compare.html").render(sections=sections(found), foot=FOOT)
 
 

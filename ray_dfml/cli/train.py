@@ -49,7 +49,7 @@ Example:
 def train(
     ctx: click.Context, method: str, run_dir: Path, resume: bool, dry_run: bool, json_out: bool, **given: Any
 ) -> None:
-    """Train METHOD on a pool of teachers; with --data, validate, test and score `random` beside it."""
+    """Train METHOD on a pool of teachers. With --data, also validate and test, and score `random` beside it."""
     from ray_dfml.runtime.driver import Machine, read_inputs
     from ray_dfml.runtime.launch import continue_run, left_out, new_run
 

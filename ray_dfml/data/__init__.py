@@ -1,4 +1,4 @@
-"""Image sets: where the pixels of teachers' training, of validation and of meta-test come from."""
+"""Image sets, pools of teachers, and files of weights: everything that is read from disk before a run."""
 
 from ray_dfml.data.datasets import ImageSet, describe, load
 from ray_dfml.data.specs import DATASETS, Entry

@@ -1,7 +1,7 @@
 """Decoded images as .npy files under `~/.cache/ray-dfml` (`RAY_DFML_CACHE` overrides), opened by memory map.
 
-A file is written beside its place and renamed into it, so a reader meets a whole file or none. A file that does not
-hold the array its key promises is made again. A cache that cannot be written costs time, never a run.
+A file is written beside its place and then renamed, so a reader finds a whole file or none. If a file does not hold the
+array that its key promises, it is made again. If the cache cannot be written, the run goes on without it.
 """
 
 import os
@@ -15,16 +15,16 @@ from ray_dfml.files import resolved
 
 
 def folder() -> Path:
-    """Where the cache lives; it need not exist yet."""
+    """The folder of the cache. It need not exist yet."""
     given = os.environ.get("RAY_DFML_CACHE")
     return resolved(given) if given else Path.home() / ".cache" / "ray-dfml"
 
 
 def array(key: str, shape: tuple[int, ...], build: Callable[[], np.ndarray]) -> np.ndarray:
-    """The uint8 array of `shape` stored under `key`, or `build()`, which is then stored.
+    """The uint8 array of `shape` that is stored under `key`. If there is none, `build` makes it, and it is stored.
 
-    Copy-on-write: writing into the result changes this process's memory only, never the file. Raises what `build`
-    raises.
+    The array is copy-on-write: a change stays in the memory of this process and never reaches the file. Raises what
+    `build` raises.
     """
     path = folder() / f"{key}.npy"
     found = _open(path, shape)
@@ -40,7 +40,7 @@ def array(key: str, shape: tuple[int, ...], build: Callable[[], np.ndarray]) -> 
 
 
 def _open(path: Path, shape: tuple[int, ...]) -> np.ndarray | None:
-    """The stored array, or None where the file is absent, damaged or of another shape."""
+    """The stored array, or None if the file is absent, damaged or of another shape."""
     try:
         # copy-on-write rather than read-only: torch.from_numpy warns about arrays it could not write to
         found = np.lib.format.open_memmap(path, mode="c")

@@ -1,4 +1,4 @@
-"""Image sets by name: `load("glyphs")`, `load("omniglot:PATH")`. One `ImageSet` whatever the source."""
+"""Image sets by name, such as `load("glyphs")` and `load("omniglot:PATH")`. Every source becomes an `ImageSet`."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -17,9 +17,10 @@ from ray_dfml.errors import RejectedError, UsageError
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ImageSet:
-    """Labelled images of one size, with their splits by class or by image. Compared and hashed by identity.
+    """Labelled images of one size, with their splits by class or by image.
 
-    The arrays are shared by everyone who loads the same spec: index them (which copies) before writing.
+    All callers that load the same spec share the arrays, so copy them before you write to them. Objects are compared
+    and hashed as objects, not by content.
     """
 
     name: str
@@ -51,16 +52,16 @@ class ImageSet:
 
     @cached_property
     def identity(self) -> str:
-        """NAME@HASH, what scores and reports call the set: see `ray_dfml.data.identity`."""
+        """NAME@HASH, by which scores and reports name the set (`ray_dfml.data.identity`)."""
         return identity(
             self.name, self.images, self.labels, self.class_names, self.class_splits, self.image_splits
         )  # fmt: skip
 
     def subset(self, split: str) -> "ImageSet":
-        """The images of "train", "val" or "test" in their order, with only their classes; "all": self.
+        """The images of the split "train", "val" or "test" in their order, with only their classes.
 
-        Labels are re-indexed. A part knows only its own split: asking the train part for "test" is the error of an
-        empty split. Raises UsageError for another word, RejectedError for an empty split.
+        Labels are numbered anew. "all" gives the set itself. A part knows its own split only, so the others are empty
+        in it. Raises UsageError for an unknown split, and RejectedError for an empty one.
         """
         if split == "all":
             return self
@@ -94,17 +95,17 @@ class ImageSet:
 def load(spec: str) -> ImageSet:
     """The image set of a spec: "glyphs", "NAME:PATH" or "NAME@COLOUR:PATH" with NAME of `DATASETS`.
 
-    COLOUR is what transparent parts of images are put on, white by default: a CSS name or #rrggbb. PATH is a .parquet
-    file, a torchvision root or a folder of class folders. The result is shared by all callers of this process; a file
-    that changes later is not read again. Raises UsageError for a spec that cannot be meant, RejectedError for data that
-    were read and found wanting.
+    Transparent parts of images are put on COLOUR, a CSS name or #rrggbb, which is white by default. PATH is a .parquet
+    file, a torchvision root or a folder of class folders. All callers in this process share the result, and a file that
+    changes later is not read again. Raises UsageError for a spec that names nothing, and RejectedError for data that
+    cannot be used.
     """
     return _load(specs.absolute(spec))
 
 
 @lru_cache(maxsize=8)
 def _load(spec: str) -> ImageSet:
-    """The set of an absolute spec, kept: a relative one may mean another folder the next time."""
+    """The set of an absolute spec, which is kept. A relative spec could mean another folder the next time."""
     name, background, path = specs.parse(spec)
     entry = DATASETS[name]
     if path is None:
@@ -151,10 +152,10 @@ def glyphs_set() -> ImageSet:
 
 
 def describe(spec: str) -> dict[str, Any]:
-    """What a spec resolves to, as JSON-ready values: class and image counts per split, size, md5, licence, source.
+    """What a spec stands for, as values for JSON: classes and images per split, size, md5, licence, source.
 
-    `size` is [channels, height, width]; `md5` is that of the file, or of the decoded pixels where there are many
-    files. Raises what `load` raises.
+    `size` is [channels, height, width]. `md5` is that of the file, or of the decoded pixels if there are many files.
+    Raises what `load` raises.
     """
     found = load(spec)
     parts = {}
@@ -181,7 +182,7 @@ def describe(spec: str) -> dict[str, Any]:
 
 
 def _read(name: str, entry: Entry, path: Path, background: str) -> formats.Raw:
-    """The images behind a path, with the reader that fits it, checked against the size the set must have."""
+    """Read the images behind a path with the reader that fits it. Their size must be the one that the set has."""
     try:
         exists, is_folder = path.exists(), path.is_dir()
         if is_folder and name != "parquet":
@@ -250,7 +251,10 @@ def _agree(
     found: np.ndarray | None,
     known: splits.ClassSplits,
 ) -> None:
-    """Reject a source whose own split by class contradicts the published one; a source split by image is pooled."""
+    """Raise RejectedError if a source's own split by class contradicts the published one.
+
+    A source that is split by image is pooled instead.
+    """
     if found is None or len(np.unique(found)) == 1:
         return
     parts = {s: {names[i] for i in np.unique(labels[found == s])} for s in splits.SPLITS}

@@ -21,8 +21,9 @@ def read(
 ) -> formats.Raw:
     """The images of the class folders under a directory.
 
-    `size` (h, w) resizes; None demands one size, as the images are shown. `channels` 1 or 3 converts; None keeps grey
-    only if every image is grey. `marker` is what else the directory could have held. Raises RejectedError.
+    With `size` (h, w) they are resized; with None all must have one size, as they are shown. With `channels` 1 or 3
+    they are converted; with None they are grey if every image is grey, else RGB. `marker` names what the directory
+    could have held instead, for the message. Raises RejectedError.
     """
     found = listing.listing(name, path, marker)
     files = found.files
@@ -59,7 +60,7 @@ def read(
 def _geometry(
     files: Sequence[ImageFile], channels: int | None, size: tuple[int, int] | None
 ) -> tuple[int, tuple[int, int], bool]:
-    """Channels, (h, w) and whether to resize; reads all headers only where something is not given."""
+    """Channels, (h, w) and whether to resize. All headers are read if channels or size are not given."""
     if channels is not None and size is not None:
         return channels, size, True
     looks = [images.look(file.path) for file in files]
@@ -74,7 +75,7 @@ def _geometry(
 
 
 class UserImages(NamedTuple):
-    """Images of `read_folder`: uint8 [n c h w], their labels and file names, and what a reader must know."""
+    """Images of `read_folder`, uint8 [n c h w], with their labels, their file names, and notes for the reader."""
 
     images: np.ndarray
     labels: list[str]
@@ -83,12 +84,12 @@ class UserImages(NamedTuple):
 
 
 def read_folder(path: str | Path, image: ImageSpec, *, background: str = "white") -> UserImages:
-    """Images of a folder of class folders, or of a folder of images.
+    """Read the images of a folder of class folders, or of a folder of images.
 
-    Labels are the names of the class folders, or "" without any; names are relative to `path`, printable and sorted.
-    Images are decoded as in `images.decode`, converted to the channels and resized (Lanczos, without regard to their
-    proportions) to the size of `image`. What is no image by its name is passed over, and counted in a note.
-    Raises UsageError where there is no folder, RejectedError where it is empty or an image cannot be decoded.
+    Labels are the names of the class folders, or "" if there are none. File names are relative to `path`, printable and
+    sorted. Images are decoded as in `images.decode`, converted to the channels of `image`, and resized to its size
+    (Lanczos, without regard to proportions). Files whose names are not of images are passed over and counted in a note.
+    Raises UsageError if there is no folder, and RejectedError if it is empty or an image cannot be decoded.
     """
     path = resolved(path)
     if image.channels not in (1, 3):

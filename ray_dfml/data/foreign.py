@@ -1,6 +1,6 @@
-"""Checkpoints as training scripts save them: known by their content, and the one part taken that fits a network.
+"""Checkpoints as training scripts save them. The content says what a file is, and the part that fits is taken.
 
-Nothing in a file is executed. What is read are safetensors, and what `torch.save` writes, through `weights_only=True`.
+Nothing in a file is executed. The formats are safetensors, and what `torch.save` writes, read with `weights_only=True`.
 """
 
 import io
@@ -21,7 +21,7 @@ from ray_dfml.errors import RejectedError, UsageError
 from ray_dfml.types import ImageSpec
 
 SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt", ".tar", ".th")
-"""What is taken off a file's name to get a teacher's id. Files are read whatever their suffix is."""
+"""Suffixes that are taken off a file's name to get a teacher's id. Files are read whatever their suffix is."""
 
 _RESAVE = "re-save it with safetensors.torch.save_file on the machine that made it"
 _LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
@@ -31,19 +31,19 @@ _AVERAGED = {"ema", "swa", "averaged"}
 
 @dataclass(frozen=True)
 class Found:
-    """Tensors under the names of the network, and what was done to find them, one line each."""
+    """Tensors under the names of the network, and notes on how they were found."""
 
     tensors: dict[str, Tensor]
     notes: list[str]
 
 
 def read(path: Path, arch: str, image: ImageSpec, ways: int, *, limits: Limits = LIMITS) -> Found:
-    """The tensors of a checkpoint that are those of a network, wherever in it they lie; floats come as float32.
+    """Find the tensors of a network in a checkpoint. Floating point comes back as float32.
 
-    They may lie in nested dicts of any names, under prefixes such as `module.`, `_orig_mod.` or `model.`; averaged
-    weights (EMA) are taken only where there are no others. Values are not looked at (`weights_file.check_values`).
-    Raises UsageError for a missing file or another number of outputs, RejectedError for everything that is wrong
-    inside.
+    The tensors may lie in nested dicts of any names, under prefixes such as `module.`, `_orig_mod.` or `model.`.
+    Averaged weights (EMA) are taken only if there are no others. Values are not checked here
+    (`weights_file.check_values`). Raises UsageError for a missing file or another number of outputs, and RejectedError
+    for everything that is wrong inside.
     """
     if not path.exists():
         raise UsageError(f"{path}: no such file")
@@ -55,7 +55,7 @@ def read(path: Path, arch: str, image: ImageSpec, ways: int, *, limits: Limits =
 
 
 def parse(data: bytes, *, limits: Limits = LIMITS) -> Any:
-    """What a file holds: names to tensors, or the nested values that `torch.save` was given. Raises RejectedError."""
+    """The content of a file: name -> tensor, or the nested values that `torch.save` was given. Raises RejectedError."""
     if said := mistaken.what_it_is(data):
         raise RejectedError(said)
     if data.startswith(b"PK"):
@@ -96,20 +96,20 @@ def _from_torch(data: bytes, limits: Limits) -> Any:
 
 @dataclass(frozen=True)
 class _Part:
-    """A mapping of tensors inside a checkpoint; names without wrappers, relative to `prefix`."""
+    """A mapping of tensors inside a checkpoint. Names are without wrappers and relative to `prefix`."""
 
     place: str
     prefix: str
     tensors: dict[str, Tensor]
     wrappers: tuple[str, ...]
-    """`module`, `_orig_mod`: what was taken out of the names."""
+    """The wrappers, `module` or `_orig_mod`, that were taken out of the names."""
 
     @property
     def averaged(self) -> bool:
         return bool(_AVERAGED & set(re.split(r"[^a-z]+", f"{self.place}.{self.prefix}".lower())))
 
     def notes(self) -> list[str]:
-        """What a reader must know of how it was found."""
+        """Notes on how the part was found."""
         said = [f"took the tensors in {self.place!r}"] if self.place else []
         if self.prefix:
             said.append(f"dropped the prefix {self.prefix!r} of their names")
@@ -146,7 +146,7 @@ def _fitting(content: Any, arch: str, image: ImageSpec, ways: int, limits: Limit
 
 
 def _mappings(content: Any) -> Iterator[tuple[str, dict[str, Tensor]]]:
-    """Every dict with named tensors, at most _DEPTH levels deep, with the keys that lead to it; each once."""
+    """Every dict with named tensors, at most _DEPTH levels deep, and the keys that lead to it. Each comes once."""
     level, seen = [("", content)], set()
     for _ in range(_DEPTH + 1):
         deeper = []
@@ -165,7 +165,7 @@ def _mappings(content: Any) -> Iterator[tuple[str, dict[str, Tensor]]]:
 
 
 def _parts(place: str, tensors: Mapping[str, Tensor], wanted: Mapping[str, Size], limits: Limits) -> Iterator[_Part]:
-    """The whole of a mapping, and what it has under each prefix that the network's first tensor has in it."""
+    """A mapping as a whole, and its parts under each prefix with which it has the network's first tensor."""
     if len(tensors) > limits.tensors:
         raise RejectedError(f"{len(tensors)} tensors, more than the limit of {limits.tensors}")
     plain = weights_file.plain_names(tensors)
@@ -183,7 +183,7 @@ def _fits(tensors: Mapping[str, Tensor], wanted: Mapping[str, Size]) -> bool:
 
 
 def _different(parts: Sequence[_Part]) -> list[_Part]:
-    """Parts without those whose tensors are equal to those of one before."""
+    """The parts, without those whose tensors equal the tensors of an earlier part."""
     found: list[_Part] = []
     for part in parts:
         if not any(all(torch.equal(t, one.tensors[name]) for name, t in part.tensors.items()) for one in found):
@@ -192,7 +192,7 @@ def _different(parts: Sequence[_Part]) -> list[_Part]:
 
 
 def _misfit(best: _Part, arch: str, image: ImageSpec, ways: int, limits: Limits) -> Exception:
-    """Why the part that is nearest does not fit."""
+    """The error that says why the part that is nearest does not fit."""
     head = best.tensors.get("head.weight")
     if head is not None and head.dim() == 2 and head.shape[0] != ways:
         return UsageError(f"weights have {head.shape[0]} outputs, --classes names {ways}")

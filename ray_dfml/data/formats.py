@@ -1,6 +1,6 @@
-"""What every reader of images gives, one `Raw` table, and the reader of Parquet files.
+"""The table `Raw` that every reader of images returns, and the reader of Parquet files.
 
-Every reader checks what it reads and raises RejectedError: one line with what is wrong, where, and what to do.
+Every reader checks what it reads and raises RejectedError with one line: what is wrong, where, and what to do.
 """
 
 import hashlib
@@ -21,7 +21,7 @@ ENCODINGS = ("raw_uint8_hwc", "png", "jpeg")
 
 @dataclass(frozen=True, kw_only=True)
 class Raw:
-    """What a reader found, before any split rule: one row per image."""
+    """What a reader found, with one row per image. No rule for splits has been applied yet."""
 
     images: np.ndarray
     """uint8 [n, c, h, w]"""
@@ -45,7 +45,7 @@ def file_md5(path: Path) -> str:
 
 
 def pixels_md5(pixels: np.ndarray, names: np.ndarray) -> str:
-    """Hex md5 of decoded pixels and class names, in order: identifies a source of many files on any machine."""
+    """Hex md5 of decoded pixels and class names, in order. It identifies a source of many files on any machine."""
     digest = hashlib.md5("\n".join(names.tolist()).encode(), usedforsecurity=False)
     for start in range(0, len(pixels), 4096):
         digest.update(np.ascontiguousarray(pixels[start : start + 4096]).data)
@@ -56,10 +56,10 @@ def pixels_md5(pixels: np.ndarray, names: np.ndarray) -> str:
 
 
 def read_parquet(path: Path, *, background: str = "white") -> Raw:
-    """A parquet file with columns `image label label_name` and, if it has splits, `split`.
+    """Read a Parquet file with columns `image label label_name` and, if it has splits, `split`.
 
-    Its schema metadata give `height width channels encoding`; `encoding` is raw_uint8_hwc, png or jpeg. Decoded png
-    and jpeg images are decoded as in `images.decode` and cached by the file's md5. Raises RejectedError.
+    Its schema metadata give `height width channels encoding`, where `encoding` is raw_uint8_hwc, png or jpeg. Png and
+    jpeg images are decoded as in `images.decode` and cached by the file's md5. Raises RejectedError.
     """
     table, meta = _open_parquet(path)
     height, width, channels = (_positive(path, meta, key) for key in ("height", "width", "channels"))
@@ -132,7 +132,7 @@ def _positive(path: Path, meta: Mapping[str, str], key: str) -> int:
 
 
 def _names(path: Path, table: pa.Table) -> np.ndarray:
-    """label_name of every row, after checking that labels and names match one to one."""
+    """The label_name of every row. Labels and names must match one to one."""
     pairs = table.select(["label", "label_name"]).group_by(["label", "label_name"]).aggregate([]).to_pylist()
     name_of: dict[int, str] = {}
     label_of: dict[str, int] = {}
@@ -181,7 +181,7 @@ def _raw_images(path: Path, column: pa.ChunkedArray, shape: tuple[int, int, int]
 def _decoded_column(
     path: Path, md5: str, column: pa.ChunkedArray, shape: tuple[int, int, int], background: str
 ) -> tuple[np.ndarray, list[str]]:
-    """uint8 [n, c, h, w] of a column of encoded images, and what a reader must know of them."""
+    """uint8 [n, c, h, w] of a column of encoded images, and notes for the reader."""
     blobs = column.to_pylist()
 
     def decode(row: int) -> images.Decoded:

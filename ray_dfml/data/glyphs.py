@@ -2,10 +2,10 @@
 
 A class is a character: a Latin, Greek or Cyrillic letter, digit or symbol without accents. Its 20 images are its
 renderings in the DejaVu, STIX and Computer Modern faces that have it, each with a small random rotation, scale, shear
-and shift. Every glyph is centred and scaled to fill its 28x28 frame, so characters that differ in size only (c, C) are
-one class; so are those that look alike in several faces (Latin A, Greek Alpha, Cyrillic A): the one with the lowest
-code point stays. Train, val and test hold different characters. The bits depend on the versions of matplotlib, pillow
-and FreeType only.
+and shift. Every glyph is centred and scaled to fill its 28x28 frame. Characters that differ in size only (c, C) are
+therefore one class, and so are characters that look alike in several faces (Latin A, Greek Alpha, Cyrillic A); the one
+with the lowest code point is kept. Train, val and test hold different characters. The bits depend on the versions of
+matplotlib, pillow and FreeType only.
 """
 
 import functools
@@ -23,7 +23,7 @@ from ray_dfml.data import cache, formats, splits
 from ray_dfml.errors import ResourceError
 
 VERSION = 1
-"""raise it when a change here changes a bit of the result"""
+"""Version of the images. It must be raised when a change here changes a bit of them."""
 SIZE = 28
 PER_CLASS = 20
 MEAN: tuple[float, ...] = (0.8548,)
@@ -80,10 +80,10 @@ _SAME_FACES = 2
 
 
 def load_arrays() -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
-    """Images uint8 [n, 1, 28, 28], labels int64 [n], sorted class names; the images are cached across processes.
+    """Images uint8 [n, 1, 28, 28], labels int64 [n], and sorted class names.
 
-    Dark ink (0) on white (255), 20 images per class, in class order. Raises ResourceError where a font file is
-    missing.
+    The images have dark ink (0) on white (255). There are 20 per class, in the order of classes. They are cached across
+    processes. Raises ResourceError if a font file is missing.
     """
     kept = _kept_characters()
     names = tuple(class_name(c) for c in kept)
@@ -93,7 +93,7 @@ def load_arrays() -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
 
 
 def class_name(character: str) -> str:
-    """Such as "U+0041 LATIN CAPITAL LETTER A": sorts by code point."""
+    """The class name of a character, such as "U+0041 LATIN CAPITAL LETTER A". Names sort by code point."""
     return f"U+{ord(character):04X} {unicodedata.name(character)}"
 
 
@@ -133,7 +133,7 @@ def _font_file(face: str) -> Path:
 
 @functools.cache
 def _code_points(face: str) -> frozenset[int]:
-    """Code points that a face has a glyph for; any other would be drawn as an empty box."""
+    """Code points for which a face has a glyph. Any other would be drawn as an empty box."""
     from matplotlib import ft2font
 
     return frozenset(ft2font.FT2Font(str(_font_file(face))).get_charmap())
@@ -152,7 +152,7 @@ def _faces(character: str) -> tuple[str, ...]:
 
 
 def _candidates() -> list[str]:
-    """Visible, unaccented characters of the ranges that enough faces have, by code point."""
+    """The visible, unaccented characters of the ranges that enough faces have, in order of code points."""
     found = []
     for first, last in _RANGES:
         for character in map(chr, range(first, last + 1)):
@@ -180,9 +180,10 @@ def _kept_characters() -> tuple[str, ...]:
 
 
 def _look_alike(drawn: Sequence[Image.Image]) -> np.ndarray:
-    """bool [n, n]: two glyphs nearly agree in blurred ink, or in shape whatever the thickness of the stroke (c and C).
+    """Which glyphs look alike, bool [n, n]: their blurred ink nearly agrees, or their shape apart from stroke width.
 
-    All sums are of whole numbers below 2**53 in float64, exact in any order: every machine keeps the same classes.
+    All sums are of whole numbers below 2**53 in float64. They are exact in any order, so every machine keeps the same
+    classes.
     """
     blurred = _rows(glyph.filter(ImageFilter.BoxBlur(1)) for glyph in drawn)
     energy = (blurred * blurred).sum(axis=1)
@@ -191,7 +192,7 @@ def _look_alike(drawn: Sequence[Image.Image]) -> np.ndarray:
     bold = [glyph.point([0] * _INK_LEVEL + [1] * (256 - _INK_LEVEL)) for glyph in drawn]
     shape, wider = _rows(bold), _rows(glyph.filter(ImageFilter.MaxFilter(3)) for glyph in bold)
     area = shape.sum(axis=1)
-    outside = area[:, None] - shape @ wider.T  # pixels of one that lie more than a pixel off the other
+    outside = area[:, None] - shape @ wider.T  # pixels of one glyph that are more than a pixel away from the other
     few = outside < _SAME_SHAPE * area[:, None]
     return same_ink | (few & few.T)
 
@@ -235,7 +236,7 @@ def _draw(
 
 
 def _draw_all(characters: Sequence[str]) -> np.ndarray:
-    """uint8 [len(characters) * 20, 1, 28, 28]; each character has its own random stream, so none depends on another."""
+    """Draw all images, uint8 [len(characters) * 20, 1, 28, 28]. Each character has a random stream of its own."""
     out = np.empty((len(characters), PER_CLASS, SIZE, SIZE), dtype=np.uint8)
     for row, character in enumerate(characters):
         rng = np.random.default_rng((_SEED, ord(character)))

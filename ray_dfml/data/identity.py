@@ -1,4 +1,4 @@
-"""The name of a data set in results: what it is called, and a hash of what it holds."""
+"""The name of a data set in results: its own name, and a hash of its content."""
 
 import hashlib
 import json
@@ -15,9 +15,9 @@ def identity(
     class_splits: Mapping[str, Sequence[str]] | None,
     image_splits: np.ndarray | None,
 ) -> str:
-    """NAME@HASH, from the sha256 of the pixels [n c h w], labels [n], class names and splits, in order.
+    """NAME@HASH, where HASH is from the sha256 of the pixels [n c h w], labels [n], class names and splits, in order.
 
-    The same images have it on every machine, wherever and in whatever format they are kept.
+    The same images have the same identity on every machine, in every place and format.
     """
     parts = (images.shape, list(class_names), dict(class_splits or {}))
     found = hashlib.sha256(json.dumps(parts, sort_keys=True).encode())

@@ -1,8 +1,8 @@
-"""The one decoder of images, from files and from bytes: what a viewer shows, as uint8 grey or RGB.
+"""The only decoder of images, from files and from bytes. It gives what a viewer shows, as uint8 grey or RGB.
 
-An image is turned as its EXIF orientation says. Transparency is composited on a colour, white by default. 16 bits per
-channel become 8: 65535 is white. Palettes, CMYK and other colour models become RGB, without their colour profiles. Of
-several frames the first is taken.
+An image is turned as its EXIF orientation says. Transparent parts are put on a colour, white by default. 16 bits per
+channel become 8, where 65535 is white. Palettes, CMYK and other colour models become RGB, without their colour
+profiles. If there are several frames, the first one is taken.
 """
 
 import io
@@ -22,19 +22,19 @@ from ray_dfml.files import shown
 from ray_dfml.types import size_text
 
 VERSION = 2
-"""Of the pixels that this module makes; part of the key of every cached array. Raise it when they change."""
+"""Version of the pixels that this module makes, and part of the key of every cached array. Raise it if they change."""
 
 SUFFIXES = (
     ".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".avif",
     ".ppm", ".pgm", ".pbm", ".pnm",
 )  # fmt: skip
-"""Names of files that are read as images, in any case."""
+"""Suffixes of files that are read as images, in any case."""
 
 TRANSPARENT, DEEP = 1, 2
-"""What `Decoded.kind` is a sum of: composited on the background; brought from 16 bits per channel to 8."""
+"""The terms of `Decoded.kind`: the image was put on a background; it was brought from 16 bits per channel to 8."""
 
 _ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
-"""What pillow raises for a damaged image, by format and by kind of damage."""
+"""The errors that pillow raises for damaged images."""
 _ORIENTATION = 0x0112
 _SIDEWAYS = range(5, 9)
 _THREADS = 4
@@ -42,7 +42,7 @@ _SMALL = 64 * 64  # pixels; below it decoding is mostly Python, and more than on
 
 
 class Decoded(NamedTuple):
-    """An image's pixels, uint8 [c, h, w], and what was done to get them."""
+    """The pixels of an image, uint8 [c, h, w], and what was done to get them."""
 
     pixels: np.ndarray
     kind: int
@@ -57,7 +57,7 @@ class Look(NamedTuple):
 
 
 def colour(name: str) -> tuple[int, int, int]:
-    """Red, green and blue of a colour: a CSS name, or `#rrggbb`. Raises UsageError."""
+    """Red, green and blue of a colour, which is a CSS name or `#rrggbb`. Raises UsageError for another text."""
     try:
         red, green, blue, *_ = ImageColor.getrgb(name)
     except ValueError:
@@ -68,10 +68,10 @@ def colour(name: str) -> tuple[int, int, int]:
 def decode(
     source: Path | bytes, what: str, *, channels: int, size: tuple[int, int] | None, background: str = "white"
 ) -> Decoded:
-    """The image in a file or in bytes, grey (`channels` 1) or RGB (3), resized to `size` (h, w) if that is given.
+    """Decode the image in a file or in bytes: grey (`channels` 1) or RGB (3), resized to `size` (h, w) if given.
 
-    Raises RejectedError that begins with `what`, for what cannot be decoded, for numbers without a known range (32
-    bits), and for a drawing that the background would hide.
+    Raises RejectedError, which begins with `what`, for what cannot be decoded, for pixels of 32 bits, whose white is
+    unknown, and for a drawing that the background would hide.
     """
     try:
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as opened:
@@ -124,7 +124,7 @@ def _pixels(image: Image.Image, channels: int, size: tuple[int, int] | None, bac
 
 
 def _is_deep(image: Image.Image) -> bool:
-    """Whether a grey image has 16 bits; of 16 bits per colour pillow itself keeps the upper 8."""
+    """Whether a grey image has 16 bits. Of colour images with 16 bits, pillow itself keeps the upper 8."""
     return image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG")
 
 
@@ -160,10 +160,10 @@ def _composited(image: Image.Image, background: str) -> tuple[Image.Image, bool]
 def decode_all(
     key: str, count: int, shape: tuple[int, int, int], decode_one: Callable[[int], Decoded]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """uint8 [count, *shape] of `decode_one(0..count-1)`, and the kind of each, from the cache if they are there.
+    """The images uint8 [count, *shape] that `decode_one(0..count-1)` decodes, and the kind of each.
 
-    A few threads work; the error raised is that of the lowest number. `key` names the source, the decoder's version is
-    added to it.
+    They come from the cache if they are there. `key` names the source; the version of the decoder is added to it. A few
+    threads work, and the error that is raised is that of the lowest number.
     """
     size = shape[0] * shape[1] * shape[2]
 
@@ -175,7 +175,7 @@ def decode_all(
         _fill(*parts(both), decode_one)
         return both
 
-    # one file holds both: what was done to the images is known as long as they are
+    # one file holds both, so that the kinds are kept as long as the images
     return parts(cache.array(f"{key}-{size_text(shape)}-v{VERSION}", (count * (size + 1),), build))
 
 
@@ -196,7 +196,7 @@ def _fill(images: np.ndarray, kinds: np.ndarray, decode_one: Callable[[int], Dec
 
 
 def notes(kinds: Sequence[int] | np.ndarray, background: str) -> list[str]:
-    """One line for each thing that was done to some of the images, with their number."""
+    """One line for each kind of change, with the number of images that it was made to."""
     kinds = np.asarray(kinds, np.uint8)
     transparent, deep = (int((kinds & kind > 0).sum()) for kind in (TRANSPARENT, DEEP))
     said = []

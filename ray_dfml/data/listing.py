@@ -1,4 +1,4 @@
-"""The image files below a folder, with their classes and splits; what was passed over; hints where there is none."""
+"""Finds the image files below a folder, with their classes and splits. Counts what it passes over, and gives hints."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -25,12 +25,12 @@ _SPLITS: Mapping[str, str] = {
 }
 
 _CLUTTER = ("thumbs.db", "desktop.ini")
-"""Files of a desktop that nobody put there; they are not counted, nor are hidden ones."""
+"""Files that desktops make by themselves. Neither these nor hidden files are counted."""
 
 
 @dataclass(frozen=True)
 class ImageFile:
-    """A file with its class and, where the folder has splits, its split."""
+    """A file with its class and, if the folder has splits, its split."""
 
     path: Path
     label: str
@@ -39,7 +39,7 @@ class ImageFile:
 
 @dataclass
 class Listing:
-    """Images in the order of split, class and file name; what else was met, as suffixes or words with their counts."""
+    """Images in the order of split, class and file name, and counts of all else that was met, by suffix or kind."""
 
     files: list[ImageFile] = field(default_factory=list)
     passed: Counter[str] = field(default_factory=Counter)
@@ -55,7 +55,7 @@ def split_of(word: str) -> str | None:
 
 
 def check_class_name(where: str, name: str) -> str:
-    """The name itself. Raises RejectedError, with the name as it can be printed, where a pool could not hold it."""
+    """The name itself. Raises RejectedError, which shows it in a printable form, if a pool could not hold it."""
     if not name or not is_readable(name):
         raise RejectedError(
             f"{where}: the class name '{shown(name)}' is not one line of readable UTF-8 text; rename the class"
@@ -69,7 +69,7 @@ def folders_in(folder: Path) -> list[Path]:
 
 
 def images_in(folder: Path, passed: Counter[str]) -> list[Path]:
-    """The images in a folder, sorted; everything else that is not hidden is counted in `passed`."""
+    """The sorted images in a folder. Everything else that is not hidden is counted in `passed`."""
     found = []
     for path in sorted(folder.iterdir()):
         if path.name.startswith(".") or path.name.lower() in _CLUTTER:
@@ -105,9 +105,9 @@ def _counted(found: Counter[str]) -> str:
 
 
 def listing(name: str, path: Path, marker: str | None) -> Listing:
-    """The class folders below the folder of a data set `name`, in the layouts to which the known sets unpack.
+    """List the class folders of the data set `name`, in the layouts to which the known sets unpack.
 
-    Raises RejectedError, with a hint, where there is none; `marker` is what else the folder could have held.
+    Raises RejectedError, with a hint, if there is none. `marker` names what the folder could have held instead.
     """
     root, found = _root(name, path), Listing()
     if name == "tiny-imagenet" and (root / "val" / "val_annotations.txt").is_file():
@@ -136,7 +136,7 @@ def _root(name: str, path: Path) -> Path:
 
 
 def _add_classes(found: Listing, root: Path, split: str | None, depth: int) -> None:
-    """Images of the class folders under `root`; at depth 2 a class is two folders, "alphabet/character"."""
+    """Add the images of the class folders under `root`. At depth 2 a class is two folders, "alphabet/character"."""
     classes = folders_in(root)
     if classes and (beside := images_in(root, Counter())):
         found.passed["image beside the class folders"] += len(beside)
@@ -150,7 +150,7 @@ def _add_classes(found: Listing, root: Path, split: str | None, depth: int) -> N
 
 
 def _tiny_imagenet(root: Path, found: Listing) -> None:
-    """The layout as published: labels of val in a text file, none for test. Its val is the only labelled test set."""
+    """Add the images of the published layout. Labels of val are in a text file; test has none, so val is the test."""
     annotations = root / "val" / "val_annotations.txt"
     if (root / "train").is_dir():
         _add_classes(found, root / "train", "train", 1)
@@ -173,7 +173,7 @@ def _has_images(folder: Path) -> bool:
 
 
 def _hint_at_levels(root: Path, below: Sequence[Path], depth: int) -> None:
-    """Raise where what should be class folders holds only folders with images: they lie one level further down."""
+    """Raise RejectedError if the class folders lie one level further down."""
     if depth == 2 or any(_has_images(folder) or (folder / "images").is_dir() for folder in below):
         return
     deeper = [folder for folder in below if any(_has_images(inner) for inner in folders_in(folder))]
@@ -193,7 +193,7 @@ def _hint_at_levels(root: Path, below: Sequence[Path], depth: int) -> None:
 
 
 def _hint_at_nothing(folders: Sequence[Path], depth: int, marker: str | None) -> None:
-    """Raise where a folder, with the folders in it, holds no class folder with images."""
+    """Raise RejectedError for a folder that holds no class folder with images."""
     layout = "alphabet/character folders" if depth == 2 else "class folders"
     for folder in folders:
         if _has_images(folder):

@@ -1,4 +1,4 @@
-"""`pool.yaml` as a schema: what an entry may say, how it is read, how a fault in it is named."""
+"""The schema of `pool.yaml`: what an entry may say, how the file is read and written, and how faults are named."""
 
 import math
 import re
@@ -18,7 +18,7 @@ from ray_dfml.types import ImageSpec, TeacherCard
 
 MANIFEST = "pool.yaml"
 MANIFEST_BYTES = 64 << 20
-"""Largest manifest that is parsed."""
+"""Size of the largest manifest that is parsed."""
 
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
@@ -70,7 +70,7 @@ class Input(_Strict):
 
 
 class Accuracy(_Strict):
-    """Accuracies in percent as the owner states them; null where unknown."""
+    """Accuracies in percent as the owner states them, or null if unknown."""
 
     reported: Percent | None = None
     best: Percent | None = None
@@ -187,7 +187,10 @@ def make_entry(
 
 
 def read_manifest(folder: Path) -> list[Entry]:
-    """The entries of a pool folder in file order. Raises UsageError where there is none, RejectedError at a fault."""
+    """The entries of a pool folder in file order.
+
+    Raises UsageError if there is no manifest, and RejectedError with the place of the first fault in it.
+    """
     file = folder / MANIFEST
     if not file.exists():
         raise UsageError(f"{folder}: no pool here (no {MANIFEST})")
@@ -221,7 +224,7 @@ def write_manifest(folder: Path, entries: Sequence[Entry]) -> None:
 
 
 def _first_fault(error: ValidationError) -> str:
-    """`teachers[3].mean: expected 3 values, got 1` of pydantic's first complaint."""
+    """The first complaint of pydantic in one line, such as `teachers[3].mean: expected 3 values, got 1`."""
     faults = error.errors(include_url=False)
     fault = faults[0]
     parts = (part if isinstance(part, int) or part.isprintable() else ascii(part) for part in fault["loc"])

@@ -1,4 +1,4 @@
-"""Files that are not what their name says, known by their first bytes: what they are, and what to do."""
+"""Recognises files that are not what their names say, by their first bytes, and says what to do."""
 
 from pathlib import Path
 
@@ -17,9 +17,9 @@ _BEGINNINGS = (
 
 
 def what_it_is(source: Path | bytes) -> str | None:
-    """What a file, or all its bytes, holds instead of what its name says: `is a Git LFS pointer ...; run ...`.
+    """What a file, or all its bytes, is instead of what its name says, such as `is a Git LFS pointer ...; run ...`.
 
-    Also `cannot be read ...` for a file without permission, and `is an empty file ...`. None where nothing is known.
+    A file may also be one that `cannot be read ...`, or `is an empty file ...`. None if nothing is wrong or known.
     """
     try:
         head = source[:_HEAD] if isinstance(source, bytes) else _head_of(source)

@@ -1,7 +1,7 @@
-"""The pool on disk: `pool.yaml` with one entry per teacher beside `weights/ID.safetensors`.
+"""The pool on disk: `pool.yaml` with one entry per teacher, and the weights in `weights/ID.safetensors`.
 
-Everything in it may come from a stranger: the manifest is checked against a schema when the pool is opened, a teacher's
-file when it is loaded. Architectures come from the allow-list BACKBONES; a path never leaves the folder.
+Everything in it may come from a stranger. The manifest is checked against a schema when the pool is opened, and a
+teacher's file when it is loaded. Architectures come from the allow-list BACKBONES, and no path leaves the folder.
 """
 
 import contextlib
@@ -26,19 +26,19 @@ from ray_dfml.types import ImageSpec, TeacherCard
 __all__ = ["Entry", "Pool", "add_file"]
 
 LOCK_SECONDS = 300
-"""How long a writer waits for another one."""
+"""How long a writer waits for another writer."""
 PROBE_MACS = 2e10
 """Work that `check` spends on one teacher's random images, in multiply-accumulates (4 to 256 images)."""
 
 
 class Pool:
-    """Teachers in a folder. `open` or `create` one; `cards` lists them in file order, whatever their access."""
+    """A folder of teachers. `open` opens one, and `create` makes one. `cards` lists the teachers in file order."""
 
     path: Path
     cards: tuple[TeacherCard, ...]
 
     def __init__(self, path: Path, entries: Sequence[Entry], *, new: bool = False) -> None:
-        """`new`: the folder need not hold a manifest yet, the first `add` writes it."""
+        """With `new` the folder need not hold a manifest yet; the first `add` writes it."""
         self.path = path
         self._new = new
         self._set(entries)
@@ -49,18 +49,18 @@ class Pool:
 
     @classmethod
     def open(cls, path: str | Path) -> "Pool":
-        """Read and check the manifest; no weights are read.
+        """Read and check the manifest. No weights are read.
 
-        Raises UsageError where there is no pool, RejectedError with the place of the first fault otherwise.
+        Raises UsageError if there is no pool, and RejectedError with the place of the first fault in the manifest.
         """
         path = resolved(path)
         return cls(path, read_manifest(path))
 
     @classmethod
     def at(cls, path: str | Path) -> "Pool":
-        """The pool in a folder, or an empty one that the first `add` makes; nothing is written before.
+        """The pool in a folder, or an empty pool, for which the first `add` makes the folder.
 
-        Raises UsageError where `path` is a file, RejectedError as `open` does.
+        Raises UsageError if `path` is a file, and RejectedError as `open` does.
         """
         path = resolved(path)
         if path.exists() and not path.is_dir():
@@ -70,9 +70,9 @@ class Pool:
 
     @classmethod
     def create(cls, path: str | Path) -> "Pool":
-        """A new empty pool: a folder with a manifest that names no teacher.
+        """Make a new empty pool: a folder with a manifest that names no teacher.
 
-        Raises UsageError if `path` is anything but absent or an empty folder (hidden files aside).
+        Raises UsageError unless `path` is absent or a folder that is empty apart from hidden files.
         """
         path = resolved(path)
         if path.exists() and not path.is_dir():
@@ -86,7 +86,7 @@ class Pool:
         return cls(path, [])
 
     def entry(self, id: str) -> Entry:
-        """Everything the manifest says of a teacher. Raises UsageError for an unknown id."""
+        """Everything that the manifest says of a teacher. Raises UsageError for an unknown id."""
         if id not in self._entries:
             raise UsageError(f"no teacher {id!r} in {self.path}{did_you_mean(id, self._entries)}")
         return self._entries[id]
@@ -94,8 +94,8 @@ class Pool:
     def load(self, id: str) -> tuple[np.ndarray, np.ndarray]:
         """Weights `[p]` and running batch-norm statistics `[k]`, float32, laid out as `net(...)` of the teacher's card.
 
-        Checked first: access, sha256, sizes, dtypes, names and shapes, NaN and infinity, negative variances. Raises
-        RejectedError that begins with the id.
+        Access, sha256, sizes, dtypes, names and shapes are checked first, then NaN, infinity and negative variances.
+        Raises RejectedError, which begins with the id.
         """
         entry = self.entry(id)
         try:
@@ -132,12 +132,12 @@ class Pool:
         source: str,
         authorization: str = "",
     ) -> None:
-        """Write `weights/ID.safetensors`, then the manifest; afterwards `cards` shows what is on disk.
+        """Add a teacher: write `weights/ID.safetensors`, then the manifest. `cards` then shows what is on disk.
 
-        Any number of processes may add at once; an interrupted one leaves the manifest as it was. Comments in
-        a hand-written manifest are lost. `tensors` are the parameters and buffers of the module, stored as float32;
-        `accuracy` has any of `reported`, `best`, `last` in percent. Raises UsageError for a value that the manifest
-        cannot hold or an id that is taken, RejectedError for tensors that `load` would refuse.
+        `tensors` are the parameters and buffers of the module, which are stored as float32. `accuracy` has any of
+        `reported`, `best` and `last`, in percent. Any number of processes may add at once, and an interrupted one
+        leaves the manifest as it was. Comments in a hand-written manifest are lost. Raises UsageError for a value that
+        the manifest cannot hold or an id that is taken, and RejectedError for tensors that `load` would refuse.
         """
         entry = make_entry(id, arch, image, classes, accuracy, source, authorization)
         self._add(entry, tensors)
@@ -169,15 +169,15 @@ class Pool:
         self._set(entries)
 
     def sha256(self) -> str:
-        """Of the whole pool, in hex: of all that its manifest says, the files' own sha256 among it, by id."""
+        """The hash of the whole pool, in hex: of all entries of its manifest, sorted by id, with the files' sha256."""
         lines = (self._entries[id].model_dump_json() for id in sorted(self._entries))
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
     def check(self) -> list[dict[str, Any]]:
-        """Load each teacher and run it on noise of random brightness: one `{"id", "ok", "reason"}` each, in file order.
+        """Load each teacher and run it on noise of random brightness.
 
-        `reason` says why a teacher cannot be used, or, where `ok` is true, what is odd about it; else it is empty.
-        Never raises for a bad teacher.
+        Returns `{"id", "ok", "reason"}` for each, in file order. `reason` says why a teacher cannot be used, or, if
+        `ok` is true, what is odd about it; otherwise it is empty. A bad teacher raises no error.
         """
         first: dict[str, str] = {}
         results = []
@@ -195,7 +195,7 @@ class Pool:
 
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """The folder, made if absent, for one writer at a time. Failures of the disk become ResourceError."""
+    """Lock a folder for one writer, and make it if it is absent. Failures of the disk become ResourceError."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with filelock.FileLock(folder / ".lock", timeout=LOCK_SECONDS):
@@ -207,7 +207,7 @@ def _locked(folder: Path) -> Iterator[None]:
 
 
 def _check_empty(path: Path) -> None:
-    """Raises UsageError for a folder with anything in it that is not hidden, but for an interrupted `add`."""
+    """Raise UsageError unless a folder is empty. Hidden files, and `weights` of an interrupted `add`, do not count."""
     if not all(child.name.startswith(".") or child.name == "weights" for child in path.iterdir()):
         raise UsageError(f"{path}: is not an empty folder; choose a new one")
 
@@ -225,7 +225,7 @@ def _odd_accuracy(entry: Entry) -> list[str]:
 
 
 def _probe(entry: Entry, tensors: Mapping[str, Tensor]) -> list[str]:
-    """What is odd about a teacher that can be used. Raises RejectedError (without the id) for one that cannot."""
+    """Run a teacher. Returns notes on what is odd about it, and raises RejectedError (without the id) if it is bad."""
     theta, stats = _flat(entry, tensors)
     spec, ways = entry.image, len(entry.classes)
     model = net(entry.arch, spec.shape, ways)
@@ -249,7 +249,7 @@ def _probe(entry: Entry, tensors: Mapping[str, Tensor]) -> list[str]:
 
 
 class Added(NamedTuple):
-    """The id of a teacher that `add_file` added, and what was done to find its weights in the file."""
+    """The id of a teacher that `add_file` added, and notes on how its weights were found in the file."""
 
     id: str
     notes: list[str]
@@ -269,11 +269,11 @@ def add_file(
     source: str = "",
     authorization: str = "",
 ) -> Added:
-    """Add a file of weights (safetensors, or what `torch.save` wrote) after running it once.
+    """Add a teacher from a file of weights (safetensors, or what `torch.save` wrote), after running it once.
 
-    `id` is the file's name without its suffixes by default; `input` is `CHANNELSxHEIGHTxWIDTH`; `mean` and `std` are
-    per channel for pixels in [0, 1], by default 0 and 1; `accuracy` in percent. Raises UsageError for arguments that do
-    not fit the file or each other, RejectedError for a bad file.
+    `id` is by default the file's name without its suffixes. `input` is `CHANNELSxHEIGHTxWIDTH`. `mean` and `std` are
+    per channel, for pixels in [0, 1], and by default 0 and 1. `accuracy` is in percent. Raises UsageError for arguments
+    that do not fit the file or each other, and RejectedError for a bad file.
     """
     weights = resolved(weights)
     size = re.fullmatch(r"(\d{1,4})x(\d{1,4})x(\d{1,4})", input)
@@ -298,7 +298,7 @@ def add_file(
 
 
 def _id_of(file: Path) -> str:
-    """A file's name without the suffixes of weights. Raises UsageError where that is no id."""
+    """A file's name without the suffixes of weights. Raises UsageError if that cannot be an id."""
     name = file.name
     while (end := Path(name).suffix) and end.lower() in foreign.SUFFIXES:
         name = name.removesuffix(end)

@@ -1,7 +1,7 @@
-"""Training of one teacher on one task, the pool's recipe ([Wei2024] section 5.1). The `pretrain` op.
+"""The `pretrain` op, which trains one teacher on the classes of one task.
 
-[Wei2024] FREE, arXiv 2405.00984. Unlike the released code, which saves the last epoch under the best epoch's
-accuracy, the best weights are copied, and both accuracies are kept.
+[Wei2024] FREE, arXiv 2405.00984, section 5.1. The released code saves the weights of the last epoch with the accuracy
+of the best one. Here the best weights are kept, with both accuracies.
 """
 
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ STATS_MOMENTUM = 0.1
 
 
 class PretrainConfig(BaseModel):
-    """Recipe of a pool's teachers."""
+    """The recipe for the teachers of a pool."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -32,13 +32,14 @@ class PretrainConfig(BaseModel):
     milestones: tuple[int, ...] = Field(
         default=(30, 50, 80), description="Epochs at which SGD's step size falls (ResNets)."
     )
-    decay: float = Field(default=0.2, gt=0, le=1, description="Factor of each fall.")
+    decay: float = Field(default=0.2, gt=0, le=1, description="Factor by which SGD's step size falls each time.")
 
 
 def pretrain(shard: Shard, jobs: Sequence[Job], shared: Arrays) -> list[Arrays]:
-    """The `pretrain` op: one teacher per job from uint8 images [n c h w] and local labels [n], split by `held_out` [n].
+    """The `pretrain` op: train a teacher for each job, on uint8 images [n c h w] with local labels [n].
 
-    Returns the weights of the best epoch on the held-out images, its accuracy, and the last epoch's, in percent.
+    Images whose `held_out` [n] is true are not trained on. A result holds the weights of the epoch that was best on
+    them, and the accuracies of this epoch and of the last one in percent.
     """
     cfg = PretrainConfig.model_validate(shared["cfg"])
     return [_one(cfg, job, shard.device) for job in jobs]

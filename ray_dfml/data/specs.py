@@ -1,4 +1,4 @@
-"""Data specs, "glyphs" or "NAME:PATH" or "NAME@COLOUR:PATH": the names there are, and what a spec says."""
+"""Data specs, "glyphs" or "NAME:PATH" or "NAME@COLOUR:PATH": which names there are, and how a spec is parsed."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -143,7 +143,7 @@ class Spec(NamedTuple):
 def absolute(spec: str) -> str:
     """The spec with its PATH expanded and made absolute, so that it means the same from every folder.
 
-    One that `parse` would refuse stays as it is.
+    A spec that `parse` would refuse stays as it is.
     """
     head, _, path = spec.partition(":")
     known = head.partition("@")[0] in DATASETS and head != "glyphs"
@@ -151,7 +151,7 @@ def absolute(spec: str) -> str:
 
 
 def parse(spec: str) -> Spec:
-    """The parts of a spec. Raises UsageError, which says how it could be meant."""
+    """The parts of a spec. Raises UsageError, which says how to write it."""
     head, colon, path = spec.partition(":")
     name, at, background = head.partition("@")
     if name not in DATASETS:

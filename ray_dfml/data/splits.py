@@ -1,7 +1,7 @@
 """Class splits of the known few-shot sets, as literals, and the rules for sets that bring no split of their own.
 
-A split maps "train", "val" and "test" to sorted class names; the three are disjoint. Names, never indices, decide: an
-index depends on the order in which some tool listed a folder.
+A split maps "train", "val" and "test" to sorted class names, and the three are disjoint. Classes are known by their
+names, since an index would depend on the order in which some tool listed a folder.
 
     cifar-fs       Bertinetto et al., Meta-learning with differentiable closed-form solvers, ICLR 2019: 64/16/20 classes
     mini-imagenet  Ravi and Larochelle, Optimization as a model for few-shot learning, ICLR 2017: 64/16/20 classes
@@ -142,7 +142,7 @@ OMNIGLOT_VAL_ALPHABETS: tuple[str, ...] = (
 
 
 def checked(name: str, where: str, classes: Sequence[str], splits: ClassSplits) -> ClassSplits:
-    """`splits` itself, if `classes` are exactly the classes it names. Raises RejectedError naming the difference."""
+    """`splits` itself. Raises RejectedError, which names the difference, unless `classes` are exactly its classes."""
     wanted = {c for part in splits.values() for c in part}
     missing, extra = sorted(wanted - set(classes)), sorted(set(classes) - wanted)
     if missing or extra:
@@ -155,7 +155,7 @@ def checked(name: str, where: str, classes: Sequence[str], splits: ClassSplits) 
 
 
 def omniglot(where: str, classes: Sequence[str]) -> ClassSplits:
-    """Splits of the 1,623 characters, each named "Alphabet/characterNN". Raises RejectedError where some lack."""
+    """Splits of the 1,623 characters, each named "Alphabet/characterNN". Raises RejectedError if some are missing."""
     counts: dict[str, int] = {}
     for name in classes:
         alphabet = name.split("/")[0]
@@ -177,7 +177,7 @@ def omniglot(where: str, classes: Sequence[str]) -> ClassSplits:
 
 
 def cub(where: str, classes: Sequence[str]) -> ClassSplits:
-    """Splits of the 200 bird classes by the rule above. Raises RejectedError where there are not 200."""
+    """Splits of the 200 bird classes by the rule above. Raises RejectedError if there are not 200."""
     if len(classes) != 200:
         raise RejectedError(
             f"{where}: as cub it needs 200 class folders, found {len(classes)}; "
@@ -188,14 +188,14 @@ def cub(where: str, classes: Sequence[str]) -> ClassSplits:
 
 
 def by_share(ordered: Sequence[str]) -> ClassSplits:
-    """64/16/20 percent of the names in the order given; each part sorted. Few names may leave a part empty."""
+    """64/16/20 percent of the names, in the given order. Each part is sorted, and may be empty if names are few."""
     first, second = round(0.64 * len(ordered)), round(0.80 * len(ordered))
     parts = ordered[:first], ordered[first:second], ordered[second:]
     return {split: tuple(sorted(part)) for split, part in zip(SPLITS, parts, strict=True)}
 
 
 def with_val(parts: ClassSplits) -> ClassSplits:
-    """`parts`, where an absent val is taken from train: its last fifth by name (16 of 80, as in `by_share`)."""
+    """`parts`, with a val if they have none: the last fifth of train by name (16 of 80, as in `by_share`)."""
     train, val, test = (tuple(sorted(parts[split])) for split in SPLITS)
     if not val:
         kept = len(train) - len(train) // 5
@@ -206,7 +206,7 @@ def with_val(parts: ClassSplits) -> ClassSplits:
 def last_tenth_per_class(labels: np.ndarray, image_splits: np.ndarray) -> np.ndarray:
     """A copy of `image_splits` (int8 [n], 0 = train) in which the last 10 % of each class's train images are val (1).
 
-    Rounded down, so a class with fewer than ten train images gives none to val.
+    The number is rounded down, so a class with fewer than ten train images gives none to val.
     """
     out = image_splits.copy()
     for label in np.unique(labels):

@@ -1,4 +1,4 @@
-"""Roots of torchvision data sets that were downloaded before; nothing is downloaded here."""
+"""Reads roots of torchvision data sets that were downloaded before. Nothing is downloaded here."""
 
 import importlib
 from collections.abc import Mapping
@@ -18,11 +18,11 @@ MARKERS: Mapping[str, str] = {
     "FashionMNIST": "FashionMNIST/raw",
     "SVHN": "train_32x32.mat",
 }
-"""torchvision class -> what its root holds once it is downloaded (Omniglot's is read as class folders)"""
+"""torchvision class -> what its root holds after the download. Omniglot is read as class folders instead."""
 
 
 def find(kind: str, path: Path) -> bool:
-    """Whether `path` is a torchvision root of a class. Raises RejectedError where one is a level off."""
+    """Whether `path` is the torchvision root of a class. Raises RejectedError if the root is one level off."""
     if kind not in MARKERS:
         return False
     if (path / MARKERS[kind]).exists():
@@ -35,7 +35,7 @@ def find(kind: str, path: Path) -> bool:
 
 
 def read(path: Path, kind: str, size: tuple[int, int] | None) -> formats.Raw:
-    """Both parts of a set that torchvision has downloaded before; nothing is downloaded here."""
+    """Both parts, train and test, of a set that torchvision has downloaded before."""
     datasets = importlib.import_module("torchvision.datasets")  # slow to import, and seldom needed
     parts: list[tuple[np.ndarray, list[str]]] = []
     # torchvision unpickles CIFAR's own files, after it has compared their md5 with the published ones

@@ -1,7 +1,7 @@
-"""Files of weights that somebody else made: bounded, checked before anything is allocated, and never executed.
+"""Files of weights that may come from strangers. They are bounded, checked before allocation, and never executed.
 
-`read` gives named tensors, `fit` matches them to an architecture, `check_values` looks at the numbers, `write` saves.
-The only format here is safetensors; `data.foreign` reads what others save.
+`read` gives named tensors, `fit` matches them to an architecture, `check_values` checks the numbers, and `write` saves.
+The only format here is safetensors; `data.foreign` reads the checkpoints of other programs.
 """
 
 import functools
@@ -30,17 +30,17 @@ from ray_dfml.types import ImageSpec, size_text
 _ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8}
 _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64)
 WRAPPERS = ("module", "_orig_mod")
-"""Parts of names that DataParallel and `torch.compile` put in."""
+"""Parts that DataParallel and `torch.compile` put into names."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """What a file may ask for."""
+    """Limits on what a file may ask for."""
 
     file_bytes: int = 2 << 30
-    """Of the file, and of all tensors together."""
+    """Largest size of the file, and of all tensors together."""
     header_bytes: int = 16 << 20
-    """Of the part that is parsed: the JSON header of safetensors, the pickle of a `.pt`."""
+    """Largest size of the part that is parsed: the JSON header of safetensors, the pickle of a `.pt`."""
     tensors: int = 10_000
 
 
@@ -63,17 +63,17 @@ def _parts(arch: str, shape: tuple[int, int, int], ways: int) -> Parts:
 
 
 def parts(arch: str, image: ImageSpec, ways: int) -> Parts:
-    """Layouts of an architecture for images and a number of classes. Allocates nothing, whatever the sizes.
+    """Layouts of an architecture for images and a number of classes. Nothing is allocated, whatever the sizes.
 
-    Raises KeyError for a name outside BACKBONES, RejectedError where such images leave a layer without weights.
+    Raises KeyError for a name outside BACKBONES, and RejectedError if such images would leave a layer without weights.
     """
     return _parts(arch, image.shape, ways)
 
 
 def read(path: Path, *, limits: Limits = LIMITS) -> dict[str, Tensor]:
-    """Named CPU tensors of a safetensors file; floating point comes back as float32, counters of batches are dropped.
+    """Named CPU tensors of a safetensors file. Floats come back as float32, and counters of batches are dropped.
 
-    Values are not looked at (`check_values`). Raises RejectedError for everything that is wrong with the file.
+    Values are not checked here (`check_values`). Raises RejectedError for everything that is wrong with the file.
     """
     try:
         return from_safetensors(read_bytes(path, limits=limits), limits=limits)
@@ -82,7 +82,7 @@ def read(path: Path, *, limits: Limits = LIMITS) -> dict[str, Tensor]:
 
 
 def read_bytes(path: Path, *, limits: Limits = LIMITS) -> bytes:
-    """The whole of a regular file within `limits.file_bytes`. RejectedError (without the path) for anything else."""
+    """The content of a regular file of up to `limits.file_bytes`. Raises RejectedError (without the path) otherwise."""
     try:
         info = path.stat()
         if not stat.S_ISREG(info.st_mode):
@@ -101,7 +101,7 @@ def from_safetensors(data: bytes, *, limits: Limits = LIMITS) -> dict[str, Tenso
 
 
 def decoded(data: bytes, limits: Limits) -> dict[str, Tensor]:
-    """The tensors in the bytes of a safetensors file under the names they have in it. Raises RejectedError."""
+    """The tensors in the bytes of a safetensors file, under the names in the file. Raises RejectedError."""
     if said := mistaken.what_it_is(data):
         raise RejectedError(said)
     _check_header(data, limits)
@@ -153,9 +153,9 @@ def _check_tensor_entry(name: str, entry: Any) -> int:
 
 
 def plain_names(names: Iterable[str]) -> dict[str, str]:
-    """Each name without the parts that DataParallel and `torch.compile` put in, in any order and place.
+    """Name -> the name without the parts that DataParallel and `torch.compile` put in, in any order and place.
 
-    Raises RejectedError where two names become one.
+    Raises RejectedError if two names become one.
     """
     plain = {name: ".".join(part for part in name.split(".") if part not in WRAPPERS) for name in names}
     if len(set(plain.values())) < len(plain):
@@ -164,7 +164,7 @@ def plain_names(names: Iterable[str]) -> dict[str, str]:
 
 
 def is_counter(name: str) -> bool:
-    """Whether a tensor counts the batches that a batch norm has seen: no network here needs it."""
+    """Whether a tensor counts the batches that a batch norm has seen. No network here needs it."""
     return name.endswith("num_batches_tracked")
 
 
@@ -177,7 +177,7 @@ def tidy(tensors: Mapping[str, Tensor], limits: Limits = LIMITS) -> dict[str, Te
             raise RejectedError(f"{name!r}: expected a name of printable characters")
         if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.dtype not in _DTYPES:
             raise RejectedError(f"{name!r}: a {tensor.layout} tensor of {tensor.dtype} cannot be used; expected floats")
-    # A stored tensor may be a view that repeats one number: its size is what a copy of it would take.
+    # A stored tensor may be a view that repeats one number, so the size of a copy is what counts.
     if sum(t.numel() * t.itemsize for t in tensors.values()) > limits.file_bytes:
         raise RejectedError(f"tensors of more than the limit of {limits.file_bytes} bytes in all")
     plain = plain_names(tensors)
@@ -191,8 +191,8 @@ def tidy(tensors: Mapping[str, Tensor], limits: Limits = LIMITS) -> dict[str, Te
 def fit(tensors: Mapping[str, Tensor], arch: str, image: ImageSpec, ways: int) -> dict[str, Tensor]:
     """The same tensors in the order of the architecture: parameters, then running statistics.
 
-    Raises RejectedError that names the first missing, unexpected or misshapen tensor with both shapes; KeyError for an
-    architecture outside BACKBONES.
+    Raises RejectedError, which names the first missing, unexpected or misshapen tensor with both shapes, and KeyError
+    for an architecture outside BACKBONES.
     """
     wanted = {name: shape for layout in parts(arch, image, ways) for name, shape in layout.shapes.items()}
     model = f"{arch} for {size_text(image.shape)} images and {ways} classes"
@@ -212,7 +212,7 @@ def fit(tensors: Mapping[str, Tensor], arch: str, image: ImageSpec, ways: int) -
 
 
 def check_values(tensors: Mapping[str, Tensor]) -> None:
-    """Raises RejectedError at the first tensor with NaN or infinite values, or with a negative running variance."""
+    """Raise RejectedError at the first tensor with NaN or infinite values, or with a negative running variance."""
     for name, tensor in tensors.items():
         if bad := int((~torch.isfinite(tensor)).sum()):
             raise RejectedError(f"{name}: {bad} of {tensor.numel()} values are NaN or infinite")
@@ -221,17 +221,17 @@ def check_values(tensors: Mapping[str, Tensor]) -> None:
 
 
 def to_safetensors(tensors: Mapping[str, Tensor]) -> bytes:
-    """The bytes of a safetensors file, the same for the same tensors. Views and shared storage are copied out."""
+    """The bytes of a safetensors file. Equal tensors give equal bytes; views and shared storage are copied."""
     return safetensors.torch.save({name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()})
 
 
 def write(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Save as safetensors. After an interruption the path holds the old file or the new one, never a part."""
+    """Save tensors as safetensors. After an interruption the path holds the old file or the new one, never a part."""
     write_bytes(path, to_safetensors(tensors))
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Replace a file in one step: a temporary file beside it, flushed to disk, then renamed."""
+    """Replace a file in one step: write a temporary file beside it, flush it to disk, and rename it."""
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
         with naming(path), temporary.open("xb") as file:
@@ -244,5 +244,5 @@ def write_bytes(path: Path, data: bytes) -> None:
 
 
 def first_line(error: BaseException) -> str:
-    """What an exception says, or its type, in one line."""
+    """The message of an exception, or its type, in one line."""
     return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
