@@ -25,7 +25,7 @@ from tests.support import GPU
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """The tests of the CPU see no accelerator on a machine that has one: a shard would choose it."""
+    """Hide the accelerator from the tests of the CPU, since a shard would choose it."""
     if "not gpu" in config.option.markexpr:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
@@ -42,7 +42,7 @@ def array_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 def device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
     """Where the code under test does its work. `pytest -m gpu` runs the tests that take it on an accelerator.
 
-    There products are of full precision, as a shard's are, and convolutions have one order of sums.
+    On an accelerator products have full precision, as in a shard, and convolutions add up in a fixed order.
     """
     with pytest.MonkeyPatch.context() as patch:
         if request.param != "cpu":
@@ -76,7 +76,7 @@ def toy_pool(tmp_path_factory: pytest.TempPathFactory, toy_data: str) -> Path:
 
 @pytest.fixture(scope="session")
 def free_run(tmp_path_factory: pytest.TempPathFactory, toy_pool: Path, toy_data: str) -> Path:
-    """A finished FREE run of one process: the reference of every other way to run it. Read only."""
+    """A finished FREE run of one process, to which every other way to run it is compared. It must not be changed."""
     path = tmp_path_factory.mktemp("runs") / "free"
     toy.train(toy.config("free", toy_pool, toy_data), path)
     return path
@@ -84,7 +84,7 @@ def free_run(tmp_path_factory: pytest.TempPathFactory, toy_pool: Path, toy_data:
 
 @pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[None]:
-    """One Ray of two logical CPUs for the session; only what is started here is stopped."""
+    """One Ray with two logical CPUs for the session. Only what is started here is stopped."""
     import ray
 
     ray.init(

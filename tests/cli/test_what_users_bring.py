@@ -22,7 +22,7 @@ Command = Callable[..., toy.Done]
 def test_two_runs_into_one_folder(
     tmp_path: Path, toy_data: str, command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The second, which looked before the first had made the folder, is refused and touches nothing."""
+    """The second process, which looked before the first made the folder, is refused and changes nothing."""
     run, rename = tmp_path / "run", os.rename
 
     def late(source: Path, target: Path) -> None:

@@ -60,7 +60,7 @@ def test_interleaved_labels_repeat_the_ways():
 
 
 def test_classes_that_are_too_small_take_no_part_and_change_nothing_else():
-    """The episodes are those of the set without them."""
+    """Classes that are too small do not change the episodes."""
     labels, kind = split(6, 5), {"way": 3, "shot": 2, "query": 3, "seed": 0}
     more = np.concatenate([labels, [3, 3, 3, 3, 99]])
     assert episodes.usable(more, 5).tolist() == list(range(10, 16))

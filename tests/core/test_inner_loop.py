@@ -91,7 +91,7 @@ def slopes(loss, x: Tensor) -> Tensor:
 
 
 def query_loss(network: Net, w: Tensor, task: Task, head: str, lr: float, steps: int) -> Tensor:
-    """The outer loss of `Smooth`, each head written out from its definition; its head has 3 x 4 + 3 weights."""
+    """The outer loss of `Smooth`, with each head written out by its definition. The head has 3 x 4 + 3 weights."""
     support, support_y, query, query_y = task
     if head == "protonet":
         known, asked = network.features(w, support), network.features(w, query)

@@ -170,7 +170,7 @@ def test_unknown_architectures_are_errors():
 
 
 def test_calls_from_eight_threads_equal_those_from_one(device):
-    """Every kind of call of one network at once: none sees the weights, statistics or settings of another."""
+    """All kinds of calls of one network at the same time: no call sees weights, statistics or settings of another."""
     network, x = net("conv4", (3, 16, 16), 3), normal(5, 3, 16, 16, device=device)
     thetas = [drawn(device, network, seed) for seed in range(8)]
     stats = [network.with_stats(theta, x)[1] for theta in thetas]

@@ -1,4 +1,4 @@
-"""Recovered tasks in the memory bank: under which classes, how many, and what is counted."""
+"""Recovered tasks in the bank: the classes they are stored under, how many are kept, and what is counted."""
 
 from contextlib import nullcontext
 from dataclasses import replace
@@ -160,7 +160,7 @@ SMALL = {"free": small_config, "purer": small_purer, "bidf-mkd": small_bidf}
 @pytest.mark.parametrize("mix", [False, True])
 @pytest.mark.parametrize("name", SMALL)
 def test_a_meta_update_of_every_method_has_tasks_of_one_data_set(name, mix):
-    """Colours tell them apart: grey images have three equal channels, after the normalisation too once it is undone."""
+    """Colours tell the data sets apart: grey images have three equal channels once the normalisation is undone."""
     world, field = two_data_sets(), "meta" if name == "purer" else "replay"
     cfg = SMALL[name]()
     meta = getattr(cfg, field).model_copy(update={"mix_data": mix, "tasks": 6})

@@ -102,7 +102,7 @@ def test_without_teachers_there_is_nothing_to_merge(method: str) -> None:
 
 
 def test_teachers_that_cannot_be_read_are_left_out(device: torch.device) -> None:
-    """The results name their teachers; none at all is an error."""
+    """The results name their teachers. If no teacher could be read, that is an error."""
     shard = FakeShard(WORLD, device=device)
 
     def send(op: str, jobs: Sequence[Job], shared: Arrays) -> list[Arrays]:
@@ -128,7 +128,7 @@ def test_teachers_that_cannot_be_read_are_left_out(device: torch.device) -> None
 def test_the_best_model_has_the_highest_reported_accuracy(
     device: torch.device, accuracies: tuple[float | None, ...], best: int
 ) -> None:
-    """The last by id among equals, so that the choice does not depend on the order of the pool."""
+    """Of equal accuracies the last id wins, so the choice does not depend on the order of the pool."""
     world = with_accuracies(*accuracies)
     found = made(device, "best-model", world)
     teacher = FakeShard(world).teacher(WORLD.cards[best].id)

@@ -151,7 +151,7 @@ def kl_at(theta: Tensor, task: bell.DistillSet) -> float:
 
 
 def test_reported_loss_is_the_mean_of_the_losses_that_the_path_met(device):
-    """The first task's at the weights before, the second's after the first step, and so on."""
+    """The first task's loss is at the initial weights, the second's is after the first step, and so on."""
     cfg, state, tasks = start(bell_inner="sgd", bell_lr=0.5)
     _, metrics = bell.update(cfg, at(WORLD, device), state, tasks, 1)
     theta, expected = state["theta"], []

@@ -73,7 +73,7 @@ def distillation(cfg: bidf.Config, task: Arrays) -> Loss:
 
 @pytest.mark.parametrize("form", ["kl", "probdot"])
 def test_the_gradient_equals_finite_differences_through_the_inner_steps(device, form):
-    """Large inner steps: without the second-order term the slope would be another."""
+    """The inner steps are large, so that the slope would differ without the second-order term."""
     cfg = small_bidf(inner_lr=0.5, inner_steps=3, distill=form)
     job, shared = values(cfg)
     found, direction = grad(device, job, shared), normal(len(shared["theta"]), seed=5)
@@ -140,7 +140,7 @@ def test_the_images_of_the_lowest_loss_are_kept(device, monkeypatch):
 @pytest.mark.parametrize(("spoilt", "kept"), [((0,), True), ((1, 2), True), ((0, 1, 2, 3), False)])
 @pytest.mark.parametrize("batched", [False, True])
 def test_a_pass_without_a_finite_loss_is_never_the_best_and_moves_nothing(device, monkeypatch, batched, spoilt, kept):
-    """Only a teacher without any finite loss is rejected; its neighbour in the stack does not notice."""
+    """Only a teacher without any finite loss is rejected, and its neighbour in the batch is not affected."""
     cfg, original, calls, made = small_bidf(iterations=4, boundary=False), Inversion.losses, [], list[Tensor]()
 
     def spoil(self: Inversion, *parts: Any) -> tuple[Tensor, Tensor, Tensor]:

@@ -105,7 +105,7 @@ def test_a_high_price_leaves_no_shift(device: torch.device) -> None:
 
 
 def test_the_gradient_is_that_of_the_loss_at_the_shift(device: torch.device) -> None:
-    """Against differences along random directions; teachers that were not drawn have none."""
+    """The gradient equals differences along random directions, and is zero for teachers that were not drawn."""
     cfg, parts, psi, target = puzzle(device)
     rows = [2, 0]
     start = parts.unflatten(psi)
@@ -178,7 +178,7 @@ def test_a_run_cut_anywhere_has_the_same_bits(tmp_path: Path) -> None:
 
 
 def test_a_step_sees_the_teachers_it_drew(device: torch.device) -> None:
-    """One a step: the embeddings of the others stay. In twelve steps all three are drawn."""
+    """Each step draws one teacher, and the embeddings of the others stay. In twelve steps all three are drawn."""
     cfg = config(teachers_per_step=1, steps_per_round=1)
     before = dro.init(cfg, WORLD)
     count = before["psi"].numel()

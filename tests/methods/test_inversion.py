@@ -255,7 +255,7 @@ def test_units_of_a_larger_teacher_are_distinct_and_drawn_from_the_seed():
 
 
 def test_units_and_codes_are_of_streams_of_their_own():
-    """Else which classes a task has would be told by its codes."""
+    """Otherwise the codes would tell which classes a task has."""
     large = card(0, way=5)
     codes = [torch.randperm(5, generator=torch.Generator().manual_seed(seed))[:3].tolist() for seed in range(60)]
     same = sum(inversion.chosen_units(large, 3, seed) == first for seed, first in enumerate(codes))

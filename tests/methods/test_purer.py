@@ -172,7 +172,7 @@ def test_tasks_are_normalised_for_the_learner(device):
 
 @pytest.mark.parametrize("curriculum", [10.0, 0.0])
 def test_the_switch_is_due_after_the_warm_up_and_then_at_plateaus(curriculum):
-    """After update 4; then whenever 3 updates bring no new best, which starts anew; not while one is due."""
+    """A step is due after update 4, then after 3 updates without a new best. While it is due, nothing is counted."""
     cfg = small_purer(curriculum=curriculum, curriculum_after=4, curriculum_patience=3)
     script = [90, 90, 90, 10, 50, 50, 50, 50, 40, 40, 45, 40, 39, 45]
     #         1   2   3   4*  best w1  w2  w3* best w1 best w1  w2  w3*
@@ -356,7 +356,7 @@ def test_too_few_images_for_a_task_are_an_error_before_the_run():
 
 
 def test_a_learner_may_start_from_the_mean_of_the_teachers(device):
-    """After the warm-up, whose rounds leave it as it is: they are no candidates for the best."""
+    """The mean is taken after the warm-up, whose rounds must not change the learner."""
     cfg, shard = small_purer(start="average", image_warmup=2), FakeShard(WORLD, device=device)
     _, warm, _ = play("purer", cfg, WORLD, rounds=2, first=0, shard=shard, device=device)
     assert torch.equal(warm["theta"], purer.init(cfg, WORLD)["theta"])

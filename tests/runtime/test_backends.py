@@ -124,7 +124,7 @@ def test_a_refused_teacher_is_a_result(backend: RayBackend, inputs: driver.Input
 def test_a_baseline_has_the_same_bits_on_shards(
     backend: RayBackend, inputs: driver.Inputs, toy_pool: Path, toy_data: str, method: str
 ) -> None:
-    """Here the shard holds the teachers themselves, there it gets them from the object store."""
+    """A local shard holds the teachers itself, and a shard actor gets them from the object store."""
     config = toy.config(method, toy_pool, toy_data)
     tree, real = config.model_dump(mode="json"), inputs.world.real if method == "maml-oracle" else {}
     world = World(**{**vars(inputs.world), "real": real})

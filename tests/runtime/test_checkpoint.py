@@ -58,7 +58,7 @@ def images(first: int, count: int, shape: tuple[int, ...] = (1, 8, 16)) -> np.nd
 @PROPERTY
 @given(states=st.lists(STATES, min_size=1, max_size=4))
 def test_nested_states_come_back_in_the_same_bits(tmp_path_factory: Any, states: list[dict[str, Any]]) -> None:
-    """One after another, written by one process and by a new one each."""
+    """Checkpoints follow each other, written by one process, or each by a new one."""
     for fresh in (False, True):
         folder = tmp_path_factory.mktemp("c")
         writer = open_(folder)
@@ -153,7 +153,7 @@ def test_a_file_that_is_needed_less_and_less_goes(tmp_path: Path) -> None:
 
 
 def test_a_change_in_place_is_not_missed(tmp_path: Path) -> None:
-    """Tensors count their changes; arrays of NumPy refuse them."""
+    """A change of a tensor is noticed, and NumPy arrays refuse changes."""
     state: dict[str, Any] = {"theta": torch.zeros(3), "bank": {"a": images(0, 2)}}
     writer = open_(tmp_path)
     writer.save(1, state)
@@ -165,7 +165,7 @@ def test_a_change_in_place_is_not_missed(tmp_path: Path) -> None:
 
 
 def test_arrays_that_may_not_be_written_to_are_saved_without_a_warning(tmp_path: Path) -> None:
-    """What arrives from the object store is read-only."""
+    """Arrays from the object store are read-only."""
     data = np.arange(6, dtype=np.uint8)
     data.flags.writeable = False
     open_(tmp_path).save(1, {"bank": {"a/b": data}})
@@ -203,7 +203,7 @@ def test_there_is_none_in_an_empty_folder(tmp_path: Path) -> None:
 def test_an_interrupted_write_leaves_the_older_ones(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str, call: int
 ) -> None:
-    """Two files of arrays and the JSON: whichever of them does not fit, and the next attempt does."""
+    """The disk is too full for one of three files, two of arrays and the JSON. The next attempt succeeds."""
     writer = open_(tmp_path)
     states = [{"x": torch.full((3,), float(r)), "y": torch.full((2,), float(r))} for r in range(3)]
     for r in range(2):

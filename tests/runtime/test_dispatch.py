@@ -230,7 +230,7 @@ class Mortal(Shard):
 
 @pytest.mark.parametrize("batched", [False, True])
 def test_only_the_job_that_kills_is_given_up(shards: list[Shard], batched: bool) -> None:
-    """A chunk that dies is sent again job by job: then it shows which one it was."""
+    """The jobs of a chunk that killed its shard are sent one by one, which shows which job it was."""
     mortals = [Mortal(2), Mortal(2)]
     results = backend_of(mortals, batched=batched).map("op", costing(1, 2, 9, 3, 2, 4), {})
     assert results.pop(2) == {"rejected": "its process died 2 times"}
@@ -256,7 +256,7 @@ class Forgetful(Shard):
 
 
 def test_a_job_with_a_strike_is_sent_alone(shards: list[Shard]) -> None:
-    """The job before the deadly one is struck too, as if it had killed; alone, it shows that it did not."""
+    """The job before the deadly one gets a strike too. When it is sent alone, it turns out to be harmless."""
     shard = Forgetful(2)
     results = backend_of([shard], batched=False).map("op", costing(99, 9, 8, 1), {})
     assert results == [{"index": 0}, {"index": 1}, {"rejected": "its process died 2 times"}, {"index": 3}]
@@ -301,7 +301,7 @@ def test_a_job_that_hangs_is_given_up_while_another_shard_is_down(shards: list[S
 
 
 class Asleep(Shard):
-    """A shard that died before the call, unnoticed: its first call fails, and then it is up."""
+    """A shard that died unnoticed before the call. Its first call fails, and then it is up again."""
 
     def __init__(self) -> None:
         super().__init__(up=False)
@@ -371,7 +371,7 @@ def test_a_lost_answer_of_a_shard_ends_the_wait_for_it(shards: list[Shard]) -> N
 
 
 def test_two_jobs_of_one_index_are_refused_at_once(shards: list[Shard]) -> None:
-    """Alike in every backend: results find their job by its index."""
+    """Every backend refuses this, since results find their job by its index."""
     twice = [*jobs(2), *jobs(1)]
     for backend in (backend_of([Shard(up=True)], batched=False), LocalBackend(no_teachers)):
         with pytest.raises(ValueError, match=r"^3 jobs: index 0 is given twice$"):

@@ -106,7 +106,7 @@ def test_whatever_ends_a_run_the_rounds_before_are_on_disk(
 def test_a_death_between_a_checkpoint_and_its_line_of_metrics_costs_nothing(
     tmp_path: Path, toy_pool: Path, toy_data: str, free_run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The line is in the checkpoint too: the learner may die before it answers, or the driver before it writes."""
+    """The checkpoint has the line too: the learner may die before it answers, or the driver before it writes."""
     plain, deaths = LocalSession.save, [2, 4]
 
     def save(self: LocalSession, rounds: int, row: dict[str, Any]) -> Done:
@@ -265,7 +265,7 @@ def test_the_learner_is_exported_before_it_is_tested(
 
 
 def test_the_exported_learner_adapts_as_it_was_tested(tmp_path: Path, toy_data: str) -> None:
-    """With its own head, and with the step size that validation chose."""
+    """The exported learner has the run's head, and the step size that validation chose."""
     words = ("learner.head=anil", "eval.lrs=[0.3]", "eval.lr=0.01")
     toy.train(toy.config("maml-oracle", None, toy_data, *words), tmp_path / "run")
     card = json.loads((tmp_path / "run" / "learner.json").read_text())

@@ -1,4 +1,4 @@
-"""What a process may use of its host: affinity, and the quotas of both versions of control groups."""
+"""How much of its host a process may use: its affinity, and the limits of both versions of control groups."""
 
 import os
 from pathlib import Path

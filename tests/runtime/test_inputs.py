@@ -228,7 +228,7 @@ def test_what_scores_do_not_measure_is_noted(tmp_path: Path, toy_data: str) -> N
 
 
 def test_the_same_images_twice_are_refused(tmp_path: Path, toy_pool: Path, toy_data: str, other_data: str) -> None:
-    """Wherever they are; their scores could not be told apart. Other images under the same name can."""
+    """The same images are refused in any place, since scores would be mixed up. Others of one name are accepted."""
     copy = f"folder:{shutil.copytree(toy_data.partition(':')[2], tmp_path / 'copy')}"
     with pytest.raises(UsageError, match=f"--data {toy_data} and --data {copy} are the same images; name one of them"):
         read_inputs(mixed("free", [toy_pool], [toy_data, copy]))

@@ -33,7 +33,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, config: RunConfig) -> Path:
 
 
 def test_the_rounds_use_every_kind_of_teacher(config: RunConfig) -> None:
-    """Else the tests below would show less than they say. Costs and bytes tell the kinds apart."""
+    """The tests below need every kind of teacher. Costs and bytes tell the kinds apart."""
     world = driver.read_inputs(config).world
     assert (world.image.shape, world.way, len(world.cards)) == ((3, 20, 20), 2, 4)
     assert isinstance(config.method, free.Config)
