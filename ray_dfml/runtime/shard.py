@@ -4,6 +4,7 @@ It is a plain class that knows of no cluster. Between jobs it keeps nothing but 
 run, or run again, any job.
 """
 
+import ctypes
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -25,6 +26,9 @@ LoadWeights = Callable[[str], Loaded]
 
 CACHE_BYTES = 512 * 2**20
 """The most memory that the teachers on a shard occupy together."""
+KEPT_BYTES = 256 * 2**20
+"""Freed memory that a process keeps for its next tensors."""
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 
 
 def pick_device() -> torch.device:
@@ -38,12 +42,16 @@ def accelerators() -> list[str]:
 
 
 def keep_memory() -> None:
-    """Let this process keep up to 64 MiB of freed memory for its next tensors; page faults cost a tenth of a step.
+    """Let this process keep up to 256 MiB of freed memory for its next tensors; page faults cost a tenth of a step.
 
-    The C library of Linux returns what it is given back to the system at once, until a block of up to 32 MiB has been
-    freed: then it keeps twice as much. The block is not written to, so it takes no memory. Elsewhere nothing changes.
+    The C library of Linux otherwise returns what a tensor held to the system as soon as it is freed, and has to ask for
+    it again. Passes of a recovery of 100 colour images of 32x32 pixels ask for none with this bound. Blocks of more than
+    32 MiB are always returned. Other C libraries are left alone.
     """
-    torch.empty(31 * 2**20, dtype=torch.uint8)
+    set_option = getattr(ctypes.CDLL(None), "mallopt", None)
+    if set_option is not None:
+        set_option(M_TRIM_THRESHOLD, KEPT_BYTES)
+        set_option(M_MMAP_THRESHOLD, 2**25)
 
 
 def pin() -> None:

@@ -126,7 +126,7 @@ from ray_dfml.runtime.shard import pin
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     for _ in range(3):
-        kept = [torch.ones(2**18) for _ in range(32)]
+        kept = [torch.ones(2**22) for _ in range(12)]
         del kept
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
@@ -140,7 +140,7 @@ print(faults())
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="about the C library of Linux")
 def test_a_pinned_process_keeps_its_memory() -> None:
-    """Tensors of 32 MiB in all, made and freed again and again: at first each page is asked for anew."""
+    """Tensors of 192 MiB in all, made and freed again and again: at first each page is asked for anew."""
     found = subprocess.run([sys.executable, "-c", FAULTS], capture_output=True, text=True, check=True).stdout.split()
     before, after = map(int, found)
     assert before > 10_000
