@@ -44,9 +44,9 @@ def accelerators() -> list[str]:
 def keep_memory() -> None:
     """Let this process keep up to 256 MiB of freed memory for its next tensors; page faults cost a tenth of a step.
 
-    The C library of Linux otherwise returns what a tensor held to the system as soon as it is freed, and has to ask for
-    it again. Passes of a recovery of 100 colour images of 32x32 pixels ask for none with this bound. Blocks of more than
-    32 MiB are always returned. Other C libraries are left alone.
+    The C library of Linux otherwise returns what a tensor held to the system as soon as it is freed, and asks for it
+    again. With this bound a recovery of 100 colour images of 32x32 pixels asks for nothing again. Blocks of more than
+    32 MiB are returned in any case. Other C libraries are left alone.
     """
     set_option = getattr(ctypes.CDLL(None), "mallopt", None)
     if set_option is not None:
