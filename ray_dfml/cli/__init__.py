@@ -3,6 +3,7 @@
 import importlib
 import importlib.metadata
 import io
+import os
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -11,6 +12,10 @@ import click
 
 from ray_dfml.errors import DfmlError
 from ray_dfml.files import shown
+
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+# NumPy's OpenBLAS reads this at its import. With threads of its own it never returns from a product during which
+# another thread forks, and Ray forks where a cluster starts beside other work.
 
 COMMANDS = {
     "quickstart": ("ray_dfml.cli.quickstart", "quickstart"),

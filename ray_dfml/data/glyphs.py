@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import PIL
+import torch
 from PIL import Image, ImageDraw, ImageFilter, ImageFont, features
 
 from ray_dfml.data import cache, formats, splits
@@ -187,14 +188,23 @@ def _look_alike(drawn: Sequence[Image.Image]) -> np.ndarray:
     """
     blurred = _rows(glyph.filter(ImageFilter.BoxBlur(1)) for glyph in drawn)
     energy = (blurred * blurred).sum(axis=1)
-    distance = energy[:, None] + energy[None, :] - 2.0 * (blurred @ blurred.T)
+    distance = energy[:, None] + energy[None, :] - 2.0 * _products(blurred, blurred)
     same_ink = distance < _SAME_INK * np.minimum(energy[:, None], energy[None, :])
     bold = [glyph.point([0] * _INK_LEVEL + [1] * (256 - _INK_LEVEL)) for glyph in drawn]
     shape, wider = _rows(bold), _rows(glyph.filter(ImageFilter.MaxFilter(3)) for glyph in bold)
     area = shape.sum(axis=1)
-    outside = area[:, None] - shape @ wider.T  # pixels of one glyph that are more than a pixel away from the other
+    outside = area[:, None] - _products(shape, wider)  # pixels more than a pixel away from the other glyph
     few = outside < _SAME_SHAPE * area[:, None]
     return same_ink | (few & few.T)
+
+
+def _products(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """The inner products [n m] of rows [n d] and [m d].
+
+    They are torch's and not NumPy's: the OpenBLAS of NumPy never returns from a product during which another thread
+    forks, and Ray forks while glyphs are drawn.
+    """
+    return (torch.from_numpy(a) @ torch.from_numpy(b).T).numpy()
 
 
 def _rows(drawn: Iterable[Image.Image]) -> np.ndarray:
