@@ -37,6 +37,12 @@ class RejectedError(DfmlError):
     exit_code = 3
 
 
+class BudgetReached(DfmlError):
+    """What may be spent on queries is spent. What is done is kept. Exit code 4."""
+
+    exit_code = 4
+
+
 class ResourceError(DfmlError):
     """The cluster or this machine lacks what the run asks for. Exit code 5."""
 

@@ -9,7 +9,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Protocol, Self
+from typing import Any, Literal, Protocol, Self, get_args
 
 import numpy as np
 import torch
@@ -20,6 +20,12 @@ from ray_dfml.core.net import Net, net
 
 Arrays = dict[str, Any]
 """Name -> NumPy array, number, string, or nested dicts and lists of these. Such values are cheap to ship."""
+
+Access = Literal["weights", "logits", "probs", "label"]
+"""How much a teacher gives away, from most to least: its weights, or what it answers to an image."""
+
+LEVELS: tuple[Access, ...] = get_args(Access)
+"""The levels of access, from most to least."""
 
 
 def size_text(shape: Sequence[int]) -> str:
@@ -62,7 +68,7 @@ class TeacherCard:
     image: ImageSpec
     classes: tuple[str, ...]
     """Class names in the order of the logits, `dataset/name` where the data set is known."""
-    access: str = "weights"
+    access: Access = "weights"
     sha256: str = ""
     accuracy: float | None = None
 
@@ -126,6 +132,23 @@ class Teacher(Protocol):
         ...
 
 
+class Service(Protocol):
+    """A teacher that is only asked. No parameter can be reached through it, and every image asked about is counted."""
+
+    @property
+    def card(self) -> TeacherCard:
+        """What is known of the teacher. `card.access` says what `query` returns."""
+        ...
+
+    def query(self, images: np.ndarray) -> np.ndarray:
+        """The answers to images [n c h w] of the teacher's input size: uint8, or float32 in [0, 1].
+
+        They are float32 logits or probabilities [n q], or int64 labels [n], by `card.access`; weights give logits. An
+        image that was answered before costs nothing. Raises BudgetReached before more is asked than is paid for.
+        """
+        ...
+
+
 class Shard(Protocol):
     """A shard as an op sees it: the process in which the op runs."""
 
@@ -134,7 +157,11 @@ class Shard(Protocol):
     """Whether to batch jobs with `vmap` (accelerators) or to loop over them (CPU)."""
 
     def teacher(self, id: str) -> Teacher:
-        """The teacher of an id. It stays in a cache of the shard."""
+        """The teacher of an id, whose access must be `weights`. It stays in a cache of the shard."""
+        ...
+
+    def service(self, id: str) -> Service:
+        """The teacher of an id as one that is only asked, whatever its access."""
         ...
 
 

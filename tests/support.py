@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ray_dfml import evaluate
 from ray_dfml.core import seeds
+from ray_dfml.core.images import normalise, to_pixels
 from ray_dfml.core.inner_loop import Head
 from ray_dfml.core.net import Net
 from ray_dfml.errors import RejectedError
@@ -53,13 +54,38 @@ class FakeTeacher:
         return FakeTeacher(self.card, self.net, self.theta.double(), self.stats.double())
 
 
+@dataclass
+class FakeService:
+    """A teacher that is only asked, in this process. `asked` counts the images of all calls."""
+
+    card: TeacherCard
+    teacher: FakeTeacher
+    asked: int = 0
+
+    def query(self, images: np.ndarray) -> np.ndarray:
+        """See `types.Service.query`; nothing is remembered, so the same image counts again."""
+        self.asked += len(images)
+        pixels = to_pixels(images) if images.dtype == np.uint8 else torch.tensor(images)
+        mean, std = (torch.tensor(values) for values in (self.card.image.mean, self.card.image.std))
+        with torch.no_grad():
+            logits = self.teacher.net(self.teacher.theta, normalise(pixels, mean, std), self.teacher.stats)
+        if self.card.access == "label":
+            return logits.argmax(-1).numpy()
+        return (logits.softmax(-1) if self.card.access == "probs" else logits).numpy()
+
+
 class FakeShard:
     """A shard process without the process: teachers drawn from their names. `sent` logs the work."""
 
     def __init__(self, world: World, *, batched: bool = False, device: torch.device = CPU) -> None:
         self.device, self.batched = device, batched
         self.teachers = {card.id: random_teacher(card, device) for card in world.cards}
+        self.services: dict[str, FakeService] = {}
         self.sent: list[tuple[str, list[Job]]] = []
+
+    def service(self, id: str) -> FakeService:
+        """The teacher of that name as one that is only asked; the same object on every call."""
+        return self.services.setdefault(id, FakeService(self.teachers[id].card, self.teacher(id)))
 
     def teacher(self, id: str) -> FakeTeacher:
         """The teacher of that name; the same object on every call. Raises RejectedError where there is none."""

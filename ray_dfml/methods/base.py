@@ -23,7 +23,7 @@ from torch import Tensor
 from ray_dfml.core import seeds
 from ray_dfml.core.inner_loop import Head
 from ray_dfml.core.net import Net, net
-from ray_dfml.types import Arrays, ImageSpec, Job, LearnerWeights, Shard, TeacherCard
+from ray_dfml.types import Access, Arrays, ImageSpec, Job, LearnerWeights, Shard, TeacherCard
 
 State = dict[str, Any]
 Metrics = dict[str, float | int | None]
@@ -149,6 +149,10 @@ def _no_notes(cfg: MethodConfig, world: World) -> list[str]:
     return []
 
 
+def _no_queries(cfg: MethodConfig, world: World) -> dict[str, int]:
+    return {}
+
+
 def _no_cost(cfg: MethodConfig, world: World, shard: Shard) -> None:
     return None
 
@@ -188,6 +192,10 @@ class Method(Generic[C]):
     """Plots of the method's metrics in a report."""
     shown: Mapping[str, str] = field(default_factory=dict)
     """Metrics in percent that the line of progress shows -> the words for them."""
+    access: tuple[Access, ...] = ("weights",)
+    """The levels of access at which the method can use a teacher."""
+    queries: Callable[[C, World], Mapping[str, int]] = _no_queries
+    """Id of each teacher that is asked -> how many images a whole training asks it about."""
     needs_pool: bool = True
     """Whether the method can do nothing without teachers."""
     needs_real: bool = False

@@ -16,7 +16,7 @@ from torch import Tensor
 from ray_dfml.core.net import Net, net
 from ray_dfml.errors import RejectedError
 from ray_dfml.ops import OPS
-from ray_dfml.types import Arrays, Job, TeacherCard
+from ray_dfml.types import Arrays, Job, Service, TeacherCard
 
 Loaded = tuple[TeacherCard, np.ndarray, np.ndarray]
 """A teacher's card, flat weights [p] and batch-norm statistics [k]."""
@@ -107,6 +107,10 @@ class Shard:
             card, network, torch.tensor(theta, device=self.device), torch.tensor(stats, device=self.device)
         )
         return self._hosted[id]
+
+    def service(self, id: str) -> Service:
+        """The teacher of an id as one that is only asked. Raises RejectedError, since this shard has no ledger."""
+        raise RejectedError(f"{id}: cannot be asked without a ledger")
 
     def run(self, op: str, jobs: Sequence[Job], shared: Arrays) -> list[Arrays]:
         """Run `op`: one result per job, in order. The result is `{"rejected": reason}` if the job's teacher is bad.
