@@ -149,6 +149,66 @@ class Service(Protocol):
         ...
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Claim:
+    """What the ledger knows of some images, and the leave to ask about the others, which is counted as sent."""
+
+    id: int
+    """The batch in the ledger, for `Gateway.settle`; 0 if nothing is missing."""
+    missing: np.ndarray
+    """int64 [m]. Positions of the images to be asked about, each content once."""
+    known: np.ndarray | None
+    """Answers [k] or [k q] that were given before; None if there are none."""
+    places: np.ndarray
+    """int64 [n]. Where the answer of each image stands in `known` followed by the new answers."""
+
+    def join(self, new: np.ndarray | None = None) -> np.ndarray:
+        """The answers [n] or [n q] of all images, given the new ones [m] or [m q] of those that were missing."""
+        parts = [part for part in (self.known, new) if part is not None]
+        return np.concatenate(parts)[self.places]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spent:
+    """What was asked of a teacher so far. The law is answered <= received by the teacher <= sent."""
+
+    sent: int = 0
+    """Images of every attempt; budgets are charged on them."""
+    answered: int = 0
+    """Unique images whose answers the ledger holds."""
+    cost: float = 0.0
+    """Price of all that was sent."""
+
+
+class Gateway(Protocol):
+    """The only one who asks services and counts queries. Any number of threads may call it."""
+
+    def ask(self, teacher: str, images: np.ndarray) -> np.ndarray:
+        """The answers of a service behind HTTP, in the order of the images. See `Service.query`.
+
+        Images that were answered before are not sent. Raises BudgetReached before anything is sent if the others
+        cost more than is left, and RejectedError if the service refuses, answers nonsense, or cannot be reached.
+        Answers that came before an error are kept.
+        """
+        ...
+
+    def claim(self, teacher: str, hashes: Sequence[bytes]) -> Claim:
+        """Count images of a local model as sent, by their hashes (`services.ledger.content_hashes`).
+
+        Those that were answered before do not count. Raises BudgetReached as `ask` does. The caller computes the
+        answers of `Claim.missing` and gives them to `settle`.
+        """
+        ...
+
+    def settle(self, claim: int, answers: np.ndarray) -> None:
+        """Keep the answers of a claim: float32 [m q] or int64 [m], in the order of `Claim.missing`."""
+        ...
+
+    def totals(self) -> dict[str, Spent]:
+        """Teacher -> what was asked of it; a teacher that was never asked is there too."""
+        ...
+
+
 class Shard(Protocol):
     """A shard as an op sees it: the process in which the op runs."""
 
