@@ -12,6 +12,7 @@ from typing import NamedTuple, Protocol
 import torch.nn.functional as F
 from torch import Tensor
 
+from ray_dfml.core.convnets import VGG16, AlexNet, LeNet
 from ray_dfml.core.layers import Layers, Shapes, channels_last, conv_shapes, linear_shapes, norm_shapes
 from ray_dfml.errors import did_you_mean
 
@@ -99,12 +100,15 @@ class ResidualBlock(NamedTuple):
 
 
 class ResNet:
-    """The few-shot ResNet: a 3x3 stem, four stages of 64/128/256/512 channels, a global average pool, a linear head.
+    """The ResNet for small images: a 3x3 stem, four stages of 64/128/256/512 channels, an average pool, a linear head.
 
-    The stem has neither pooling nor ReLU, as in the released few-shot variant.
+    The stem has no pooling. Without `stem_relu` it has no ReLU either, as in the released few-shot variant.
     """
 
-    def __init__(self, channels_in: int, ways: int, *, depths: tuple[int, int, int, int]) -> None:
+    def __init__(
+        self, channels_in: int, ways: int, *, depths: tuple[int, int, int, int], stem_relu: bool = False
+    ) -> None:
+        self.stem_relu = stem_relu
         self.blocks: list[ResidualBlock] = []
         channels = 64
         for stage, (width, depth) in enumerate(zip((64, 128, 256, 512), depths, strict=True)):
@@ -122,6 +126,7 @@ class ResNet:
     def features(self, layers: Layers, x: Tensor) -> Tensor:
         """See `Backbone.features`."""
         x = layers.conv_norm("stem", "stem_norm", x)
+        x = layers.relu(x) if self.stem_relu else x
         for block in self.blocks:
             x = block(layers, x)
         return x.mean((2, 3))
@@ -149,7 +154,11 @@ BACKBONES: dict[str, Callable[[int, int, int, int], Backbone]] = {
     "conv4-adaptive": lambda c, h, w, ways: Conv4(c, h, w, ways, adaptive=True),
     "resnet10": lambda c, h, w, ways: ResNet(c, ways, depths=(1, 1, 1, 1)),
     "resnet18": lambda c, h, w, ways: ResNet(c, ways, depths=(2, 2, 2, 2)),
+    "resnet34": lambda c, h, w, ways: ResNet(c, ways, depths=(3, 4, 6, 3), stem_relu=True),
+    "lenet": lambda c, h, w, ways: LeNet(c, h, w, ways),
     "mlp": lambda c, h, w, ways: MLP(c, h, w, ways),
+    "alexnet": lambda c, h, w, ways: AlexNet(c, h, w, ways),
+    "vgg16": lambda c, h, w, ways: VGG16(c, ways),
 }
 """Name -> constructor (channels, height, width, ways). No architecture outside this list is ever built."""
 

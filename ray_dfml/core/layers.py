@@ -42,6 +42,11 @@ class Layers:
         """Features [n o] of features [n i]."""
         return F.linear(x, self.tensors[f"{name}.weight"], self.tensors[f"{name}.bias"])
 
+    def conv(self, name: str, x: Tensor, *, padding: int = 1) -> Tensor:
+        """Convolve images [n i h w] and add the bias."""
+        weight, bias = self.tensors[f"{name}.weight"], self.tensors[f"{name}.bias"]
+        return F.conv2d(self.laid_out(x), self.laid_out(weight), bias, padding=padding)
+
     def norm(self, name: str, x: Tensor, shift: Tensor | None = None) -> Tensor:
         """Batch norm of [n c h w] or [n c].
 

@@ -64,12 +64,13 @@ class Net:
         """Fresh weights [p].
 
         Weights of k x k convolutions are normal with standard deviation sqrt(2 / (k^2 output channels)), batch norm has
-        scale 1 and shift 0, and linear layers are uniform by fan-in. With `zero_head_bias` the head's bias is 0.
+        scale 1 and shift 0, and linear layers are uniform by fan-in. In a network without batch norm the input channels
+        count instead, which keeps the size of signals. With `zero_head_bias` the head's bias is 0.
         """
         parts: dict[str, Tensor] = {}
         for name, shape in self.layout.shapes.items():
             if len(shape) == 4:
-                std = math.sqrt(2.0 / (shape[2] * shape[3] * shape[0]))
+                std = math.sqrt(2.0 / (shape[2] * shape[3] * shape[0 if self.backbone.norms else 1]))
                 parts[name] = torch.randn(shape, generator=rng) * std
             elif len(shape) == 2:
                 parts[name] = (torch.rand(shape, generator=rng) * 2 - 1) / math.sqrt(shape[1])

@@ -16,6 +16,9 @@ from ray_dfml.core.net import net
 from ray_dfml.types import Arrays, Job, Shard
 
 STATS_MOMENTUM = 0.1
+DEEP = ("resnet", "vgg", "alexnet")
+"""Beginnings of the names of architectures that learn by SGD with momentum. The others learn by Adam."""
+SGD_MILESTONES = (30, 50, 80)
 
 
 class PretrainConfig(BaseModel):
@@ -25,14 +28,15 @@ class PretrainConfig(BaseModel):
 
     epochs: int = Field(default=60, ge=1, description="Passes over a teacher's training images.")
     batch: int = Field(default=128, ge=2, description="Images per step.")
-    lr: float = Field(default=0.01, gt=0, description="Step size of Adam, or for ResNets of SGD.")
+    lr: float = Field(default=0.01, gt=0, description="Step size of Adam, or for deep networks of SGD.")
     clip: float = Field(default=50.0, gt=0, description="Bound on the gradient's L2 norm.")
-    momentum: float = Field(default=0.9, ge=0, lt=1, description="SGD momentum (ResNets).")
-    weight_decay: float = Field(default=5e-4, ge=0, description="SGD weight decay (ResNets).")
-    milestones: tuple[int, ...] = Field(
-        default=(30, 50, 80), description="Epochs at which SGD's step size falls (ResNets)."
+    momentum: float = Field(default=0.9, ge=0, lt=1, description="SGD momentum (ResNets, VGG, AlexNet).")
+    weight_decay: float = Field(default=5e-4, ge=0, description="SGD weight decay (deep networks).")
+    milestones: tuple[int, ...] | None = Field(
+        default=None,
+        description="Epochs at which the step size falls; by default 30, 50 and 80 with SGD, and none with Adam.",
     )
-    decay: float = Field(default=0.2, gt=0, le=1, description="Factor by which SGD's step size falls each time.")
+    decay: float = Field(default=0.2, gt=0, le=1, description="Factor by which the step size falls each time.")
 
 
 def pretrain(shard: Shard, jobs: Sequence[Job], shared: Arrays) -> list[Arrays]:
@@ -56,11 +60,12 @@ def _one(cfg: PretrainConfig, job: Job, device: torch.device) -> Arrays:
 
     theta, stats = network.init(rng).to(device), network.initial_stats().to(device)
     adam, velocity = optim.Adam.zeros(theta), torch.zeros_like(theta)
-    with_adam = not values["arch"].startswith("resnet")
+    with_adam = not values["arch"].startswith(DEEP)
+    milestones = cfg.milestones if cfg.milestones is not None else () if with_adam else SGD_MILESTONES
     best = (-1.0, theta, stats)
     accuracy = 0.0
     for epoch in range(cfg.epochs):
-        lr = cfg.lr * (1.0 if with_adam else cfg.decay ** sum(epoch >= m for m in cfg.milestones))
+        lr = cfg.lr * cfg.decay ** sum(epoch >= m for m in milestones)
         order = torch.randperm(len(train_x), generator=rng).to(device)
         for chunk in order.split(cfg.batch):
             if len(chunk) < 2:

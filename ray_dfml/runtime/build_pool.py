@@ -12,7 +12,7 @@ import torch
 
 from ray_dfml.core import seeds
 from ray_dfml.core.net import net
-from ray_dfml.data import datasets
+from ray_dfml.data import datasets, weights_file
 from ray_dfml.data.manifest import make_entry
 from ray_dfml.data.pool import Pool
 from ray_dfml.data.pretrain import PretrainConfig
@@ -30,7 +30,8 @@ def plan(
     """Plan the teachers of a pool: their input, and (id, architecture, class names, pretrain job) for each.
 
     `note` is called with each line that a reader must know about the data. Raises UsageError if the training split has
-    fewer than `way` classes with enough images, or if a pool could not hold such a teacher.
+    fewer than `way` classes with enough images, or if a pool could not hold such a teacher, and RejectedError
+    if an architecture cannot take such images.
     """
     train = datasets.load(spec).subset("train")
     lines = list(train.notes)
@@ -52,6 +53,8 @@ def plan(
     if note is not None:
         for line in lines:
             note(f"--data {spec}: {line}")
+    for arch in archs:
+        weights_file.parts(arch, image, way)  # an architecture that cannot take such images is refused here
     usable = list(members)
     planned = []
     for i in range(models):

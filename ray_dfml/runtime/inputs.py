@@ -10,7 +10,7 @@ import numpy as np
 from ray_dfml.config import RunConfig
 from ray_dfml.core import episodes
 from ray_dfml.core.images import fit, to_bytes, to_pixels
-from ray_dfml.data import datasets
+from ray_dfml.data import datasets, weights_file
 from ray_dfml.data.pool import Pool
 from ray_dfml.errors import RejectedError, UsageError, first_of
 from ray_dfml.evaluate import EvalConfig
@@ -95,6 +95,7 @@ def read_inputs(config: RunConfig) -> Inputs:
         {card.id: card.image for card in teachers.cards} or {f"--data {spec}": _spec(loaded[spec]) for spec in loaded}
     )
     way = _way(config, teachers.cards)
+    _check_learner(config.learner.arch, image, way)
     sets: list[Labelled] = []
     real: dict[str, np.ndarray] = {}
     notes: list[str] = []
@@ -134,6 +135,14 @@ def read_inputs(config: RunConfig) -> Inputs:
     ]
     notes += method.notes(config.method, world)
     return Inputs(world, sets, teachers, rejected, pools, data, notes, _bytes(state))
+
+
+def _check_learner(arch: str, image: ImageSpec, way: int) -> None:
+    """Raise UsageError if the learner's architecture cannot take the learner's input."""
+    try:
+        weights_file.parts(arch, image, way)
+    except RejectedError as error:
+        raise UsageError(f"learner.arch: {error}") from None
 
 
 def _check_once(specs: Sequence[str]) -> None:

@@ -32,6 +32,11 @@ def drawn(device: torch.device, network: Net, seed: int = 0) -> Tensor:
         ("conv4-64", (3, 84, 84), 5, 121_093),
         ("resnet10", (3, 32, 32), 5, 4_900_677),
         ("resnet18", (3, 84, 84), 5, 11_171_397),
+        ("resnet34", (3, 32, 32), 10, 21_282_122),
+        ("lenet", (1, 28, 28), 10, 29_034),
+        ("alexnet", (1, 28, 28), 10, 2_163_210),
+        ("vgg16", (3, 32, 32), 10, 14_728_266),
+        ("vgg16", (1, 28, 28), 10, 14_727_114),
     ],
 )
 def test_parameter_counts(arch, shape, ways, parameters):
@@ -74,6 +79,72 @@ def test_resnet10_equals_plain_layers(device):
         y = F.relu(norm(F.conv2d(y, p[at + "conv2.weight"], padding=1), at + "norm2") + short)
     expected = F.linear(y.mean((2, 3)), p["head.weight"], p["head.bias"])
     torch.testing.assert_close(network(theta, x), expected)
+
+
+def plain_norm(p: dict[str, Tensor], y: Tensor, name: str) -> Tensor:
+    """Batch norm of a batch by the layer of torch."""
+    return F.batch_norm(y, None, None, p[f"{name}.weight"], p[f"{name}.bias"], training=True)
+
+
+def plain_conv(p: dict[str, Tensor], y: Tensor, name: str) -> Tensor:
+    """A convolution that keeps the size, with its bias."""
+    weight = p[f"{name}.weight"]
+    return F.conv2d(y, weight, p[f"{name}.bias"], padding=weight.shape[-1] // 2)
+
+
+def test_resnet34_differs_from_the_few_shot_resnets_by_the_relu_of_its_stem(device):
+    network, x = Net("resnet34", (1, 4, 4), 3), normal(3, 1, 4, 4, device=device)
+    theta = drawn(device, network)
+    p, seen = network.layout.unflatten(theta), []
+    block = network.backbone.blocks[0]  # pyright: ignore[reportAttributeAccessIssue]
+    network.backbone.blocks = [lambda layers, y: (seen.append(y), block(layers, y))[1]]  # pyright: ignore
+    features = network.features(theta, x)
+    y = F.relu(plain_norm(p, F.conv2d(x, p["stem.weight"], padding=1), "stem_norm"))
+    torch.testing.assert_close(seen, [y])
+    z = F.relu(plain_norm(p, F.conv2d(y, p["blocks.0.conv1.weight"], padding=1), "blocks.0.norm1"))
+    z = F.relu(plain_norm(p, F.conv2d(z, p["blocks.0.conv2.weight"], padding=1), "blocks.0.norm2") + y)
+    torch.testing.assert_close(features, z.mean((2, 3)))
+
+
+def test_lenet_equals_plain_layers(device):
+    network, x = Net("lenet", (1, 14, 10), 4), normal(6, 1, 14, 10, device=device)
+    theta = drawn(device, network)
+    p, y = network.layout.unflatten(theta), x
+    for i in range(2):
+        y = F.max_pool2d(F.relu(plain_norm(p, plain_conv(p, y, f"blocks.{i}.conv"), f"blocks.{i}.norm")), 2)
+    expected = F.linear(y.flatten(1), p["head.weight"], p["head.bias"])
+    torch.testing.assert_close(network(theta, x), expected)
+
+
+def test_alexnet_equals_plain_layers(device):
+    network, x = Net("alexnet", (3, 18, 9), 4), normal(6, 3, 18, 9, device=device)
+    theta = drawn(device, network)
+    p, y = network.layout.unflatten(theta), x
+    for i in range(5):
+        y = F.relu(plain_conv(p, y, f"convs.{i}"))
+        y = F.max_pool2d(y, 2) if i in (0, 1, 4) else y
+    y = F.relu(F.linear(y.flatten(1), p["hidden.weight"], p["hidden.bias"]))
+    torch.testing.assert_close(network(theta, x), F.linear(y, p["head.weight"], p["head.bias"]))
+
+
+@pytest.mark.parametrize(("size", "pools"), [(3, 1), (6, 2), (37, 5)])
+def test_vgg16_equals_plain_layers_and_pools_until_one_pixel_is_left(device, size, pools):
+    network, x = Net("vgg16", (1, size, size), 3), normal(4, 1, size, size, device=device)
+    theta = drawn(device, network)
+    p, y = network.layout.unflatten(theta), x
+    for stage, depth in enumerate((2, 2, 3, 3, 3)):
+        for i in range(depth):
+            at = f"stages.{stage}.{i}"
+            y = F.relu(plain_norm(p, plain_conv(p, y, f"{at}.conv"), f"{at}.norm"))
+        y = F.max_pool2d(y, 2) if stage < pools else y
+    assert y.shape[-1] == 1
+    torch.testing.assert_close(network(theta, x), F.linear(y.mean((2, 3)), p["head.weight"], p["head.bias"]))
+
+
+def test_initial_weights_without_batch_norm_keep_the_size_of_signals():
+    network = Net("alexnet", (3, 32, 32), 10)
+    parts = network.layout.unflatten(network.init(torch.Generator().manual_seed(0)))
+    assert parts["convs.2.weight"].std().item() == pytest.approx(math.sqrt(2 / (9 * 64)), rel=0.02)
 
 
 @pytest.mark.parametrize(("arch", "size"), [("conv4", 16), ("conv4-adaptive", 20), ("resnet10", 8)])
@@ -187,7 +258,7 @@ def test_calls_from_eight_threads_equal_those_from_one(device):
 
 
 CASES = [("conv4", 3, 16), ("conv4", 1, 28), ("conv4-64", 3, 16), ("conv4-adaptive", 1, 20), ("resnet10", 3, 8),
-         ("resnet18", 1, 8), ("mlp", 3, 8)]  # fmt: skip
+         ("resnet18", 1, 8), ("mlp", 3, 8), ("lenet", 1, 12), ("alexnet", 3, 8), ("vgg16", 1, 6)]  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", ["batch", "given", "batch, captured", "given, captured"])

@@ -78,6 +78,12 @@ def test_channels_that_cannot_be_turned_into_each_other_are_refused() -> None:
     assert learner_input({"pair": two["pair"], "grey": spec(1, 28, 16, (0.0,))}).shape == (2, 28, 16)
 
 
+def test_a_learner_that_cannot_take_the_images_is_refused(tmp_path: Path) -> None:
+    pool = untrained(tmp_path / "p", spec(1, 16, 7, (0.0,)), "abc", arch="mlp")
+    with pytest.raises(UsageError, match=r"^learner\.arch: alexnet cannot take 1x16x7 images: they are too small$"):
+        read_inputs(mixed("random", [pool], (), "learner.arch=alexnet"))
+
+
 def test_the_way_is_that_of_the_teacher_with_the_fewest_classes(tmp_path: Path) -> None:
     """Class names are united: five of two pools, of which one is in both."""
     grey, colour = spec(1, 16, 16, (0.0,)), spec(3, 20, 20, (0.5,) * 3, (0.25,))

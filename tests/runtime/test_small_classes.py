@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from ray_dfml.data.pool import Pool
-from ray_dfml.errors import UsageError
+from ray_dfml.errors import RejectedError, UsageError
 from ray_dfml.runtime import build_pool
 from ray_dfml.runtime.driver import read_inputs
 from ray_dfml.runtime.launch import left_out
@@ -18,14 +18,14 @@ from tests.runtime import toy
 Command = Callable[..., toy.Done]
 
 
-def write(root: Path, counts: dict[str, dict[str, int]]) -> str:
+def write(root: Path, counts: dict[str, dict[str, int]], size: int = 16) -> str:
     """The spec of folders of grey images, as many in each class as `counts[split][class]` says."""
     rng = np.random.default_rng(0)
     for split, classes in counts.items():
         for name, count in classes.items():
             (root / split / name).mkdir(parents=True)
             for n in range(count):
-                pixels = rng.integers(0, 256, (16, 16), dtype=np.uint8)
+                pixels = rng.integers(0, 256, (size, size), dtype=np.uint8)
                 Image.fromarray(pixels).save(root / split / name / f"{n}.png")
     return f"folder:{root}"
 
@@ -144,3 +144,10 @@ def test_many_bad_teachers_are_one_line() -> None:
     assert left_out({}, 4) == []
     found = left_out({f"t{n}": f"t{n}: why" for n in range(5)}, 1)
     assert found == ["5 of 6 teachers left out: t0: why, t1: why, t2: why and 2 more"]
+
+
+def test_an_architecture_that_cannot_take_the_images_is_refused_before_anything_is_trained(tmp_path: Path) -> None:
+    small = write(tmp_path / "small", {split: {name: 2 for name in "abc"} for split in ("train", "val", "test")}, 6)
+    build_pool.plan(small, models=2, archs=["lenet", "vgg16"], way=3, seed=0)
+    with pytest.raises(RejectedError, match=r"^alexnet cannot take 1x6x6 images: they are too small$"):
+        build_pool.plan(small, models=2, archs=["lenet", "alexnet"], way=3, seed=0)
