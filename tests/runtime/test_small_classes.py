@@ -147,7 +147,7 @@ def test_many_bad_teachers_are_one_line() -> None:
 
 
 def test_an_architecture_that_cannot_take_the_images_is_refused_before_anything_is_trained(tmp_path: Path) -> None:
-    small = write(tmp_path / "small", {split: {name: 2 for name in "abc"} for split in ("train", "val", "test")}, 6)
+    small = write(tmp_path / "small", {split: dict.fromkeys("abc", 2) for split in ("train", "val", "test")}, 6)
     build_pool.plan(small, models=2, archs=["lenet", "vgg16"], way=3, seed=0)
     with pytest.raises(RejectedError, match=r"^alexnet cannot take 1x6x6 images: they are too small$"):
         build_pool.plan(small, models=2, archs=["lenet", "alexnet"], way=3, seed=0)
