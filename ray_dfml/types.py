@@ -65,6 +65,7 @@ class TeacherCard:
 
     id: str
     arch: str
+    """Empty for a teacher that is only asked; its `image` then has mean 0 and standard deviation 1."""
     image: ImageSpec
     classes: tuple[str, ...]
     """Class names in the order of the logits, `dataset/name` where the data set is known."""

@@ -3,18 +3,30 @@
 import math
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_serializer,
+)
 
 from ray_dfml import yaml_text
 from ray_dfml.core.backbones import known_arch
 from ray_dfml.data import weights_file
+from ray_dfml.data.api import Api
 from ray_dfml.errors import RejectedError, UsageError
 from ray_dfml.files import is_readable, shown
-from ray_dfml.types import ImageSpec, TeacherCard
+from ray_dfml.types import Access, ImageSpec, TeacherCard
 
 MANIFEST = "pool.yaml"
 MANIFEST_BYTES = 64 << 20
@@ -80,33 +92,78 @@ class Accuracy(_Strict):
 
 
 class Entry(_Strict):
-    """One teacher of `pool.yaml`."""
+    """One teacher of `pool.yaml`: weights in the pool, or a prediction service.
+
+    Where `access` is not `weights`, the teacher is only asked, even if its weights are here. A service needs no
+    architecture, and its images go to it as pixels.
+    """
+
+    model_config = ConfigDict(validate_default=True)
 
     id: Annotated[str, AfterValidator(_safe_id)]
-    access: Literal["weights", "logits", "probs", "label"] = "weights"
-    weights: Annotated[Text, AfterValidator(_inside)] | None = Field(default=None, validate_default=True)
-    """file inside the pool folder; may be null where access is not `weights`"""
-    sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")] | None = Field(default=None, validate_default=True)
+    access: Access = "weights"
+    api: Api | None = None
+    """a prediction service; it takes the place of a file"""
+    weights: Annotated[Text, AfterValidator(_inside)] | None = None
+    """file inside the pool folder"""
+    sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")] | None = None
     """of that file"""
-    arch: Annotated[str, AfterValidator(known_arch)]
+    arch: Annotated[str, AfterValidator(known_arch)] | None = None
     input: Input
-    mean: list[float]
-    std: list[float]
+    mean: list[float] | None = None
+    std: list[float] | None = None
     classes: list[Text] = Field(min_length=2, max_length=100_000)
     accuracy: Accuracy = Accuracy()
     source: Text = ""
     authorization: Text = ""
+    decimals: int | None = Field(default=None, ge=1, le=7)
+    """decimals to which probabilities are rounded"""
+    top_k: int | None = Field(default=None, ge=1)
+    """how many probabilities are answered, the largest ones; the others are 0"""
+    price: float | None = Field(default=None, ge=0, allow_inf_nan=False)
+    """money for one image"""
+    budget: int | None = Field(default=None, ge=1)
+    """the most images that a run may send"""
 
-    @field_validator("weights", "sha256")
+    @model_serializer(mode="wrap")
+    def _short(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out what an entry does not say of questions and services."""
+        return {key: value for key, value in handler(self).items() if value is not None or key not in _OF_QUESTIONS}
+
+    @field_validator("api")
     @classmethod
-    def _with_weights(cls, value: str | None, info: ValidationInfo) -> str | None:
-        if value is None and info.data.get("access") == "weights":
-            raise ValueError("required where access is 'weights'")
+    def _asked_only(cls, value: Api | None, info: ValidationInfo) -> Api | None:
+        if value is not None and info.data.get("access") == "weights":
+            raise ValueError("a service gives logits, probs or label; access is 'weights'")
+        return value
+
+    @field_validator("weights", "sha256", "arch", "mean", "std")
+    @classmethod
+    def _weights_or_service(cls, value: Any, info: ValidationInfo) -> Any:
+        service = info.data.get("api") is not None
+        if value is None and not service and "api" in info.data:
+            raise ValueError("required where there is no api")
+        if value is not None and service:
+            raise ValueError("a service has none; leave it out")
+        return value
+
+    @field_validator("decimals", "top_k")
+    @classmethod
+    def _of_probabilities(cls, value: int | None, info: ValidationInfo) -> int | None:
+        if value is None or "access" not in info.data:
+            return value
+        if info.data["access"] != "probs":
+            raise ValueError(f"for access 'probs' only; access is {info.data['access']!r}")
+        known = len(info.data.get("classes", ()))
+        if info.field_name == "top_k" and value > known:
+            raise ValueError(f"there are {known} classes, got {value}")
         return value
 
     @field_validator("mean", "std")
     @classmethod
-    def _one_per_channel(cls, value: list[float], info: ValidationInfo) -> list[float]:
+    def _one_per_channel(cls, value: list[float] | None, info: ValidationInfo) -> list[float] | None:
+        if value is None:
+            return None
         size = info.data.get("input")
         if size is not None and len(value) != size.channels:
             raise ValueError(
@@ -133,21 +190,53 @@ class Entry(_Strict):
 
     @property
     def image(self) -> ImageSpec:
-        """Size and normalisation of the images."""
-        return ImageSpec(**self.input.model_dump(), mean=tuple(self.mean), std=tuple(self.std))
+        """Size and normalisation of the images; a service normalises them itself."""
+        mean, std = self.mean or [0.0] * self.input.channels, self.std or [1.0] * self.input.channels
+        return ImageSpec(**self.input.model_dump(), mean=tuple(mean), std=tuple(std))
 
     @property
     def card(self) -> TeacherCard:
-        """What the rest of the program knows of this teacher."""
+        """What the rest of the program knows of this teacher.
+
+        The card of a teacher that is only asked has no architecture and no normalisation, wherever the teacher is.
+        """
+        known = self if self.access == "weights" else self.model_copy(update={"arch": None, "mean": None, "std": None})
+        return known.inside
+
+    @property
+    def inside(self) -> TeacherCard:
+        """The card with all that the pool says, for the shard that runs the teacher's weights."""
         return TeacherCard(
             id=self.id,
-            arch=self.arch,
+            arch=self.arch or "",
             image=self.image,
             classes=tuple(self.classes),
             access=self.access,
             sha256=self.sha256 or "",
             accuracy=self.accuracy.reported,
         )
+
+
+CHANGEABLE: dict[str, Any] = {"price": True, "budget": True, "api": {"key_env", "rate", "concurrency", "batch"}}
+"""Fields of an entry that decide no answer."""
+
+_OF_QUESTIONS = ("api", "decimals", "top_k", "price", "budget")
+"""Fields that only entries which are asked have."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Questions:
+    """How much of a teacher is given away, and for how much. The fields are those of `Entry`."""
+
+    access: Access = "weights"
+    decimals: int | None = None
+    top_k: int | None = None
+    price: float | None = None
+    budget: int | None = None
+
+
+WEIGHTS = Questions()
+"""The terms of a teacher whose weights may be used, and which may be asked without end and for nothing."""
 
 
 class _Manifest(_Strict):
@@ -163,11 +252,12 @@ def make_entry(
     accuracy: Mapping[str, float | None] | None,
     source: str,
     authorization: str,
+    questions: Questions = WEIGHTS,
 ) -> Entry:
     """The entry of a teacher whose file has yet to be written (`sha256` is all zeros). Raises UsageError."""
     fields = {
         "id": id,
-        "access": "weights",
+        **asdict(questions),
         "weights": "weights/unwritten.safetensors",
         "sha256": "0" * 64,
         "arch": arch,
@@ -179,11 +269,16 @@ def make_entry(
         "source": source,
         "authorization": authorization,
     }
+    entry = checked(fields)
+    return entry.model_copy(update={"weights": f"weights/{id}.safetensors"})
+
+
+def checked(fields: Mapping[str, Any]) -> Entry:
+    """The entry that `fields` describe. Raises UsageError with the first fault."""
     try:
-        entry = Entry.model_validate(fields)
+        return Entry.model_validate(fields)
     except ValidationError as error:
         raise UsageError(_first_fault(error)) from None
-    return entry.model_copy(update={"weights": f"weights/{id}.safetensors"})
 
 
 def read_manifest(folder: Path) -> list[Entry]:

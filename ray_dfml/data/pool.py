@@ -18,7 +18,17 @@ from torch import Tensor
 
 from ray_dfml.core.net import net
 from ray_dfml.data import foreign, weights_file
-from ray_dfml.data.manifest import MANIFEST, Entry, is_id, make_entry, read_manifest, write_manifest
+from ray_dfml.data.manifest import (
+    CHANGEABLE,
+    MANIFEST,
+    WEIGHTS,
+    Entry,
+    Questions,
+    is_id,
+    make_entry,
+    read_manifest,
+    write_manifest,
+)
 from ray_dfml.errors import RejectedError, ResourceError, UsageError, did_you_mean
 from ray_dfml.files import resolved, shown
 from ray_dfml.types import ImageSpec, TeacherCard
@@ -94,8 +104,9 @@ class Pool:
     def load(self, id: str) -> tuple[np.ndarray, np.ndarray]:
         """Weights `[p]` and running batch-norm statistics `[k]`, float32, laid out as `net(...)` of the teacher's card.
 
-        Access, sha256, sizes, dtypes, names and shapes are checked first, then NaN, infinity and negative variances.
-        Raises RejectedError, which begins with the id.
+        These are the weights whatever the access; the shard that runs them sees to it. sha256, sizes, dtypes, names and
+        shapes are checked first, then NaN, infinity and negative variances. Raises RejectedError, which begins with the
+        id, also for a service, which has no weights here.
         """
         entry = self.entry(id)
         try:
@@ -105,8 +116,8 @@ class Pool:
         return theta.numpy(), stats.numpy()
 
     def _tensors(self, entry: Entry) -> dict[str, Tensor]:
-        if entry.access != "weights" or entry.weights is None:
-            raise RejectedError(f"access {entry.access!r} is not supported by this version")
+        if entry.weights is None:
+            raise RejectedError("is a service, which gives no weights")
         file = self.path / entry.weights
         if not file.resolve().is_relative_to(self.path.resolve()):
             raise RejectedError(f"{entry.weights} leaves the pool folder")
@@ -116,7 +127,7 @@ class Pool:
             raise RejectedError(
                 f"{entry.weights} has sha256 {found[:12]}.., pool.yaml says {(entry.sha256 or '')[:12]}.."
             )
-        tensors = weights_file.fit(weights_file.from_safetensors(data), entry.arch, entry.image, len(entry.classes))
+        tensors = _fit(entry, weights_file.from_safetensors(data))
         weights_file.check_values(tensors)
         return tensors
 
@@ -131,6 +142,7 @@ class Pool:
         accuracy: Mapping[str, float | None] | None,
         source: str,
         authorization: str = "",
+        questions: Questions = WEIGHTS,
     ) -> None:
         """Add a teacher: write `weights/ID.safetensors`, then the manifest. `cards` then shows what is on disk.
 
@@ -139,14 +151,13 @@ class Pool:
         leaves the manifest as it was. Comments in a hand-written manifest are lost. Raises UsageError for a value that
         the manifest cannot hold or an id that is taken, and RejectedError for tensors that `load` would refuse.
         """
-        entry = make_entry(id, arch, image, classes, accuracy, source, authorization)
+        entry = make_entry(id, arch, image, classes, accuracy, source, authorization, questions)
         self._add(entry, tensors)
 
     def _add(self, entry: Entry, tensors: Mapping[str, Tensor], *, run: bool = False) -> None:
         id = entry.id
         try:
-            fitted = weights_file.fit(tensors, entry.arch, entry.image, len(entry.classes))
-            fitted = {name: tensor.detach().float() for name, tensor in fitted.items()}
+            fitted = {name: tensor.detach().float() for name, tensor in _fit(entry, tensors).items()}
             weights_file.check_values(fitted)
             if run:
                 _probe(entry, fitted)
@@ -169,8 +180,11 @@ class Pool:
         self._set(entries)
 
     def sha256(self) -> str:
-        """The hash of the whole pool, in hex: of all entries of its manifest, sorted by id, with the files' sha256."""
-        lines = (self._entries[id].model_dump_json() for id in sorted(self._entries))
+        """The hash of the whole pool, in hex: of all entries of its manifest, sorted by id, with the files' sha256.
+
+        Keys, prices, budgets and limits do not count, so that they may change while a run goes on.
+        """
+        lines = (self._entries[id].model_dump_json(exclude=CHANGEABLE) for id in sorted(self._entries))
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
     def check(self) -> list[dict[str, Any]]:
@@ -212,8 +226,14 @@ def _check_empty(path: Path) -> None:
         raise UsageError(f"{path}: is not an empty folder; choose a new one")
 
 
+def _fit(entry: Entry, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    card = entry.inside
+    return weights_file.fit(tensors, card.arch, card.image, len(card.classes))
+
+
 def _flat(entry: Entry, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-    parameters, statistics = weights_file.parts(entry.arch, entry.image, len(entry.classes))
+    card = entry.inside
+    parameters, statistics = weights_file.parts(card.arch, card.image, len(card.classes))
     return parameters.flatten(tensors), statistics.flatten(tensors)
 
 
@@ -227,8 +247,9 @@ def _odd_accuracy(entry: Entry) -> list[str]:
 def _probe(entry: Entry, tensors: Mapping[str, Tensor]) -> list[str]:
     """Run a teacher. Returns notes on what is odd about it, and raises RejectedError (without the id) if it is bad."""
     theta, stats = _flat(entry, tensors)
-    spec, ways = entry.image, len(entry.classes)
-    model = net(entry.arch, spec.shape, ways)
+    card = entry.inside
+    spec, ways = card.image, len(card.classes)
+    model = net(card.arch, spec.shape, ways)
     rng = torch.Generator().manual_seed(0)
     mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (spec.mean, spec.std))
     try:
@@ -268,6 +289,7 @@ def add_file(
     accuracy: float | None = None,
     source: str = "",
     authorization: str = "",
+    questions: Questions = WEIGHTS,
 ) -> Added:
     """Add a teacher from a file of weights (safetensors, or what `torch.save` wrote), after running it once.
 
@@ -291,7 +313,7 @@ def add_file(
     )
     reported = {} if accuracy is None else {"reported": float(accuracy)}
     id = _id_of(weights) if id is None else id
-    entry = make_entry(id, arch, image, classes, reported, source, authorization)
+    entry = make_entry(id, arch, image, classes, reported, source, authorization, questions)
     found = foreign.read(weights, arch, image, len(classes))
     pool._add(entry, found.tensors, run=True)
     return Added(id, found.notes)

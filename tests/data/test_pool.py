@@ -162,7 +162,7 @@ def test_unknown_id(pool):
         ({"access": "root"}, "teachers[1].access: input should be 'weights', 'logits', 'probs' or 'label', got 'root'"),
         ({"accuracy": {"reported": 101.0}}, "teachers[1].accuracy.reported: input should be less than or equal to 100"),
         ({"sha256": "abc"}, "teachers[1].sha256: string should match pattern"),
-        ({"sha256": None}, "teachers[1].sha256: required where access is 'weights'"),
+        ({"sha256": None}, "teachers[1].sha256: required where there is no api"),
         (
             {"weights": "../../etc/x.safetensors"},
             "teachers[1].weights: '../../etc/x.safetensors' leaves the pool folder",
@@ -312,17 +312,3 @@ def test_check_survives_any_file(pool):
         assert not first["ok"]
         assert first["reason"]
         assert second["ok"]
-
-
-def test_other_access_is_listed_but_not_loaded(pool):
-    add(pool, "c")
-    edit(pool, 1, access="label", weights=None, sha256=None)
-    edit(pool, 2, access="probs")
-    found = Pool.open(pool.path)
-    assert [card.access for card in found.cards] == ["weights", "label", "probs"]
-    assert [result["reason"] for result in found.check()][1:] == [
-        "access 'label' is not supported by this version",
-        "access 'probs' is not supported by this version",
-    ]
-    with pytest.raises(RejectedError, match=r"^c: access 'probs' is not supported by this version"):
-        found.load("c")
