@@ -3,9 +3,8 @@
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import yaml
 from pydantic import (
@@ -18,17 +17,20 @@ from pydantic import (
     ValidationInfo,
     field_validator,
     model_serializer,
+    model_validator,
 )
 
 from ray_dfml import yaml_text
 from ray_dfml.core.backbones import known_arch
 from ray_dfml.data import weights_file
-from ray_dfml.data.api import Api
+from ray_dfml.data.services import Api, Terms
 from ray_dfml.errors import RejectedError, UsageError
 from ray_dfml.files import is_readable, shown
 from ray_dfml.types import Access, ImageSpec, TeacherCard
 
 MANIFEST = "pool.yaml"
+FREE = Terms()
+"""The terms of a teacher that may be asked without end and for nothing."""
 MANIFEST_BYTES = 64 << 20
 """Size of the largest manifest that is parsed."""
 
@@ -91,7 +93,7 @@ class Accuracy(_Strict):
     """of the weights that are saved"""
 
 
-class Entry(_Strict):
+class Entry(Terms, _Strict):
     """One teacher of `pool.yaml`: weights in the pool, or a prediction service.
 
     Where `access` is not `weights`, the teacher is only asked, even if its weights are here. A service needs no
@@ -116,19 +118,14 @@ class Entry(_Strict):
     accuracy: Accuracy = Accuracy()
     source: Text = ""
     authorization: Text = ""
-    decimals: int | None = Field(default=None, ge=1, le=7)
-    """decimals to which probabilities are rounded"""
-    top_k: int | None = Field(default=None, ge=1)
-    """how many probabilities are answered, the largest ones; the others are 0"""
-    price: float | None = Field(default=None, ge=0, allow_inf_nan=False)
-    """money for one image"""
-    budget: int | None = Field(default=None, ge=1)
-    """the most images that a run may send"""
 
     @model_serializer(mode="wrap")
     def _short(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Leave out what an entry does not say of questions and services."""
-        return {key: value for key, value in handler(self).items() if value is not None or key not in _OF_QUESTIONS}
+        """The terms come last, and what an entry does not say of them is left out."""
+        found = handler(self)
+        terms = {key: found.pop(key) for key in Terms.model_fields if key in found}
+        said = {key: value for key, value in terms.items() if value != Terms.model_fields[key].default}
+        return {key: value for key, value in found.items() if key != "api" or value is not None} | said
 
     @field_validator("api")
     @classmethod
@@ -147,17 +144,17 @@ class Entry(_Strict):
             raise ValueError("a service has none; leave it out")
         return value
 
-    @field_validator("decimals", "top_k")
-    @classmethod
-    def _of_probabilities(cls, value: int | None, info: ValidationInfo) -> int | None:
-        if value is None or "access" not in info.data:
-            return value
-        if info.data["access"] != "probs":
-            raise ValueError(f"for access 'probs' only; access is {info.data['access']!r}")
-        known = len(info.data.get("classes", ()))
-        if info.field_name == "top_k" and value > known:
-            raise ValueError(f"there are {known} classes, got {value}")
-        return value
+    @model_validator(mode="after")
+    def _terms_fit(self) -> Self:
+        for name in ("decimals", "top_k"):
+            if getattr(self, name) is not None and self.access != "probs":
+                raise ValueError(f"{name}: for access 'probs' only; access is {self.access!r}")
+        if self.top_k is not None and self.top_k > len(self.classes):
+            raise ValueError(f"top_k: there are {len(self.classes)} classes, got {self.top_k}")
+        batch = self.api.batch if self.api is not None and self.api.adapter != "hf-image-classification" else 1
+        if self.budget is not None and self.budget < batch:
+            raise ValueError(f"budget: {self.budget} is below one batch of {batch} images; lower api.batch")
+        return self
 
     @field_validator("mean", "std")
     @classmethod
@@ -217,26 +214,11 @@ class Entry(_Strict):
         )
 
 
-CHANGEABLE: dict[str, Any] = {"price": True, "budget": True, "api": {"key_env", "rate", "concurrency", "batch"}}
+CHANGEABLE: dict[str, Any] = {
+    **dict.fromkeys(("price", "budget", "money"), True),
+    "api": {"key_env", "rate", "concurrency", "batch", "timeout", "binary"},
+}
 """Fields of an entry that decide no answer."""
-
-_OF_QUESTIONS = ("api", "decimals", "top_k", "price", "budget")
-"""Fields that only entries which are asked have."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Questions:
-    """How much of a teacher is given away, and for how much. The fields are those of `Entry`."""
-
-    access: Access = "weights"
-    decimals: int | None = None
-    top_k: int | None = None
-    price: float | None = None
-    budget: int | None = None
-
-
-WEIGHTS = Questions()
-"""The terms of a teacher whose weights may be used, and which may be asked without end and for nothing."""
 
 
 class _Manifest(_Strict):
@@ -252,12 +234,14 @@ def make_entry(
     accuracy: Mapping[str, float | None] | None,
     source: str,
     authorization: str,
-    questions: Questions = WEIGHTS,
+    access: Access = "weights",
+    terms: Terms = FREE,
 ) -> Entry:
     """The entry of a teacher whose file has yet to be written (`sha256` is all zeros). Raises UsageError."""
     fields = {
         "id": id,
-        **asdict(questions),
+        "access": access,
+        **terms.model_dump(),
         "weights": "weights/unwritten.safetensors",
         "sha256": "0" * 64,
         "arch": arch,

@@ -20,18 +20,18 @@ from ray_dfml.core.net import net
 from ray_dfml.data import foreign, weights_file
 from ray_dfml.data.manifest import (
     CHANGEABLE,
+    FREE,
     MANIFEST,
-    WEIGHTS,
     Entry,
-    Questions,
     is_id,
     make_entry,
     read_manifest,
     write_manifest,
 )
+from ray_dfml.data.services import Terms
 from ray_dfml.errors import RejectedError, ResourceError, UsageError, did_you_mean
 from ray_dfml.files import resolved, shown
-from ray_dfml.types import ImageSpec, TeacherCard
+from ray_dfml.types import Access, ImageSpec, TeacherCard
 
 __all__ = ["Entry", "Pool", "add_file"]
 
@@ -142,7 +142,8 @@ class Pool:
         accuracy: Mapping[str, float | None] | None,
         source: str,
         authorization: str = "",
-        questions: Questions = WEIGHTS,
+        access: Access = "weights",
+        terms: Terms = FREE,
     ) -> None:
         """Add a teacher: write `weights/ID.safetensors`, then the manifest. `cards` then shows what is on disk.
 
@@ -151,7 +152,7 @@ class Pool:
         leaves the manifest as it was. Comments in a hand-written manifest are lost. Raises UsageError for a value that
         the manifest cannot hold or an id that is taken, and RejectedError for tensors that `load` would refuse.
         """
-        entry = make_entry(id, arch, image, classes, accuracy, source, authorization, questions)
+        entry = make_entry(id, arch, image, classes, accuracy, source, authorization, access, terms)
         self._add(entry, tensors)
 
     def _add(self, entry: Entry, tensors: Mapping[str, Tensor], *, run: bool = False) -> None:
@@ -289,7 +290,8 @@ def add_file(
     accuracy: float | None = None,
     source: str = "",
     authorization: str = "",
-    questions: Questions = WEIGHTS,
+    access: Access = "weights",
+    terms: Terms = FREE,
 ) -> Added:
     """Add a teacher from a file of weights (safetensors, or what `torch.save` wrote), after running it once.
 
@@ -313,7 +315,7 @@ def add_file(
     )
     reported = {} if accuracy is None else {"reported": float(accuracy)}
     id = _id_of(weights) if id is None else id
-    entry = make_entry(id, arch, image, classes, reported, source, authorization, questions)
+    entry = make_entry(id, arch, image, classes, reported, source, authorization, access, terms)
     found = foreign.read(weights, arch, image, len(classes))
     pool._add(entry, found.tensors, run=True)
     return Added(id, found.notes)

@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from ray_dfml.data.manifest import Questions
 from ray_dfml.data.pool import Pool
+from ray_dfml.data.services import Terms
 from ray_dfml.errors import RejectedError, UsageError
 from tests.data.pools import CLASSES, IMAGE, add, edit, state, two_teachers
 
@@ -25,7 +25,7 @@ def pool(tmp_path: Path) -> Pool:
 
 def test_a_wrapped_model_shows_neither_architecture_nor_normalisation(pool: Pool) -> None:
     """Its card is that of a service, and the shard's card has all."""
-    add(pool, "c", state(2), questions=Questions(access="probs", decimals=2, top_k=2, price=0.01, budget=500))
+    add(pool, "c", state(2), access="probs", terms=Terms(decimals=2, top_k=2, price=0.01, budget=500))
     found = Pool.open(pool.path)
     card, entry = found.cards[-1], found.entry("c")
     assert (card.access, card.arch, card.image.mean, card.image.std) == ("probs", "", (0.0,), (1.0,))
@@ -53,17 +53,21 @@ def test_a_service_is_listed_and_has_no_weights(pool: Pool) -> None:
         ({"arch": "conv4"}, ".arch: a service has none; leave it out"),
         ({"mean": [0.5]}, ".mean: a service has none; leave it out"),
         ({"classes": ["x", "y", "x"]}, ".classes: class 'x' appears twice"),
-        ({"decimals": 2, "access": "label"}, ".decimals: for access 'probs' only; access is 'label'"),
-        ({"top_k": 4}, ".top_k: there are 3 classes, got 4"),
+        ({"decimals": 2, "access": "label"}, ": decimals: for access 'probs' only; access is 'label'"),
+        ({"top_k": 4}, ": top_k: there are 3 classes, got 4"),
         ({"budget": 0}, ".budget: input should be greater than or equal to 1, got 0"),
+        ({"budget": 249}, ": budget: 249 is below one batch of 250 images; lower api.batch"),
         ({"price": -1.0}, ".price: input should be greater than or equal to 0, got -1.0"),
-        ({"api": API | {"url": "http://host/path"}}, ".api.url: http sends images and keys to host in clear text"),
-        ({"api": API | {"url": "https://user:word@host"}}, ".api.url: an address may hold no user, password"),
-        ({"api": API | {"url": "https://host?key=1"}}, ".api.url: an address may hold no user, password"),
-        ({"api": API | {"url": "ftp://host"}}, ".api.url: not an address"),
+        (
+            {"api": API | {"url": "http://host/path"}},
+            ".api.url: http to host would send images and key in the open",
+        ),
+        ({"api": API | {"url": "https://user:word@host"}}, ".api.url: an address holds no user or password"),
+        ({"api": API | {"url": "https://host?key=1"}}, ".api.url: an address holds no"),
+        ({"api": API | {"url": "ftp://host"}}, ".api.url: expected an address"),
         ({"api": API | {"url": "https://host:port"}}, ".api.url: not an address"),
-        ({"api": API | {"key_env": "sk-12345"}}, ".api.key_env: expected the NAME of an environment variable"),
-        ({"api": API | {"key_env": "hf_AbCd12"}}, ".api.key_env: expected the NAME of an environment variable"),
+        ({"api": API | {"key_env": "sk-12345"}}, ".api.key_env: expected the name of an environment variable"),
+        ({"api": API | {"key_env": "hf_AbCd12"}}, ".api.key_env: expected the name of an environment variable"),
         ({"api": API | {"key": "12345"}}, ".api.key: unknown key"),
         ({"api": API | {"concurrency": 0}}, ".api.concurrency: input should be greater than or equal to 1, got 0"),
     ],
@@ -94,7 +98,14 @@ def test_an_entry_without_questions_is_written_as_before(pool: Pool) -> None:
 def test_terms_may_change_and_answers_not(pool: Pool) -> None:
     edit(pool, 1, **SERVICE)
     before = Pool.open(pool.path).sha256()
-    edit(pool, 1, budget=10, price=0.5, api=API | {"key_env": "KEY", "rate": 5.0, "concurrency": 7, "batch": 9})
+    edit(
+        pool,
+        1,
+        budget=10,
+        money=3.0,
+        price=0.5,
+        api=API | {"key_env": "KEY", "rate": 5.0, "concurrency": 7, "batch": 9},
+    )
     assert Pool.open(pool.path).sha256() == before
     edit(pool, 1, api=API | {"model": "other"})
     assert Pool.open(pool.path).sha256() != before
@@ -102,5 +113,5 @@ def test_terms_may_change_and_answers_not(pool: Pool) -> None:
 
 def test_add_refuses_terms_that_cannot_hold(pool: Pool) -> None:
     with pytest.raises(UsageError, match=r"^decimals: for access 'probs' only"):
-        add(pool, "c", state(2), questions=Questions(access="label", decimals=3))
+        add(pool, "c", state(2), access="label", terms=Terms(decimals=3))
     assert len(Pool.open(pool.path).cards) == 2
