@@ -332,3 +332,61 @@ def test_a_damaged_table_of_episodes_is_named_in_one_line(tmp_path, content):
 def test_a_folder_without_a_run(tmp_path):
     with pytest.raises(UsageError, match="not a run folder"):
         compare([make(tmp_path / "a", {"free/last": FREE}), tmp_path])
+
+
+def test_each_method_is_compared_with_the_control_beside_the_best_baseline(tmp_path):
+    """Over the control by 0, -2, 2, 0 points: mean 0, standard deviation sqrt(2)."""
+    control = [50.0, 62.0, 68.0, 80.0]
+    runs = [
+        make(tmp_path / "free", {"free/last": FREE, "random/last": RANDOM}),
+        make(tmp_path / "average", {"average/last": [99.0] * 4}, name="average"),
+        make(tmp_path / "control", {"no-pool/last": control}, name="no-pool"),
+    ]
+    rows = compare(runs).rows
+    free, own = row_of(rows, "free"), row_of(rows, "no-pool")
+    assert (free["over_control"], free["control"]) == (0.0, f"no-pool/last of {runs[2]}")
+    assert free["over_control_ci95"] == pytest.approx(1.96 * 2**0.5 / 2, abs=1e-4)
+    assert free["against"] == f"average/last of {runs[1]}"
+    assert row_of(rows, "random")["over_control"] == -35.0
+    assert (own["over_control"], own["control"], own["difference"]) == (None, None, -34.0)
+    assert {row["control"] for row in compare(runs[:2]).rows} == {None}
+
+
+def test_the_control_is_the_best_of_those_that_adapt_alike(tmp_path):
+    """A better control with another head is no measure of what the teachers add, unless there is no other."""
+    runs = [
+        make(tmp_path / "free", {"free/last": FREE}),
+        make(tmp_path / "low", {"no-pool/last": RANDOM}, name="no-pool"),
+        make(tmp_path / "same", {"no-pool/last": AVERAGE}, name="no-pool", settings=["method.images=shapes"]),
+        make(tmp_path / "head", {"no-pool/last": FREE}, name="no-pool", settings=["learner.head=protonet"]),
+        make(tmp_path / "test", {"no-pool/test-best": [90.0] * 4}, name="no-pool", settings=["method.classes=99"]),
+    ]
+    free = row_of(compare(runs).rows, "free")
+    assert (free["over_control"], free["control"]) == (10.0, f"no-pool/last of {runs[2]}")
+    free = row_of(compare([runs[0], runs[3]]).rows, "free")
+    assert (free["over_control"], free["control"]) == (0.0, f"no-pool/last of {runs[3]}")
+    assert free["note"] == (
+        "adapts with other learner.head than the reference; adapts with other learner.head than no-pool"
+    )
+
+
+def test_a_control_of_several_seeds_is_averaged_in_each_episode(tmp_path):
+    runs = [
+        make(tmp_path / "free", {"free/last": FREE}),
+        make(tmp_path / "a", {"no-pool/last": AVERAGE}, name="no-pool", seed=0),
+        make(tmp_path / "b", {"no-pool/last": RANDOM}, name="no-pool", seed=1),
+    ]
+    rows = compare(runs).rows
+    free = row_of(rows, "free")
+    assert (free["over_control"], free["control"]) == (22.5, f"2 seeds of no-pool/last of {runs[1]}")
+    seeds = [row for row in rows if row["method"] == "no-pool"]
+    assert [row["over_control"] for row in seeds] == [None, None, None]
+
+
+def test_a_control_without_its_episodes_is_not_used(tmp_path):
+    runs = [
+        make(tmp_path / "free", {"free/last": FREE}),
+        make(tmp_path / "a", {"no-pool/last": AVERAGE}, name="no-pool"),
+    ]
+    (runs[1] / "episodes.parquet").unlink()
+    assert row_of(compare(runs).rows, "free")["over_control"] is None

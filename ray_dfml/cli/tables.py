@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from ray_dfml import report
 from ray_dfml.compare import BASELINES, KEYS, Comparison
+from ray_dfml.methods import CONTROL
 
 
 class Section(NamedTuple):
@@ -26,6 +27,8 @@ FOOT = (
     "Difference, in points: mean over episodes of the difference in each episode to the best baseline of the table "
     f"({', '.join(BASELINES)}; not chosen on test), ± 1.96 of its standard deviations / sqrt(episodes). Several seeds "
     "are averaged in each episode first.",
+    f"Over {CONTROL}: the same difference to the best learner that was trained without a teacher, among those that "
+    "adapt alike. What a method gains over it comes from its teachers.",
     "Recover and total: seconds in jobs of recovery and in all rounds. Step: step size of the adaptation at test. "
     "maml-oracle sees real images: it is a ceiling, not a baseline.",
 )
@@ -39,6 +42,7 @@ def sections(found: Comparison) -> list[Section]:
         cells = [_cells(row) for row in rows]
         heads = [head for head in cells[0] if any(row[head] for row in cells)]
         remarks = [f"Difference to {name}." for name in dict.fromkeys(row["against"] for row in rows) if name]
+        remarks += [f"Over {CONTROL}: {name}." for name in dict.fromkeys(row["control"] for row in rows) if name]
         remarks += [f"{note}." for where, note in found.notes if where == place]
         made.append(Section(_title(rows[0]), remarks, heads, [[row[head] for head in heads] for row in cells]))
     return made
@@ -70,6 +74,7 @@ def _cells(row: Mapping[str, Any]) -> dict[str, str]:
         "accuracy, %": interval(row["mean"], row["ci95"], ".2f"),
         "sd of seeds": show(row["sd"], ".2f"),
         "difference": interval(row["difference"], row["difference_ci95"], "+.2f"),
+        f"over {CONTROL}": interval(row["over_control"], row["over_control_ci95"], "+.2f"),
         "step": ", ".join(f"{step:g}" for step in row["steps"]),
         "rounds": show(row["rounds"], "g"),
         "recover, s": show(row["recover_seconds"], ".1f"),

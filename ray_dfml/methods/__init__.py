@@ -2,17 +2,21 @@
 
 from typing import Any
 
-from ray_dfml.methods import baselines, bidf, dro, free, oracle, ota, purer
+from ray_dfml.methods import baselines, bidf, dro, free, no_pool, oracle, ota, purer
 from ray_dfml.methods.base import Method
 
 UNTRAINED = "random"
 """The method that trains nothing. Every run scores it beside its own method, so that no number stands alone."""
+
+CONTROL = "no-pool"
+"""The method that has no teacher. Reports show what each method gains over it, where it was run."""
 
 METHODS: dict[str, Method[Any]] = {
     "free": free.METHOD,
     "purer": purer.METHOD,
     "bidf-mkd": bidf.METHOD,
     UNTRAINED: baselines.RANDOM,
+    CONTROL: no_pool.METHOD,
     "best-model": baselines.BEST_MODEL,
     "average": baselines.AVERAGE,
     "ota": ota.METHOD,

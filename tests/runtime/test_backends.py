@@ -120,7 +120,7 @@ def test_a_refused_teacher_is_a_result(backend: RayBackend, inputs: driver.Input
     assert is_teacher(results[1], inputs, ids[1])
 
 
-@pytest.mark.parametrize("method", ["random", "best-model", "average", "ota", "dro", "maml-oracle"])
+@pytest.mark.parametrize("method", ["random", "no-pool", "best-model", "average", "ota", "dro", "maml-oracle"])
 def test_a_baseline_has_the_same_bits_on_shards(
     backend: RayBackend, inputs: driver.Inputs, toy_pool: Path, toy_data: str, method: str
 ) -> None:

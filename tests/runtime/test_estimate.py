@@ -32,7 +32,7 @@ def test_every_method_has_rounds_and_minutes_of_test(inputs: Inputs, name: str) 
     found = planned(inputs, name)
     assert (found["method"], found["teachers"], found["rejected teachers"]) == (name, 4, 0)
     assert found["rounds"] == toy.config(name, None, None).method.rounds
-    trained = name in ("free", "purer", "bidf-mkd", "maml-oracle")
+    trained = name in ("free", "purer", "bidf-mkd", "no-pool", "maml-oracle")
     assert ("training minutes" in found) == ("meta-updates" in found) == trained
 
 

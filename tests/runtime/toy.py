@@ -57,9 +57,14 @@ BIDF = (
 
 DRO = ("method.rounds=2", "method.steps_per_round=3", "method.hidden=16", "method.chunk=2048")
 
+NO_POOL = (
+    "method.rounds=2", "method.updates_per_round=3", "method.classes=6", "method.images_per_class=4",
+    "method.replay.shot=1", "method.replay.query=3", "method.replay.tasks=3", "method.replay.inner_steps=2",
+)  # fmt: skip
+
 SETTINGS: dict[str, tuple[str, ...]] = {
     "free": FREE + EVAL, "maml-oracle": ORACLE + EVAL, "purer": PURER + EVAL, "bidf-mkd": BIDF + EVAL,
-    "dro": DRO + EVAL,
+    "dro": DRO + EVAL, "no-pool": NO_POOL + EVAL,
 }  # fmt: skip
 """Method -> its small settings; the baselines have only those of the test."""
 
