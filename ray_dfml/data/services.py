@@ -7,6 +7,7 @@ it.
 import hashlib
 import ipaddress
 import json
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -31,6 +32,9 @@ PLACEHOLDERS = ("$nested", "$flat", "$png_b64")
 
 KEY = "$KEY"
 """What stands in a header of `json` where the key goes."""
+
+_ANSWERING = {"url", "adapter", "model", "output", "layout", "mean", "std", "template"}
+"""Fields of an Api on which answers depend."""
 
 _VARIABLE = re.compile(r"[A-Z_][A-Z0-9_]{0,127}")
 _SECRET = re.compile(r"auth|key|token|secret|password|signature|\bsig\b|cookie", re.IGNORECASE)
@@ -103,6 +107,13 @@ def places(body: Any) -> Iterator[str]:
             yield from places(value)
 
 
+def repeats(body: Any) -> bool:
+    """Whether the placeholder of a body stands in a list that holds nothing else, and so can be many."""
+    if isinstance(body, list):
+        return (len(body) == 1 and any(places(body))) or any(map(repeats, body))
+    return isinstance(body, dict) and any(map(repeats, body.values()))
+
+
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
@@ -120,6 +131,11 @@ class Template(_Strict):
     form: Form
     scale: float = Field(default=1.0, gt=0, allow_inf_nan=False)
     """factor of the pixels of `$nested` and `$flat`: 255 for a service that takes 0 to 255"""
+
+    @property
+    def repeats(self) -> bool:
+        """Whether a request can hold several images."""
+        return repeats(self.body)
 
     @model_validator(mode="after")
     def _one_place(self) -> Self:
@@ -146,6 +162,9 @@ class Api(_Strict):
     binary: Binary = "auto"
     layout: Literal["nchw", "nhwc"] = "nchw"
     """order of the dimensions of the images that are sent, unless they are PNG"""
+    mean: list[float] | None = None
+    """per channel, for a service that takes (pixels - mean) / std, pixels in [0, 1]"""
+    std: list[float] | None = None
     key_env: Annotated[str, AfterValidator(_variable)] | None = None
     """environment variable that holds the key"""
     rate: float | None = Field(default=None, gt=0, allow_inf_nan=False)
@@ -161,6 +180,12 @@ class Api(_Strict):
 
     @model_validator(mode="after")
     def _fits_the_adapter(self) -> Self:
+        if (self.mean is None) != (self.std is None) or len(self.mean or []) != len(self.std or []):
+            raise ValueError("mean and std go together, a value for each channel")
+        if not all(map(math.isfinite, (self.mean or []) + (self.std or []))) or not all(x > 0 for x in self.std or []):
+            raise ValueError("expected finite numbers for mean, and positive ones for std")
+        if self.mean is not None and (self.datatype == "UINT8" or self.adapter == "hf-image-classification"):
+            raise ValueError("images of 8 bits are sent as they are; leave mean and std out")
         if self.adapter == "oip" and not (self.model and self.output):
             raise ValueError("adapter oip needs model and output, the name of the tensor that holds the answers")
         if (self.adapter == "json") != (self.template is not None):
@@ -209,7 +234,7 @@ class Asked:
     @property
     def identity(self) -> bytes:
         """sha256 of all that an answer depends on but the image; limits, prices and the key's name do not count."""
-        api = self.api and self.api.model_dump(include={"url", "adapter", "model", "output", "layout", "template"})
+        api = self.api and self.api.model_dump(include=_ANSWERING)
         image = self.card.image.values()
         parts = [self.card.id, self.card.sha256, self.card.access, self.card.classes, image, api]
         text = json.dumps([*parts, self.terms.decimals, self.terms.top_k], sort_keys=True)
