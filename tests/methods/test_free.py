@@ -76,6 +76,26 @@ def test_teachers_are_drawn_uniformly_and_with_replacement():
     assert any(len(set(plan)) < 4 for plan in plans)
 
 
+def test_in_turns_no_teacher_comes_twice_before_all_came_once():
+    """Rounds of two and of four teachers of a pool of three: whole cycles, in orders that differ."""
+    for count in (2, 4):
+        cfg = small_config(teachers_per_round=count, draws="turns")
+        visits = [job.teacher for r in range(12) for job in free.plan(cfg, WORLD, {}, r)]
+        cycles = [tuple(visits[i : i + 3]) for i in range(0, len(visits), 3)]
+        assert {frozenset(cycle) for cycle in cycles} == {frozenset(card.id for card in WORLD.cards)}
+        assert len(set(cycles)) > 2
+        assert visits != [job.teacher for r in range(12) for job in free.plan(cfg, small_world(seed=1), {}, r)]
+    jobs = free.plan(cfg, WORLD, {}, 3)
+    assert jobs == free.plan(cfg, WORLD, {}, 3)
+    assert [job.seed for job in jobs] == [seeds.derive(0, 3, "recover", j) for j in range(4)]
+
+
+def test_turns_go_on_without_a_rejected_teacher():
+    cfg, left = small_config(teachers_per_round=4, draws="turns"), replace(WORLD, cards=WORLD.cards[1:])
+    visits = [job.teacher for r in range(5) for job in free.plan(cfg, left, {}, r)]
+    assert [visits.count(card.id) for card in left.cards] == [10, 10]
+
+
 def test_a_sequential_generator_goes_through_the_same_teachers_one_by_one(device: torch.device):
     meta, sequential = (small_config(teachers_per_round=3, generator_sharing=s) for s in ("meta", "sequential"))
     assert free.plan(sequential, WORLD, {}, 5) == []

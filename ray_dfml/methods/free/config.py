@@ -20,8 +20,10 @@ class Config(InversionConfig):
     warmup: int = Field(
         default=19, ge=0, description="First rounds that train the generator only, without the adversarial term."
     )
-    teachers_per_round: int = Field(
-        default=4, ge=1, description="b: teachers inverted in a round, drawn with replacement."
+    teachers_per_round: int = Field(default=4, ge=1, description="b: teachers inverted in a round.")
+    draws: Literal["replacement", "turns"] = Field(
+        "replacement",
+        description="How they are drawn: each by itself (paper, code), or in random order, none twice before all once.",
     )
     steps: int = Field(default=5, ge=0, description="k: adaptation steps of (Z, theta_G) to one teacher.")
     lr_generator: float = Field(default=1e-3, ge=0, description="Inner Adam step size of theta_G.")

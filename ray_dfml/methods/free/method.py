@@ -65,7 +65,7 @@ def init(cfg: Config, world: World) -> State:
 
 
 def plan(cfg: Config, world: World, state: State, r: int) -> list[Job]:
-    """Jobs for b teachers, drawn with replacement.
+    """Jobs for b teachers, drawn as `draws` says.
 
     There are none for a sequential generator, whose jobs `learn` sends one by one.
     """
@@ -73,12 +73,25 @@ def plan(cfg: Config, world: World, state: State, r: int) -> list[Job]:
 
 
 def _drawn(cfg: Config, world: World, r: int) -> list[Job]:
-    rng = seeds.rng(world.seed, r, "plan")
-    picks = torch.randint(len(world.cards), (cfg.teachers_per_round,), generator=rng).tolist()
+    count = cfg.teachers_per_round
+    if cfg.draws == "turns":
+        picks = [_in_turn(world, place) for place in range(r * count, (r + 1) * count)]
+    else:
+        rng = seeds.rng(world.seed, r, "plan")
+        picks = torch.randint(len(world.cards), (count,), generator=rng).tolist()
     return [
         teacher_job(world.cards[i], index=j, seed=seeds.derive(world.seed, r, "recover", j), values={})
         for j, i in enumerate(picks)
     ]
+
+
+def _in_turn(world: World, place: int) -> int:
+    """The teacher at a place of a sequence in which all teachers follow one another in one random order after another.
+
+    If a teacher is rejected on the way, the sequence goes on as that of the others.
+    """
+    cycle, within = divmod(place, len(world.cards))
+    return int(torch.randperm(len(world.cards), generator=seeds.rng(world.seed, cycle, "turns"))[within])
 
 
 def shared(cfg: Config, world: World, state: State, r: int) -> Arrays:
