@@ -18,10 +18,7 @@ from ray_dfml.errors import did_you_mean
 
 
 class Backbone(Protocol):
-    """A classifier without weights.
-
-    A network of another library can be wrapped as a backbone whose `features` reads its weights from `layers.tensors`.
-    """
+    """A classifier without weights, up to its linear head."""
 
     parameters: Shapes
     """Names and shapes of the trainable tensors. The last two are `head.weight` [q f] and `head.bias` [q]."""

@@ -90,6 +90,10 @@ class Layers:
         """Images or convolution weights, unchanged in value, in the memory layout that is fastest in this call."""
         return channels_last(x) if self.first_order else x
 
+    def keep(self, name: str, x: Tensor) -> None:
+        """Keep the moments of what a batch norm gets in `captured`."""
+        self._keep(name, *self._moments(x), None)
+
     def _affine(self, name: str, shift: Tensor | None) -> tuple[Tensor, Tensor]:
         """Scale and offset [c] of a batch norm with given statistics, whose layer before left out its bias `shift`."""
         assert self.given is not None

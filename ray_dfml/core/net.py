@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from ray_dfml.core.backbones import BACKBONES, Backbone
+from ray_dfml.core.hub import HubNet, is_hub
 from ray_dfml.core.layers import Layers, Shapes, statistics_shapes
 from ray_dfml.core.weights import Layout
 
@@ -22,14 +23,22 @@ class Net:
 
     Every call takes `first_order`. True promises that at most one backward pass follows and that the call is not under
     `vmap`. The call is then about twice as fast on a CPU, and its results differ by rounding only.
+
+    A network of another library (`core.hub`) can be a teacher. It has no `features`, no `split` and no `init`, and it
+    needs `stats` if it has batch norms.
     """
 
     def __init__(self, arch: str, shape: tuple[int, int, int], ways: int) -> None:
-        if arch not in BACKBONES:
-            raise KeyError(f"unknown architecture {arch!r}; known: {', '.join(BACKBONES)}")
         self.arch, self.shape, self.ways = arch, shape, ways
-        self.backbone = BACKBONES[arch](*shape, ways)
-        self.layout, self.stats_layout = layouts(self.backbone)
+        self.network = built(arch, shape, ways)
+        self.layout, self.stats_layout = layouts(self.network)
+
+    @property
+    def backbone(self) -> Backbone:
+        """The part below the linear head. Raises TypeError for a network of another library."""
+        if isinstance(self.network, HubNet):
+            raise TypeError(f"{self.arch} can be a teacher only: it has no backbone of its own")
+        return self.network
 
     def _layers(self, theta: Tensor, stats: Tensor | None, *, capture: bool = False, first_order: bool) -> Layers:
         given = None if stats is None else self.stats_layout.unflatten(stats)
@@ -37,8 +46,12 @@ class Net:
 
     def __call__(self, theta: Tensor, x: Tensor, stats: Tensor | None = None, *, first_order: bool = False) -> Tensor:
         """Logits [n q]. Batch norm uses `stats` if they are given, else the batch's own statistics (transductive)."""
-        layers = self._layers(theta, stats, first_order=first_order)
-        return layers.linear("head", self.backbone.features(layers, x))
+        return self._logits(self._layers(theta, stats, first_order=first_order), x)
+
+    def _logits(self, layers: Layers, x: Tensor) -> Tensor:
+        if isinstance(self.network, HubNet):
+            return self.network.logits(layers, x)
+        return layers.linear("head", self.network.features(layers, x))
 
     def features(self, theta: Tensor, x: Tensor, stats: Tensor | None = None, *, first_order: bool = False) -> Tensor:
         """Features [n f] that the head reads. Batch norm works as in a call."""
@@ -57,7 +70,7 @@ class Net:
         The statistics are differentiable, except in a `first_order` call without `stats`.
         """
         layers = self._layers(theta, stats, capture=True, first_order=first_order)
-        logits = layers.linear("head", self.backbone.features(layers, x))
+        logits = self._logits(layers, x)
         return logits, self.stats_layout.flatten(layers.captured).to(x.device)
 
     def init(self, rng: torch.Generator, *, zero_head_bias: bool = False) -> Tensor:
@@ -92,13 +105,27 @@ class Net:
     @functools.cached_property
     def macs(self) -> int:
         """Multiply-accumulates of one forward pass of one image (convolutions and linear layers)."""
+        if isinstance(self.network, HubNet):
+            return self.network.macs
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             self(self.init(torch.Generator()), torch.zeros(1, *self.shape))
         return counter.get_total_flops() // 2
 
 
-def layouts(backbone: Backbone) -> tuple[Layout, Layout]:
-    """Names and shapes of a backbone's parameters [p], and of the running statistics of its batch norms [k]."""
+def built(arch: str, shape: tuple[int, int, int], ways: int) -> Backbone | HubNet:
+    """The network of an architecture, without weights. Nothing is allocated, whatever the sizes.
+
+    Raises KeyError for an unknown name, and RejectedError if a network of another library cannot take such images.
+    """
+    if is_hub(arch):
+        return HubNet(arch, shape, ways)
+    if arch not in BACKBONES:
+        raise KeyError(f"unknown architecture {arch!r}; known: {', '.join(BACKBONES)}")
+    return BACKBONES[arch](*shape, ways)
+
+
+def layouts(backbone: Backbone | HubNet) -> tuple[Layout, Layout]:
+    """Names and shapes of a network's parameters [p], and of the running statistics of its batch norms [k]."""
     statistics: Shapes = {}
     for name, channels in backbone.norms.items():
         statistics |= statistics_shapes(name, channels)
