@@ -80,7 +80,7 @@ def build(
 )
 @click.argument("path", metavar="POOL", type=options.PATH)
 @click.option("--weights", required=True, type=options.PATH, help="safetensors, or what torch.save wrote, of tensors.")
-@click.option("--arch", required=True, help="Architecture, from the allow-list.")
+@click.option("--arch", required=True, help="Architecture: one of ours, torchvision:NAME or timm:NAME.")
 @click.option("--input", "size", required=True, help="Channels x height x width, such as 3x32x32.")
 @click.option("--classes", help="Class names in the order of the outputs, with commas; DATASET/NAME if known.")
 @click.option("--classes-file", type=options.PATH, help="A UTF-8 text with one class name a line instead.")

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ray_dfml.core.convnets import VGG16, AlexNet, LeNet
+from ray_dfml.core.hub import is_hub
 from ray_dfml.core.layers import Layers, Shapes, channels_last, conv_shapes, linear_shapes, norm_shapes
 from ray_dfml.errors import did_you_mean
 
@@ -162,6 +163,10 @@ BACKBONES: dict[str, Callable[[int, int, int, int], Backbone]] = {
 
 def known_arch(name: str) -> str:
     """The name itself. Raises ValueError, with the known names, if it is none of `BACKBONES`."""
+    if is_hub(name):
+        raise ValueError(
+            f"{name} can be a teacher that `pool add` adds, and is not trained here; known: {', '.join(BACKBONES)}"
+        )
     if name not in BACKBONES:
         raise ValueError(f"unknown architecture {name!r}{did_you_mean(name, BACKBONES)}; known: {', '.join(BACKBONES)}")
     return name

@@ -25,8 +25,8 @@ from ray_dfml.errors import RejectedError, did_you_mean
 LIBRARIES = ("torchvision", "timm")
 """Libraries whose classifiers can be teachers."""
 
-AUXILIARY = ("aux1.", "aux2.", "AuxLogits.")
-"""Beginnings of the names of the heads that GoogLeNet and Inception have in training only."""
+AUXILIARY = {"torchvision:googlenet": ("aux1.", "aux2."), "torchvision:inception_v3": ("AuxLogits.",)}
+"""Beginnings of the names of heads that an architecture has in training only."""
 
 
 def is_hub(arch: str) -> bool:
@@ -88,6 +88,8 @@ class HubNet:
             warnings.simplefilter("ignore")
             with _WithoutWeights():
                 model = (_torchvision if library == "torchvision" else _timm)(name, shape, ways)
+            _fill_tables(model)
+        self.auxiliary = AUXILIARY.get(arch, ())
         self._model = model.eval().requires_grad_(False)
         self.parameters: Shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
         self.norms = {
@@ -110,7 +112,9 @@ class HubNet:
     def _count(self, arch: str, shape: tuple[int, int, int], ways: int) -> int:
         """Run the classifier on shapes alone, and count."""
         meta = functools.partial(torch.zeros, device="meta")
-        given = {f"{name}.{part}": meta(n) for name, n in self.norms.items() for part in ("running_mean", "running_var")}
+        given = {
+            f"{name}.{part}": meta(n) for name, n in self.norms.items() for part in ("running_mean", "running_var")
+        }
         layers = Layers({name: meta(shape) for name, shape in self.parameters.items()}, given)
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             logits = self.logits(layers, meta(1, *shape))
@@ -122,8 +126,9 @@ class HubNet:
         """Logits [n q] of normalised images [n c h w]. Raises ValueError without statistics for batch norm."""
         if self.norms and layers.given is None:
             raise ValueError("a network of another library is used in evaluation mode only: give its statistics")
-        tensors = {name: c.to(x.device, x.dtype if c.is_floating_point() else None) for name, c in self.constants.items()}
-        tensors |= dict(layers.tensors) | dict(layers.given or {})
+        tensors = dict(layers.tensors) | dict(layers.given or {})
+        for name, table in self.constants.items():
+            tensors[name] = table.to(x.device, x.dtype if table.is_floating_point() else table.dtype)
         own = self._of_this_thread()
         with own.calling(layers):
             return functional_call(own.model, tensors, (x,))
@@ -150,7 +155,7 @@ class _Copy:
         """A call with these layers, whose `captured` gets the statistics of each input of a batch norm."""
         self._layers = layers if layers.capture else None
         for part in self._forgetful:
-            part.attention_bias_cache = {}
+            vars(part)["attention_bias_cache"] = {}
         try:
             yield
         finally:
@@ -207,3 +212,19 @@ def _timm(name: str, shape: tuple[int, int, int], ways: int) -> nn.Module:
     if settings is not None and settings.fixed_input_size:
         options["img_size"] = (height, width)
     return timm.create_model(name, pretrained=False, **options)
+
+
+def _fill_tables(model: nn.Module) -> None:
+    """Compute the tables that modules of timm leave empty until they are asked to fill them.
+
+    Raises ValueError for tables that only a file has.
+    """
+    for place, module in model.named_modules():
+        empty = {name: table for name, table in module.named_buffers(recurse=False) if table.is_meta}
+        if not empty:
+            continue
+        if empty.keys() - module._non_persistent_buffers_set or not hasattr(module, "init_non_persistent_buffers"):
+            raise ValueError(f"{place}.{next(iter(empty))} is neither a weight nor computed")
+        for name, table in empty.items():
+            setattr(module, name, torch.empty_like(table, device="cpu"))
+        module.init_non_persistent_buffers()  # pyright: ignore[reportCallIssue]

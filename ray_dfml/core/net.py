@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from ray_dfml.core.backbones import BACKBONES, Backbone
-from ray_dfml.core.hub import HubNet, is_hub
+from ray_dfml.core import hub
+from ray_dfml.core.backbones import BACKBONES, Backbone, known_arch
+from ray_dfml.core.hub import HubNet
 from ray_dfml.core.layers import Layers, Shapes, statistics_shapes
 from ray_dfml.core.weights import Layout
 
@@ -112,12 +113,17 @@ class Net:
         return counter.get_total_flops() // 2
 
 
+def known_teacher(arch: str) -> str:
+    """The name itself. Raises ValueError, with known names, if no teacher can have this architecture."""
+    return hub.known(arch) if hub.is_hub(arch) else known_arch(arch)
+
+
 def built(arch: str, shape: tuple[int, int, int], ways: int) -> Backbone | HubNet:
     """The network of an architecture, without weights. Nothing is allocated, whatever the sizes.
 
     Raises KeyError for an unknown name, and RejectedError if a network of another library cannot take such images.
     """
-    if is_hub(arch):
+    if hub.is_hub(arch):
         return HubNet(arch, shape, ways)
     if arch not in BACKBONES:
         raise KeyError(f"unknown architecture {arch!r}; known: {', '.join(BACKBONES)}")
@@ -134,5 +140,6 @@ def layouts(backbone: Backbone | HubNet) -> tuple[Layout, Layout]:
 
 @functools.lru_cache(maxsize=64)
 def net(arch: str, shape: tuple[int, int, int], ways: int) -> Net:
-    """The `Net` of an architecture, built once per process. Raises KeyError for an unknown name."""
+    """The `Net` of an architecture, built once per process. Raises KeyError for an unknown name, and RejectedError if a
+    network of another library cannot take such images."""
     return Net(arch, shape, ways)

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Size, Tensor
 
+from ray_dfml.core.hub import HubNet
+from ray_dfml.core.net import net
 from ray_dfml.data import mistaken, weights_file
 from ray_dfml.data.weights_file import LIMITS, Limits, first_line
 from ray_dfml.errors import RejectedError, UsageError
@@ -103,6 +105,8 @@ class _Part:
     tensors: dict[str, Tensor]
     wrappers: tuple[str, ...]
     """The wrappers, `module` or `_orig_mod`, that were taken out of the names."""
+    left: tuple[str, ...] = ()
+    """Heads for training only that were left out."""
 
     @property
     def averaged(self) -> bool:
@@ -115,12 +119,18 @@ class _Part:
             said.append(f"dropped the prefix {self.prefix!r} of their names")
         if self.wrappers:
             said.append(f"dropped {' and '.join(repr(f'{wrapper}.') for wrapper in self.wrappers)} from their names")
+        if self.left:
+            said.append(f"left out {' and '.join(self.left)}, which only training uses")
         return said
 
 
 def _fitting(content: Any, arch: str, image: ImageSpec, ways: int, limits: Limits) -> Found:
-    wanted = {name: shape for layout in weights_file.parts(arch, image, ways) for name, shape in layout.shapes.items()}
-    parts = [part for place, tensors in _mappings(content) for part in _parts(place, tensors, wanted, limits)]
+    wanted, network = weights_file.parts(arch, image, ways).shapes, net(arch, image.shape, ways).network
+    parts = [
+        _without_surplus(part, network) if isinstance(network, HubNet) else part
+        for place, tensors in _mappings(content)
+        for part in _parts(place, tensors, wanted, limits)
+    ]
     if not parts:
         raise RejectedError(f"holds {_kind(content)} without named tensors; {_RESAVE}")
     fitting = [
@@ -177,6 +187,23 @@ def _parts(place: str, tensors: Mapping[str, Tensor], wanted: Mapping[str, Size]
         yield _Part(place, prefix, inside, wrappers)
 
 
+def _without_surplus(part: _Part, network: HubNet) -> _Part:
+    """The part without tables that the network computes itself, and without heads that only training uses."""
+    left = sorted({name.partition(".")[0] for name in part.tensors if name.startswith(network.auxiliary)})
+    kept = {
+        name: tensor
+        for name, tensor in part.tensors.items()
+        if not name.startswith(network.auxiliary) and not _repeats(name, tensor, network.constants)
+    }
+    return replace(part, tensors=kept, left=tuple(left))
+
+
+def _repeats(name: str, tensor: Tensor, constants: Mapping[str, Tensor]) -> bool:
+    """Whether a tensor is a table of the network, with its values."""
+    own = constants.get(name)
+    return own is not None and tensor.shape == own.shape and bool(torch.allclose(tensor.double(), own.double()))
+
+
 def _fits(tensors: Mapping[str, Tensor], wanted: Mapping[str, Size]) -> bool:
     shapes = {name: t.shape for name, t in tensors.items() if not weights_file.is_counter(name)}
     return shapes == dict(wanted)
@@ -193,9 +220,11 @@ def _different(parts: Sequence[_Part]) -> list[_Part]:
 
 def _misfit(best: _Part, arch: str, image: ImageSpec, ways: int, limits: Limits) -> Exception:
     """The error that says why the part that is nearest does not fit."""
-    head = best.tensors.get("head.weight")
-    if head is not None and head.dim() == 2 and head.shape[0] != ways:
-        return UsageError(f"weights have {head.shape[0]} outputs, --classes names {ways}")
+    wanted, other = (weights_file.parts(arch, image, n).shapes for n in (ways, ways + 1))
+    heads = [name for name, shape in wanted.items() if shape != other[name]]
+    found = {best.tensors[name].shape[:1] for name in heads if name in best.tensors}
+    if len(found) == 1 and len(outputs := found.pop()) == 1 and outputs[0] != ways:
+        return UsageError(f"weights have {outputs[0]} outputs, --classes names {ways}")
     try:
         weights_file.fit(weights_file.tidy(best.tensors, limits), arch, image, ways)
     except RejectedError as error:

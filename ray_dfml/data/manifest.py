@@ -21,7 +21,7 @@ from pydantic import (
 )
 
 from ray_dfml import yaml_text
-from ray_dfml.core.backbones import known_arch
+from ray_dfml.core.net import known_teacher
 from ray_dfml.data import weights_file
 from ray_dfml.data.services import Api, Terms
 from ray_dfml.errors import RejectedError, UsageError
@@ -110,7 +110,7 @@ class Entry(Terms, _Strict):
     """file inside the pool folder"""
     sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")] | None = None
     """of that file"""
-    arch: Annotated[str, AfterValidator(known_arch)] | None = None
+    arch: Annotated[str, AfterValidator(known_teacher)] | None = None
     input: Input
     mean: list[float] | None = None
     std: list[float] | None = None

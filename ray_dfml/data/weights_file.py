@@ -19,8 +19,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from ray_dfml.core.backbones import BACKBONES
-from ray_dfml.core.net import layouts
+from ray_dfml.core.net import net
 from ray_dfml.core.weights import Layout
 from ray_dfml.data import mistaken
 from ray_dfml.errors import RejectedError
@@ -53,19 +52,25 @@ class Parts(NamedTuple):
     parameters: Layout
     statistics: Layout
 
+    @property
+    def shapes(self) -> dict[str, torch.Size]:
+        """Names and shapes of all tensors that are stored."""
+        return self.parameters.shapes | self.statistics.shapes
+
 
 @functools.lru_cache(maxsize=256)
 def _parts(arch: str, shape: tuple[int, int, int], ways: int) -> Parts:
-    found = Parts(*layouts(BACKBONES[arch](*shape, ways)))
+    network = net(arch, shape, ways)
+    found = Parts(network.layout, network.stats_layout)
     if 0 in found.parameters.sizes:
         raise RejectedError(f"{arch} cannot take {size_text(shape)} images: they are too small")
     return found
 
 
 def parts(arch: str, image: ImageSpec, ways: int) -> Parts:
-    """Layouts of an architecture for images and a number of classes. Nothing is allocated, whatever the sizes.
+    """Layouts of an architecture for images and a number of classes. No weights are allocated, whatever the sizes.
 
-    Raises KeyError for a name outside BACKBONES, and RejectedError if such images would leave a layer without weights.
+    Raises KeyError for an unknown architecture, and RejectedError if it cannot take such images.
     """
     return _parts(arch, image.shape, ways)
 
@@ -192,9 +197,9 @@ def fit(tensors: Mapping[str, Tensor], arch: str, image: ImageSpec, ways: int) -
     """The same tensors in the order of the architecture: parameters, then running statistics.
 
     Raises RejectedError, which names the first missing, unexpected or misshapen tensor with both shapes, and KeyError
-    for an architecture outside BACKBONES.
+    for an unknown architecture.
     """
-    wanted = {name: shape for layout in parts(arch, image, ways) for name, shape in layout.shapes.items()}
+    wanted = parts(arch, image, ways).shapes
     model = f"{arch} for {size_text(image.shape)} images and {ways} classes"
     unexpected = [f"{name} {list(tensor.shape)}" for name, tensor in tensors.items() if name not in wanted]
     for name, shape in wanted.items():

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ray_dfml.core.hub import is_hub
 from ray_dfml.errors import RejectedError, UsageError
 from ray_dfml.methods.base import (
     Method,
@@ -91,10 +92,14 @@ def _kind(arch: str, shape: Sequence[int], classes: int) -> str:
 def best_teacher(world: World) -> TeacherCard:
     """The teacher with the highest reported accuracy among those that fit the learner's episodes.
 
-    A teacher fits if its images have the learner's channels and size, and if it has at least as many classes as an
-    episode. Of equal accuracies the last id wins. Raises UsageError if no teacher fits, or none reports an accuracy.
+    A teacher fits if its images have the learner's channels and size, if it has at least as many classes as an
+    episode, and if it is none of another library. Of equal accuracies the last id wins. Raises UsageError if no teacher
+    fits, or none reports an accuracy.
     """
-    named = _named(world)
+    reporting = _named(world)
+    named = [card for card in reporting if not is_hub(card.arch)]
+    if reporting and not named:
+        raise UsageError(f"best-model: {reporting[-1].id} is {reporting[-1].arch}, which can be no learner")
     if not named:
         raise UsageError("best-model: no teacher of the pool reports an accuracy; give one with `pool add --accuracy`")
     able = [card for card in named if card.image.shape == world.image.shape and len(card.classes) >= world.way]
@@ -115,7 +120,12 @@ def _named(world: World) -> list[TeacherCard]:
 def _best_notes(world: World) -> list[str]:
     chosen, top = best_teacher(world), _named(world)[-1]
     found = []
-    if top != chosen:
+    if is_hub(top.arch):
+        found.append(
+            f"best-model takes {chosen.id} ({chosen.accuracy} %): {top.id} ({top.accuracy} %) is {top.arch}, which can "
+            "be no learner"
+        )
+    elif top != chosen:
         found.append(
             f"best-model takes {chosen.id} ({chosen.accuracy} %): {top.id} ({top.accuracy} %) takes "
             f"{size_text(top.image.shape)} images and has {len(top.classes)} classes, which does not fit the episodes"

@@ -10,15 +10,18 @@ from typing import Any
 
 import pytest
 import torch
+import torchvision
 from torch import Tensor
 
 from ray_dfml.core.net import net
 from ray_dfml.data import foreign, weights_file
 from ray_dfml.data.weights_file import LIMITS, Limits
 from ray_dfml.errors import RejectedError, UsageError
+from ray_dfml.types import ImageSpec
 from tests.data.pools import CLASSES, IMAGE, state
 
 WAYS = len(CLASSES)
+LARGE = ImageSpec(channels=3, height=64, width=64, mean=(0.5,) * 3, std=(0.25,) * 3)
 
 
 def read(path: Path, limits: Limits = LIMITS) -> foreign.Found:
@@ -289,3 +292,49 @@ def test_limits(tmp_path):
     assert net("conv4", IMAGE.shape, WAYS).layout.numel == sum(
         t.numel() for name, t in read(path).tensors.items() if "running" not in name
     )
+
+
+# -------------------------------------------------------------------------------------- networks of other libraries
+
+
+def torchvision_state(name: str, **options: Any) -> dict[str, Tensor]:
+    torch.manual_seed(0)
+    return torchvision.models.get_model(name, weights=None, num_classes=3, **options).state_dict()
+
+
+def test_a_checkpoint_of_torchvision_under_a_wrapper_beside_averaged_weights(tmp_path):
+    plain = torchvision_state("resnet18")
+    averaged = {name: 2 * value for name, value in plain.items()}
+    content = {"state_dict": prefixed(plain, "model.module."), "model_ema": averaged, "epoch": 3}
+    found = foreign.read(saved(tmp_path / "w.pt", content), "torchvision:resnet18", LARGE, 3)
+    same(found, {name: value for name, value in plain.items() if not name.endswith("num_batches_tracked")})
+    assert found.notes == [
+        "took the tensors in 'state_dict'",
+        "dropped the prefix 'model.' of their names",
+        "dropped 'module.' from their names",
+        "left the averaged weights (EMA) in 'model_ema'; to use them, save that part on its own",
+    ]
+
+
+def test_heads_that_only_training_uses_are_left_out(tmp_path):
+    state = torchvision_state("googlenet", aux_logits=True, init_weights=False)
+    found = foreign.read(saved(tmp_path / "w.pt", state), "torchvision:googlenet", LARGE, 3)
+    assert found.notes == ["left out aux1 and aux2, which only training uses"]
+    assert found.tensors.keys() == {n for n in state if not n.startswith("aux") and not n.endswith("_tracked")}
+
+
+def test_tables_that_a_network_computes_are_checked_and_left_out(tmp_path):
+    state = torchvision_state("swin_t")
+    tables = {name for name in state if name.endswith("relative_position_index")}
+    found = foreign.read(saved(tmp_path / "w.pt", state), "torchvision:swin_t", LARGE, 3)
+    assert tables
+    assert found.tensors.keys() == state.keys() - tables
+    state[min(tables)] = state[min(tables)] + 1
+    with pytest.raises(RejectedError, match=r"unexpected tensor features\.1\.0\.attn\.relative_position_index"):
+        foreign.read(saved(tmp_path / "w.pt", state), "torchvision:swin_t", LARGE, 3)
+
+
+def test_the_number_of_outputs_is_said_for_any_network(tmp_path):
+    path = saved(tmp_path / "w.pt", torchvision_state("squeezenet1_1"))
+    with pytest.raises(UsageError, match=r"^weights have 3 outputs, --classes names 5$"):
+        foreign.read(path, "torchvision:squeezenet1_1", LARGE, 5)

@@ -4,10 +4,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+import torchvision
 
 from ray_dfml.config import RunConfig
-from ray_dfml.data.pool import Pool
+from ray_dfml.core.net import net
+from ray_dfml.data.pool import Pool, add_file
 from ray_dfml.data.pretrain import PretrainConfig
+from ray_dfml.errors import UsageError
 from ray_dfml.learner import Learner
 from ray_dfml.methods.free import method as free
 from ray_dfml.runtime import build_pool, driver
@@ -75,3 +79,52 @@ def test_a_residual_network_learns_in_few_epochs(tmp_path: Path, toy_data: str) 
     )  # fmt: skip
     assert min(found) >= 75
     assert [card.accuracy for card in pool.cards] == found
+
+
+@pytest.fixture(scope="module")
+def foreign_pool(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A ResNet-18 of torchvision for 3x64x64 images, from a checkpoint of its own, beside a Conv4 for 3x32x32."""
+    path = tmp_path_factory.mktemp("foreign")
+    torch.manual_seed(0)
+    weights = torchvision.models.resnet18(weights=None, num_classes=2).state_dict()
+    torch.save({"state_dict": {f"module.{name}": value for name, value in weights.items()}}, path / "birds.pt")
+    conv4 = net("conv4", (3, 32, 32), 2)
+    tensors = conv4.layout.unflatten(conv4.init(torch.Generator().manual_seed(0)))
+    torch.save(tensors | conv4.stats_layout.unflatten(conv4.initial_stats()), path / "cats.pt")
+    pool = Pool.at(path / "pool")
+    added = add_file(
+        pool, path / "birds.pt", arch="torchvision:resnet18", input="3x64x64", classes=["wren", "owl"], accuracy=90.0
+    )
+    assert added.notes == ["took the tensors in 'state_dict'", "dropped 'module.' from their names"]
+    add_file(pool, path / "cats.pt", arch="conv4", input="3x32x32", classes=["lynx", "puma"])
+    return path / "pool"
+
+
+@pytest.mark.parametrize(
+    ("method", "more"),
+    [
+        ("free", ("method.warmup=0", "method.teachers_per_round=4")),
+        ("bidf-mkd", ("method.teachers_per_round=4",)),
+        ("purer", ()),
+    ],
+)
+def test_a_network_of_torchvision_is_opened_beside_ours(
+    tmp_path: Path, foreign_pool: Path, method: str, more: tuple[str, ...]
+) -> None:
+    """One round of white-box recovery, with the statistics of batch norm, from both teachers."""
+    more = ("method.rounds=1", "method.bn_weight=0.1", *more)
+    toy.train(toy.config(method, foreign_pool, None, *more), tmp_path / "run")
+    found = toy.status(tmp_path / "run")
+    assert (found["state"], found["rejected"]) == ("done", {})
+    assert Learner.load(tmp_path / "run").image.shape == (3, 64, 64)
+    state = toy.last_state(tmp_path / "run")
+    assert np.isfinite(state["theta"].numpy()).all()
+    kept = state["images"] if method == "purer" else state["bank"]
+    assert set(kept) == ({"birds", "cats"} if method == "purer" else {"wren", "owl", "lynx", "puma"})
+
+
+def test_a_network_of_another_library_is_no_learner(foreign_pool: Path) -> None:
+    with pytest.raises(UsageError, match=r"learner\.arch: torchvision:resnet18 can be a teacher that `pool add` adds"):
+        toy.config("free", foreign_pool, None, "learner.arch=torchvision:resnet18")
+    with pytest.raises(UsageError, match=r"^best-model: birds is torchvision:resnet18, .* no learner"):
+        driver.read_inputs(toy.config("best-model", foreign_pool, None))
