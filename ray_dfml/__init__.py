@@ -1,6 +1,7 @@
 """Data-free meta-learning: a pool of classifiers, without their training data, becomes one few-shot learner.
 
-The public names are `from ray_dfml import Learner, Pool, train`.
+A method that distils makes a student of each classifier instead. The public names are
+`from ray_dfml import Learner, Pool, Student, train`.
 """
 
 import importlib
@@ -10,10 +11,14 @@ if TYPE_CHECKING:
     from ray_dfml.data.pool import Pool
     from ray_dfml.learner import Learner
     from ray_dfml.runtime.launch import train
+    from ray_dfml.student import Student
 
-__all__ = ["Learner", "Pool", "train"]
+__all__ = ["Learner", "Pool", "Student", "train"]
 
-_HOMES = {"Pool": "ray_dfml.data.pool", "Learner": "ray_dfml.learner", "train": "ray_dfml.runtime.launch"}
+_HOMES = {
+    "Pool": "ray_dfml.data.pool", "Learner": "ray_dfml.learner", "Student": "ray_dfml.student",
+    "train": "ray_dfml.runtime.launch",
+}  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

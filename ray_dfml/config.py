@@ -62,8 +62,8 @@ class RunConfig(BaseModel):
 
     def validates(self, r: int) -> bool:
         """Whether round r ends with a validation. One is due every `eval.every` rounds, and after the last round."""
-        every = self.eval.every or max(1, math.ceil(self.method.rounds / 20))
-        return r % every == every - 1 or r == self.method.rounds - 1
+        every = self.eval.every or max(1, math.ceil(self.method.total_rounds / 20))
+        return r % every == every - 1 or r == self.method.total_rounds - 1
 
 
 PROFILES = ("fixed", "paper", "code")

@@ -12,7 +12,7 @@ The mathematics is that of the `evaluate` op without calibration, and a test che
 import json
 from collections.abc import Hashable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -37,6 +37,7 @@ CHUNK = 256
 _SLACK = 1e-5  # float pixels may leave [0, 1] by rounding
 
 
+Card = TypeVar("Card", bound=BaseModel)
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 
@@ -131,7 +132,6 @@ class Learner:
         )  # fmt: skip
         self.bn = card.bn
         self.method, self.profile, self.selection, self.seed = card.method, card.profile, card.selection, card.seed
-        self._mean, self._std = torch.tensor(card.mean), torch.tensor(card.std)
 
     @classmethod
     def load(cls, path: str | Path) -> "Learner":
@@ -145,7 +145,9 @@ class Learner:
             raise UsageError(f"{file}: no such file; name the folder of a finished run, or its {WEIGHTS}")
         if file.suffix != ".safetensors":
             raise UsageError(f"{file}: a learner is a .safetensors file with its .json beside it; name that file")
-        card = _read_card(file.with_suffix(".json"))
+        if is_student(file):
+            raise UsageError(f"{file}: a student, which adapts to no classes; use Student.load, or `ray-dfml evaluate`")
+        card = read_card(file.with_suffix(".json"), LearnerCard)
         tensors = weights_file.read(file)
         try:
             layouts = weights_file.parts(card.arch, card.image, card.way)
@@ -174,7 +176,7 @@ class Learner:
         SGD steps change, if any (`core.inner_loop.adapted`). Raises UsageError for images or labels that do not fit.
         """
         labels = y.tolist() if isinstance(y, np.ndarray | Tensor) else list(y)
-        support = self._normalised(x)
+        support = network_input(x, self.image)
         if len(labels) != len(support):
             raise UsageError(f"adapt: {len(support)} images and {len(labels)} labels; give one label per image")
         try:
@@ -190,30 +192,6 @@ class Learner:
             )
         numbers = {label: i for i, label in enumerate(classes)}
         return AdaptedLearner(self, classes, support, torch.tensor([numbers[label] for label in labels]))
-
-    def _normalised(self, x: np.ndarray | Tensor) -> Tensor:
-        """Images as the network takes them, float [n c h w], from every form that the API takes."""
-        if isinstance(x, Tensor):
-            x = x.detach().cpu()
-            x = (x.float() if x.is_floating_point() else x).numpy()
-        x = np.asarray(x)
-        c, h, w = self.image.shape
-        if x.dtype == np.uint8 and x.ndim == 4 and x.shape[1:] != (c, h, w) and x.shape[1:] == (h, w, c):
-            x = x.transpose(0, 3, 1, 2)
-        if x.ndim != 4 or x.shape[1:] != (c, h, w):
-            raise UsageError(
-                f"images of shape {list(x.shape)}: this learner takes [n, {c}, {h}, {w}] (uint8 or float in [0, 1]) or "
-                f"uint8 [n, {h}, {w}, {c}]; resize or convert them first"
-            )
-        if x.dtype == np.uint8:
-            pixels = to_pixels(x)
-        elif np.issubdtype(x.dtype, np.floating):
-            pixels = torch.tensor(x, dtype=torch.float32)
-            if not bool(((pixels >= -_SLACK) & (pixels <= 1 + _SLACK)).all()):
-                raise UsageError("float images with values outside [0, 1] or NaN; divide by 255, or give uint8")
-        else:
-            raise UsageError(f"images of {x.dtype}; give uint8, or float in [0, 1]")
-        return normalise(pixels, self._mean, self._std)
 
 
 class AdaptedLearner:
@@ -242,7 +220,7 @@ class AdaptedLearner:
                 self._stats = weights.net.with_stats(self._phi, support, first_order=True)[1]
 
     def _logits(self, q: np.ndarray | Tensor) -> Tensor:
-        query, network = self._learner._normalised(q), self._learner.weights.net
+        query, network = network_input(q, self._learner.image), self._learner.weights.net
         with torch.no_grad():
             if self._learner.bn == "transductive" and len(query) > 1:
                 logits = network(self._phi, query, first_order=True)
@@ -261,12 +239,49 @@ class AdaptedLearner:
         return self._logits(q).double().softmax(-1).numpy()
 
 
-def _read_card(file: Path) -> LearnerCard:
+def network_input(x: np.ndarray | Tensor, image: ImageSpec) -> Tensor:
+    """Images as a network takes them, float [n c h w], from every form that the API takes.
+
+    The forms are uint8 [n c h w] or [n h w c], and float in [0, 1] [n c h w]. Raises UsageError for other ones.
+    """
+    if isinstance(x, Tensor):
+        x = x.detach().cpu()
+        x = (x.float() if x.is_floating_point() else x).numpy()
+    x = np.asarray(x)
+    c, h, w = image.shape
+    if x.dtype == np.uint8 and x.ndim == 4 and x.shape[1:] != (c, h, w) and x.shape[1:] == (h, w, c):
+        x = x.transpose(0, 3, 1, 2)
+    if x.ndim != 4 or x.shape[1:] != (c, h, w):
+        raise UsageError(
+            f"images of shape {list(x.shape)}: needed are [n, {c}, {h}, {w}] (uint8 or float in [0, 1]) or "
+            f"uint8 [n, {h}, {w}, {c}]; resize or convert them first"
+        )
+    if x.dtype == np.uint8:
+        pixels = to_pixels(x)
+    elif np.issubdtype(x.dtype, np.floating):
+        pixels = torch.tensor(x, dtype=torch.float32)
+        if not bool(((pixels >= -_SLACK) & (pixels <= 1 + _SLACK)).all()):
+            raise UsageError("float images with values outside [0, 1] or NaN; divide by 255, or give uint8")
+    else:
+        raise UsageError(f"images of {x.dtype}; give uint8, or float in [0, 1]")
+    return normalise(pixels, torch.tensor(image.mean), torch.tensor(image.std))
+
+
+def is_student(file: Path) -> bool:
+    """Whether a file of weights has the card of a student beside it, and not that of a learner."""
+    try:
+        return json.loads(file.with_suffix(".json").read_bytes()).get("kind") == "student"
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+def read_card(file: Path, model: type[Card]) -> Card:
+    """The card of a learner or a student. Raises UsageError if there is none, and RejectedError if it is damaged."""
     if not file.exists():
         raise UsageError(f"{file}: no such file; a learner is its .safetensors and its .json, copy both")
     try:
         text = weights_file.read_bytes(file, limits=weights_file.Limits(file_bytes=CARD_BYTES))
-        return LearnerCard.model_validate_json(text)
+        return model.model_validate_json(text)
     except RejectedError as error:
         raise RejectedError(f"{file}: {error}") from None
     except ValidationError as error:

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from ray_dfml import evaluate
+from ray_dfml import evaluate, top1
 from ray_dfml.data import pretrain
 from ray_dfml.methods import METHODS, baselines, replay
 from ray_dfml.methods.base import Method, Op
@@ -16,6 +16,7 @@ def of_method(name: str, method: Method[Any]) -> dict[str, Op]:
 OPS: dict[str, Op] = {
     "pretrain": pretrain.pretrain,
     "evaluate": evaluate.evaluate,
+    "top1": top1.top1,
     "weights": baselines.weights,
     "maml.grad": replay.grad,
     **{op: function for name, method in METHODS.items() for op, function in of_method(name, method).items()},

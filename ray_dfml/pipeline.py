@@ -7,17 +7,18 @@ pool -> [shards] recover -> recovered tasks -> [learner] learn -> theta -> [shar
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 
+from ray_dfml import top1
 from ray_dfml.config import RunConfig, build
 from ray_dfml.errors import DfmlError, RejectedError
 from ray_dfml.methods import METHODS, UNTRAINED
-from ray_dfml.methods.base import Metrics, State, World, learner_weights
+from ray_dfml.methods.base import Metrics, State, Student, World, learner_weights
 from ray_dfml.methods.baselines import untrained
 from ray_dfml.scorer import Part, accuracies
 from ray_dfml.types import Arrays, Backend, Job, Labelled, LearnerWeights
@@ -50,7 +51,8 @@ class Trainer:
 
     def _begin(self) -> State:
         state = self.method.init(self.config.method, self._world)
-        return state | {name: {} for name in KEPT} | {"began": self._weights(state).digest}
+        began = "" if self.method.students else self._weights(state).digest
+        return state | {name: {} for name in KEPT} | {"began": began}
 
     @property
     def world(self) -> World:
@@ -140,6 +142,34 @@ class Trainer:
         if accuracy > (best["accuracy"] if best else -math.inf):
             kept = {"weights": self.weights("last").values(), "accuracy": accuracy, "round": r}
             self.state = {**self.state, KEYS[selection]: kept}
+
+    def students(self) -> dict[str, int]:
+        """Id of each usable teacher -> how many images it was asked about for its student. Others have no student."""
+        found = {} if self.method.students is None else self._students(self.state)
+        return {id: student.asked for id, student in found.items()}
+
+    def student(self, id: str, *, fresh: bool = False) -> LearnerWeights:
+        """The weights of a teacher's student: the last ones, or those that the run began with."""
+        if not fresh:
+            return self._students(self.state)[id].weights
+        return self._untrained[id].weights
+
+    def top1(self, id: str, fresh: bool, data: str, split: str, start: int, stop: int) -> np.ndarray:
+        """Whether a student is right about images start..stop-1 of those in a data set whose class it knows: bool."""
+        (of,) = [one for one in self._sets if (one.data, one.split) == (data, split)]
+        (card,) = [card for card in self._world.cards if card.id == id]
+        rows, wanted = top1.rows_known(of, card.classes)
+        shared = top1.shared(self.student(id, fresh=fresh), of.images)
+        found = self._backend.map("top1", top1.jobs(rows[start:stop], wanted[start:stop]), shared)
+        return np.concatenate([result["right"] for result in found])
+
+    def _students(self, state: State) -> Mapping[str, Student]:
+        assert self.method.students is not None
+        return self.method.students(self.config.method, self.world, state)
+
+    @cached_property
+    def _untrained(self) -> Mapping[str, Student]:
+        return self._students(self.method.init(self.config.method, self._world))
 
     def _weights(self, state: State) -> LearnerWeights:
         cfg = self.config.eval

@@ -9,10 +9,14 @@ KEYS = ("method", "data", "split", "way", "shot", "episodes", "bn", "profile", "
 
 
 def as_row(score: Score, profile: str) -> dict[str, Any]:
-    """One object of `scores.json`: the accuracy in percent, its 95 % half-width, and what they are of."""
+    """One object of `scores.json`: the accuracy in percent, its 95 % half-width, and what they are of.
+
+    A top-1 accuracy has no way, shot or episodes; its half-width is that of a proportion.
+    """
     mean, ci95 = mean_ci95(score.accuracies)
+    episodes = None if score.shot is None else len(score.accuracies)
     values = (
-        score.method, score.data, score.split, score.way, score.shot, len(score.accuracies), score.bn, profile,
+        score.method, score.data, score.split, score.way, score.shot, episodes, score.bn, profile,
         score.selection, round(mean, 4), round(ci95, 4),
     )  # fmt: skip
     return dict(zip(KEYS, values, strict=True))

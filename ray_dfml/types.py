@@ -298,18 +298,23 @@ class Labelled:
     """uint8 [n c h w], or what `Backend.keep` made of them."""
     labels: np.ndarray
     """int64 [n]."""
+    names: tuple[str, ...] = ()
+    """`data/name` of each label."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Score:
-    """The accuracies in percent of weights in one reading, on each of a set of episodes."""
+    """The accuracies in percent of weights in one reading, on each of a set of episodes.
+
+    A top-1 accuracy has no `way` and no `shot`; each of its accuracies is of one image, 0 or 100.
+    """
 
     method: str
     data: str
     """Identity of the data set, NAME@HASH."""
     split: str
-    way: int
-    shot: int
+    way: int | None
+    shot: int | None
     bn: str
     selection: str
     accuracies: np.ndarray

@@ -22,6 +22,7 @@ from ray_dfml.methods.base import State, World
 from ray_dfml.methods.bidf import method as bidf
 from ray_dfml.methods.free import method as free
 from ray_dfml.methods.icfil import IcfilConfig
+from ray_dfml.methods.ideal.config import Config as IdealConfig
 from ray_dfml.methods.purer import method as purer
 from ray_dfml.ops import OPS
 from ray_dfml.types import Arrays, ImageSpec, Job, TeacherCard
@@ -223,6 +224,24 @@ def small_bidf(**changes: Any) -> bidf.Config:
         "replay": {"shot": 1, "query": 2, "tasks": 3, "inner_steps": 1},
     }
     return bidf.Config.model_validate(small | changes)
+
+
+def small_ideal(**changes: Any) -> IdealConfig:
+    """IDEAL in seconds: a few batches of eight images, a narrow generator, few steps."""
+    small: dict[str, Any] = {
+        "budget": 40,
+        "batch": 8,
+        "first": 8,
+        "images": ("generator",),
+        "student": "conv4",
+        "student_batch": 4,
+        "steps": 1.0,
+        "last_steps": 2,
+        "latent": 8,
+        "width": 4,
+        "generator_steps": 2,
+    }
+    return IdealConfig.model_validate(small | changes)
 
 
 def mixed_world(way: int = 2) -> World:

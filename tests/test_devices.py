@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ray_dfml import evaluate
+from ray_dfml import evaluate, top1
 from ray_dfml.core.backbones import BACKBONES
 from ray_dfml.core.generators import generator
 from ray_dfml.core.net import net
@@ -19,6 +19,7 @@ from ray_dfml.methods.base import World, image_values
 from ray_dfml.methods.bidf import method as bidf
 from ray_dfml.methods.free import bell
 from ray_dfml.methods.free import method as free
+from ray_dfml.methods.ideal.config import NAMES
 from ray_dfml.ops import OPS
 from ray_dfml.runtime.shard import Loaded, Shard
 from ray_dfml.types import Arrays, Job, LearnerWeights
@@ -31,6 +32,7 @@ from tests.support import (
     random_bank,
     small_bidf,
     small_config,
+    small_ideal,
     small_purer,
     small_world,
 )
@@ -42,10 +44,12 @@ Work = Iterator[tuple[list[Job], Arrays]]
 
 
 def shard_of(world: World, *, batched: bool) -> Shard:
-    """A shard on the device that is not there, with random teachers."""
-    teachers = FakeShard(world).teachers.items()
+    """A shard on the device that is not there, with random teachers. What they answer comes from the CPU."""
+    fake = FakeShard(world)
+    teachers = fake.teachers.items()
     loaded: dict[str, Loaded] = {id: (one.card, one.theta.numpy(), one.stats.numpy()) for id, one in teachers}
     made = Shard(loaded.__getitem__, device=DEVICE)
+    made.service = fake.service  # pyright: ignore[reportAttributeAccessIssue]
     assert made.batched
     made.batched = batched
     return made
@@ -79,6 +83,11 @@ SETTINGS: dict[str, list[tuple[World, Any]]] = {
         (small_world(), small_bidf()),
         (mixed_world(), small_bidf(conditional=False, bn_weight=0.1, distill="probdot")),
         (large_world(), small_bidf(iterations=2)),
+    ],
+    "ideal": [
+        (small_world(), small_ideal(images=NAMES)), (small_world(), small_ideal(reset=False, warp=0.0, crop_pad=2)),
+        (large_world(), small_ideal(requery=True, training="pass", code="fixed", optimiser="sgd", warp=0.0, flip="on")),
+        (mixed_world(), small_ideal(answers="soft", budget=16)),
     ],
 }  # fmt: skip
 """Of the methods that recover something. The others are sent no recovery, and their op takes no jobs."""
@@ -141,6 +150,24 @@ def episodes() -> Work:
         yield evaluate.jobs(cfg, way=2, shot=shot, stop=1), shared
 
 
+def second_rounds() -> Work:
+    """Of IDEAL, with images that are known already."""
+    for world, cfg in SETTINGS["ideal"]:
+        shard, state, method = FakeShard(world), METHODS["ideal"].init(cfg, world), METHODS["ideal"]
+        results = shard.send("ideal.recover", method.plan(cfg, world, state, 0), method.shared(cfg, world, state, 0))
+        state, _ = method.learn(cfg, world, state, 0, results, shard.send)
+        last = cfg.total_rounds - 1
+        yield method.plan(cfg, world, state, last), method.shared(cfg, world, state, last)
+
+
+def answers() -> Work:
+    world = small_world()
+    student = METHODS["ideal"].students(small_ideal(), world, METHODS["ideal"].init(small_ideal(), world))
+    for shape in (world.image.shape, (1, 8, 8)):
+        shared = top1.shared(student[world.cards[0].id].weights, np.zeros((3, *shape), np.uint8))
+        yield top1.jobs(np.arange(3), np.zeros(3, int)), shared
+
+
 def weights() -> Work:
     yield [Job(index=i, seed=0, teacher=c.id) for i, c in enumerate(small_world().cards)], {}
 
@@ -165,6 +192,8 @@ CASES: dict[str, Callable[[], Work]] = {
     "free.recover": lambda: recovery("free"),
     "purer.recover": lambda: (work for part in (recovery("purer"), pushed()) for work in part),
     "bidf-mkd.recover": lambda: recovery("bidf-mkd"),
+    "ideal.recover": lambda: (work for part in (recovery("ideal"), second_rounds()) for work in part),
+    "top1": answers,
 }
 
 

@@ -27,7 +27,10 @@ Example:
 @click.option("--backend", type=click.Choice(["ray", "local"]), default="local", show_default=True)
 @options.as_json
 def evaluate(weights: Path, json_out: bool, **given: object) -> None:
-    """Test a learner on real episodes, and `random` on the same episodes."""
+    """Test a learner on real episodes, or students on all images of a split, and `random` beside them.
+
+    Students are not adapted, so they take none of --way, --shot, --episodes, --bn and --seed.
+    """
     from ray_dfml.runtime.meta_test import meta_test
 
     if given["backend"] == "ray":

@@ -64,6 +64,11 @@ class MethodConfig(BaseModel):
 
     rounds: int = Field(default=1, ge=1, description="Outer iterations.")
 
+    @property
+    def total_rounds(self) -> int:
+        """Outer iterations of the run. They are `rounds`, unless other settings imply them."""
+        return self.rounds
+
 
 C = TypeVar("C", bound=MethodConfig)
 
@@ -110,6 +115,13 @@ class Preset:
 
     about: str
     values: Values
+
+
+class Student(NamedTuple):
+    """The distilled model of one teacher, and how many images the teacher was asked about for it."""
+
+    weights: LearnerWeights
+    asked: int
 
 
 class Panel(NamedTuple):
@@ -196,6 +208,9 @@ class Method(Generic[C]):
     """The levels of access at which the method can use a teacher."""
     queries: Callable[[C, World], Mapping[str, int]] = _no_queries
     """Id of each teacher that is asked -> how many images a whole training asks it about."""
+    students: Callable[[C, World, State], Mapping[str, Student]] | None = None
+    """Id of a teacher -> its student, if the method distils each teacher instead of training one learner. A student has
+    the input and the classes of its teacher, is read without adaptation, and is scored by its top-1 accuracy."""
     needs_pool: bool = True
     """Whether the method can do nothing without teachers."""
     needs_real: bool = False

@@ -15,7 +15,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from ray_dfml.config import RunConfig
 from ray_dfml.errors import Interrupted, LearnerLost
+from ray_dfml.methods import METHODS
 from ray_dfml.runtime.assess import Assessment
+from ray_dfml.runtime.assess_students import StudentAssessment
 from ray_dfml.runtime.inputs import Inputs as Inputs
 from ray_dfml.runtime.inputs import read_inputs as read_inputs
 from ray_dfml.runtime.learning import Done
@@ -132,12 +134,13 @@ def _run(
     cluster: "Cluster | None",
 ) -> list[dict[str, Any]]:  # fmt: skip
     notes = [*inputs.notes, *machine.notes()]
-    folder.status(state="starting", rounds=config.method.rounds, rejected=inputs.rejected, notes=notes)
+    folder.status(state="starting", rounds=config.method.total_rounds, rejected=inputs.rejected, notes=notes)
     for line in notes:
         progress.note(line)
     session = machine.session(config, inputs, folder.checkpoints, cluster)
     shards = machine.workers if machine.backend == "ray" else 1
-    assessment = Assessment(config, inputs, session.call, progress, shards=shards)
+    kind = StudentAssessment if METHODS[config.name].students else Assessment
+    assessment = kind(config, inputs, session.call, progress, shards=shards)
     try:
         done = _train(config, inputs, folder, session, assessment, progress)
         folder.status(state="testing")
@@ -159,13 +162,18 @@ def _run(
 
 
 def _train(
-    config: RunConfig, inputs: Inputs, folder: RunFolder, session: Session, assessment: Assessment, progress: Progress
+    config: RunConfig,
+    inputs: Inputs,
+    folder: RunFolder,
+    session: Session,
+    assessment: Assessment | StudentAssessment,
+    progress: Progress,
 ) -> Done:
     """Run the rounds that are not done.
 
     The state is on disk after each round, so at most one round is repeated, whatever ends the run.
     """
-    rounds, lives, busy = config.method.rounds, LEARNER_LIVES, 0.0
+    rounds, lives, busy = config.method.total_rounds, LEARNER_LIVES, 0.0
     done = session.start()
     folder.resume_log(done.rounds, done.row)
     began, first = time.perf_counter(), done.rounds

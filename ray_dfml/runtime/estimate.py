@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ray_dfml import evaluate
+from ray_dfml import evaluate, top1
 from ray_dfml.config import RunConfig
 from ray_dfml.core import episodes
 from ray_dfml.core.images import to_bytes
@@ -16,6 +16,7 @@ from ray_dfml.runtime.driver import Inputs, Machine
 from ray_dfml.runtime.local import no_teachers
 from ray_dfml.runtime.shard import Shard
 from ray_dfml.scorer import Entry, Part, Scorer
+from ray_dfml.types import LearnerWeights
 
 PROCESS_BYTES = 600e6
 """Memory of a process with torch that has trained a Conv4; pages that processes share are counted once in all."""
@@ -34,11 +35,10 @@ def estimate(config: RunConfig, inputs: Inputs, machine: Machine) -> dict[str, A
     plan: dict[str, Any] = {
         "method": config.name,
         "profile": config.profile,
-        "rounds": cfg.rounds,
+        "rounds": cfg.total_rounds,
         "teachers": len(world.cards),
         "rejected teachers": len(inputs.rejected),
-        "learner parameters": world.net.layout.numel,
-    }
+    } | _size(config, world)
     found = METHODS[config.name].cost(cfg, world, Shard(inputs.teachers.__getitem__))
     share = machine.workers if machine.backend == "ray" else 1
     if found is not None:
@@ -65,6 +65,8 @@ def _evaluation(config: RunConfig, inputs: Inputs) -> tuple[float, float]:
     The test has the validated, the last and fresh weights, and chooses a step size for each on validation episodes. It
     is shorter if some of these weights are equal.
     """
+    if METHODS[config.name].students is not None:
+        return _of_students(config, inputs)
     world, readings = inputs.world, METHODS[config.name].readings
     sets = {split: [(one.data, split) for one in inputs.sets if one.split == split] for split in ("val", "test")}
     seconds = {shot: _episode(config, world, shot) for shot in config.eval.shots} if any(sets.values()) else {}
@@ -75,7 +77,9 @@ def _evaluation(config: RunConfig, inputs: Inputs) -> tuple[float, float]:
         return np.zeros(part.stop - part.start)
 
     scorer = Scorer(config.eval, way=world.way, head=world.head, val=sets["val"], test=sets["test"], ask=ask)
-    validations = [r for r in range(config.method.rounds) if config.validates(r)] if config.name != UNTRAINED else []
+    validations = (
+        [r for r in range(config.method.total_rounds) if config.validates(r)] if config.name != UNTRAINED else []
+    )
     for r in validations:
         for on_test in (False, True)[: 1 + config.eval.test_best]:
             scorer.validate(str(r), readings[-1], on_test=on_test)
@@ -85,6 +89,32 @@ def _evaluation(config: RunConfig, inputs: Inputs) -> tuple[float, float]:
     entries = [Entry(method=config.name, selection=one, weights=one, readings=readings) for one in own]
     scorer.test([*entries, Entry(method=UNTRAINED, selection="last", weights=UNTRAINED, readings=("finetune",))])
     return validated, sum(spent)
+
+
+def _first_student(config: RunConfig, world: World) -> LearnerWeights:
+    method = METHODS[config.name]
+    assert method.students is not None
+    return next(iter(method.students(config.method, world, method.init(config.method, world)).values())).weights
+
+
+def _size(config: RunConfig, world: World) -> dict[str, int]:
+    """How many weights the learner has, or the student of the first teacher."""
+    if METHODS[config.name].students is None:
+        return {"learner parameters": world.net.layout.numel}
+    return {"student parameters": _first_student(config, world).net.layout.numel}
+
+
+def _of_students(config: RunConfig, inputs: Inputs) -> tuple[float, float]:
+    """Seconds of all validations and of the test, if all students are as fast as the first one."""
+    world, split = inputs.world, {"val": 0, "test": 0}
+    for of in inputs.sets:
+        split[of.split] += sum(len(top1.rows_known(of, card.classes)[0]) for card in world.cards)
+    weights, rows = _first_student(config, world), np.arange(top1.IMAGES_PER_JOB)
+    jobs = top1.jobs(rows, np.zeros(len(rows), np.int64))
+    shared = top1.shared(weights, np.zeros((len(rows), *weights.image.shape), np.uint8))
+    each = cost.seconds(lambda: Shard(no_teachers).run("top1", jobs, shared)) / len(rows) if inputs.sets else 0.0
+    validations = sum(config.validates(r) for r in range(config.method.total_rounds))
+    return validations * split["val"] * each, 2 * split["test"] * each
 
 
 def _images(world: World, per_class: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -17,6 +17,7 @@ from ray_dfml.evaluate import EvalConfig
 from ray_dfml.methods import METHODS
 from ray_dfml.methods.base import World, teacher_job
 from ray_dfml.runtime.shard import Loaded
+from ray_dfml.top1 import check_known
 from ray_dfml.types import ImageSpec, Labelled, TeacherCard, size_text
 
 DEFAULT_WAY = 5
@@ -99,19 +100,23 @@ def read_inputs(config: RunConfig) -> Inputs:
     sets: list[Labelled] = []
     real: dict[str, np.ndarray] = {}
     notes: list[str] = []
+    method = METHODS[config.name]
     for spec, one in loaded.items():
         notes += [f"--data {spec}: {note}" for note in one.notes]
         if one.shape != image.shape:
             notes.append(resizing(spec, one.shape, image.shape))
         for split in ("val", "test"):
             part = one.subset(split)
-            notes += _known(spec, split, {f"{one.name}/{name}" for name in part.class_names}, teachers.cards)
-            notes += small_classes(part, f"--data {spec}, split {split}", way, config.eval)
+            names = tuple(f"{one.name}/{name}" for name in part.class_names)
+            if method.students is None:
+                notes += _known(spec, split, set(names), teachers.cards)
+                notes += small_classes(part, f"--data {spec}, split {split}", way, config.eval)
             images = fitted(part.images, image.shape, f"--data {spec}")
-            sets.append(Labelled(one.identity, split, images, part.labels))
+            sets.append(Labelled(one.identity, split, images, part.labels, names))
+    if method.students is not None:
+        notes += check_known(teachers.cards, sets)
     if config.eval.icfil.steps:
         notes.append("scores are with our ICFIL, a reconstruction; `adapt` and `evaluate` leave it out")
-    method = METHODS[config.name]
     if method.needs_real:
         if not loaded:
             raise UsageError(f"{config.name} trains on real images: name them with --data")

@@ -1,4 +1,4 @@
-"""`evaluate` tests an exported learner on real episodes, and `random` on the same ones."""
+"""`evaluate` tests an exported learner on real episodes, and `random` on the same ones. Students get top-1 scores."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -11,6 +11,7 @@ import numpy as np
 from ray_dfml.data import datasets
 from ray_dfml.errors import RejectedError, UsageError
 from ray_dfml.evaluate import EvalConfig
+from ray_dfml.files import resolved
 from ray_dfml.learner import Learner
 from ray_dfml.methods import UNTRAINED
 from ray_dfml.methods.base import World
@@ -18,8 +19,10 @@ from ray_dfml.methods.baselines import untrained
 from ray_dfml.runtime.inputs import fitted, resizing, small_classes
 from ray_dfml.runtime.local import LocalBackend, no_teachers
 from ray_dfml.runtime.progress import Progress
+from ray_dfml.runtime.top1_test import student_test
 from ray_dfml.scorer import Entry, Part, Scorer, Set, accuracies
 from ray_dfml.scores import as_row
+from ray_dfml.student import of_run
 from ray_dfml.types import Backend, Labelled
 
 readings = ("finetune",)
@@ -30,13 +33,19 @@ def meta_test(
     weights: Path, *, spec: str, split: str, way: int | None, shots: Sequence[int], episodes: int, bn: str | None,
     seed: int, workers: int, backend: str,
 ) -> list[dict[str, Any]]:  # fmt: skip
-    """Test a learner. Returns rows as in `scores.json`.
+    """Test a learner, or students (`top1_test`), which have no episodes. Returns rows as in `scores.json`.
 
     The learner adapts with its own step. As in `train`, `random` gets the best of the default `eval.lrs` on validation
     episodes, or the learner's step if the data have none; a line says which. Images of another size are brought to the
     learner's, and a line says so. Raises UsageError if the channels of the data or `way` do not fit the learner.
     """
-    learner, progress = Learner.load(weights), Progress()
+    progress = Progress()
+    students = of_run(resolved(weights))
+    if students:
+        shards = workers if backend == "ray" else 1
+        with _shards(backend, workers) as here:
+            return student_test(students, here, progress, spec=spec, split=split, shards=shards)
+    learner = Learner.load(weights)
     way = way or learner.way
     if way > learner.way:
         raise UsageError(f"--way {way}: the learner has {learner.way} outputs")

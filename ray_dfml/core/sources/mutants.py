@@ -23,7 +23,8 @@ def mutants(rng: torch.Generator, count: int, parents: Tensor, labels: Tensor, *
     if not len(parents):
         raise ValueError("mutants need at least one parent image")
     shape = (parents.shape[1], parents.shape[2], parents.shape[3])
-    weights = 1 / torch.bincount(labels)[labels].double()
+    counts = torch.zeros(int(labels.max()) + 1, dtype=torch.float64)
+    weights = 1 / counts.index_add_(0, labels, torch.ones(len(labels), dtype=torch.float64))[labels]
 
     def parent() -> Tensor:
         drawn = parents[torch.multinomial(weights, GROUP, replacement=True, generator=rng)]

@@ -51,7 +51,7 @@ def warp(rng: torch.Generator, x: Tensor, strength: Warp, *, fill: str = "zero")
     if strength.elastic:
         knots = normal(rng, n, 2, 5, 5) * strength.elastic * uniform(rng, n, 1, 1, 1, high=2)
         grid = grid + F.interpolate(knots, x.shape[2:], mode="bicubic").permute(0, 2, 3, 1)
-    return F.grid_sample(x, grid, padding_mode=PADDING[fill], align_corners=False)
+    return F.grid_sample(x, grid.to(x.device), padding_mode=PADDING[fill], align_corners=False)
 
 
 def zoom(rng: torch.Generator, x: Tensor, low: float, high: float, *, fill: str = "zero") -> Tensor:
