@@ -16,7 +16,7 @@ from PIL import Image
 from ray_dfml.data.services import PLACEHOLDERS, Api, Asked, places, repeats
 from ray_dfml.errors import RejectedError, UsageError, first_of
 from ray_dfml.services import protocol
-from ray_dfml.services.checks import BadAnswer, Checked, parse_json
+from ray_dfml.services.checks import BadAnswer, Checked, Unreadable, parse_json
 from ray_dfml.types import size_text
 
 _JSON = {"Content-Type": "application/json"}
@@ -32,6 +32,9 @@ class Request(NamedTuple):
 
 class Adapter(Protocol):
     """A protocol of a service."""
+
+    notes: Sequence[str]
+    """What was assumed."""
 
     @property
     def batch(self) -> int:
@@ -115,7 +118,7 @@ class Oip:
         self.input = api.input
         self.datatype: Literal["FP32", "UINT8"] | None = api.datatype
         self.binary: bool | None = {"on": True, "off": False, "auto": None}[api.binary]
-        self.notes: list[str] = []
+        self.notes: Sequence[str] = ()
 
     @property
     def batch(self) -> int:
@@ -140,7 +143,7 @@ class Oip:
         if self.input is None and len(inputs) > 1:
             raise RejectedError(f"{id}: the model has inputs {first_of([*inputs])}; name one as api.input")
         if self.input is None and not inputs:
-            self.notes.append("the server names no input; 'input' is used")
+            self.notes = ("the server names no input; 'input' is used",)
         name = self.input or next(iter(inputs), "input")
         if inputs and name not in inputs:
             raise RejectedError(f"{id}: the model has no input {name!r}; it has {first_of([*inputs])}")
@@ -195,7 +198,7 @@ class Oip:
         try:
             tensors = protocol.unpack("outputs", body, None if length is None else int(length)).tensors
         except protocol.Malformed as error:
-            raise BadAnswer(f"answers a message that cannot be read: {error}") from None
+            raise Unreadable(f"answers a message that cannot be read: {error}") from None
         found = [tensor.array for tensor in tensors if tensor.name == self._api.output]
         if len(found) != 1:
             names = first_of([ascii(tensor.name) for tensor in tensors])
@@ -214,6 +217,7 @@ class HuggingFace:
     """The task image-classification of Hugging Face's endpoints: a PNG, and labels with scores."""
 
     batch = 1
+    notes: Sequence[str] = ()
 
     def __init__(self, asked: Asked, api: Api) -> None:
         """A `model` goes into the path; without one, the url is the whole address."""
@@ -237,6 +241,8 @@ class HuggingFace:
 
 class Json:
     """A request and an answer that the entry's template describes."""
+
+    notes: Sequence[str] = ()
 
     def __init__(self, asked: Asked, api: Api) -> None:
         """The template's body is filled anew for each request."""

@@ -19,15 +19,19 @@ class BadAnswer(Exception):
     """An answer that cannot be used. The message is one line and has nothing of the request in it."""
 
 
+class Unreadable(BadAnswer):
+    """An answer that is no message of the protocol at all."""
+
+
 def parse_json(body: bytes) -> Any:
-    """The content of a JSON text. Raises BadAnswer, which says what there is in its place."""
+    """The content of a JSON text. Raises Unreadable, which says what there is in its place."""
     try:
         return orjson.loads(body)
     except orjson.JSONDecodeError:
         start = body[:200].lstrip().lower()
         if start.startswith((b"<!doctype", b"<html")):
-            raise BadAnswer("answers a web page instead of JSON") from None
-        raise BadAnswer(
+            raise Unreadable("answers a web page instead of JSON") from None
+        raise Unreadable(
             f"answers {len(body)} bytes that are not JSON, or cut short" if body else "answers nothing"
         ) from None
 

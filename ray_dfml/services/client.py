@@ -21,11 +21,11 @@ import numpy as np
 import orjson
 import tenacity
 
-from ray_dfml.data.services import KEY, Asked
+from ray_dfml.data.services import KEY, Api, Asked
 from ray_dfml.errors import RejectedError, UsageError
 from ray_dfml.files import shown
 from ray_dfml.services.adapters import Oip, Request, adapter
-from ray_dfml.services.checks import BadAnswer
+from ray_dfml.services.checks import BadAnswer, Unreadable
 
 TRIES = 3
 """Attempts that may fail: errors of the server, broken connections, silence, and answers that cannot be used."""
@@ -65,11 +65,14 @@ class _Reply(NamedTuple):
 
 
 class _Again(Exception):
-    """An attempt that may be repeated after some seconds. If `free`, it does not count as a failure."""
+    """An attempt that may be repeated after some seconds.
 
-    def __init__(self, text: str, after: float, *, free: bool = False) -> None:
+    If `free`, it does not count as a failure; if `may_be_binary`, the server may not know binary tensors.
+    """
+
+    def __init__(self, text: str, after: float, *, free: bool = False, may_be_binary: bool = False) -> None:
         super().__init__(text)
-        self.after, self.free, self.may_be_binary = after, free, not free
+        self.after, self.free, self.may_be_binary = after, free, may_be_binary
 
 
 class _Refused(RejectedError):
@@ -124,7 +127,9 @@ def _number(text: str, unit: float) -> float | None:
 class Client:
     """A client of one service. It lives in one event loop."""
 
-    def __init__(self, asked: Asked, connections: aiohttp.ClientSession, *, patience: float = PATIENCE) -> None:
+    def __init__(
+        self, asked: Asked, connections: aiohttp.ClientSession, *, patience: float = PATIENCE, tries: int = TRIES
+    ) -> None:
         """Raises UsageError if the entry does not fit its adapter."""
         assert asked.api is not None
         self.adapter = adapter(asked)
@@ -134,11 +139,21 @@ class Client:
         self.first = asyncio.Lock()
         """Held while the first request is made."""
         self._asked, self._id, self._api = asked, asked.card.id, asked.api
-        self._connections, self._patience = connections, patience
+        self._connections, self._patience, self._tries = connections, patience, tries
         self._slots = asyncio.Semaphore(self.concurrency)
         self._free_at = 0.0
         self._quiet_until = 0.0
         self._reached = False
+
+    @property
+    def api(self) -> Api:
+        """How the service is reached, with what was found out: its input, the datatype, and binary tensors or none."""
+        if not isinstance(self.adapter, Oip):
+            return self._api
+        found = {"input": self.adapter.input, "datatype": self.adapter.datatype}
+        if self.adapter.binary is not None:
+            found["binary"] = "on" if self.adapter.binary else "off"
+        return self._api.model_copy(update=found)
 
     async def describe(self) -> None:
         """Ask an `oip` server about its model, without an image. Raises RejectedError if it does not fit the entry."""
@@ -161,7 +176,7 @@ class Client:
         return found
 
     async def _repeated(self, work: Callable[[int], Awaitable[T]]) -> T:
-        """Do work until it succeeds, fails TRIES times, or the service is busy or away for too long."""
+        """Do work until it succeeds, fails too often, or the service is busy or away for too long."""
         failures = 0
 
         def stop(state: tenacity.RetryCallState) -> bool:
@@ -171,7 +186,8 @@ class Client:
                 return True
             failures += not error.free
             patience = self._patience if self._reached else min(self._patience, FIRST_PATIENCE)
-            return failures >= TRIES or (state.seconds_since_start or 0) + error.after > patience
+            late = (state.seconds_since_start or 0) + error.after > patience
+            return failures >= self._tries or (late and error.after > 0)
 
         def wait(state: tenacity.RetryCallState) -> float:
             error = state.outcome and state.outcome.exception()
@@ -179,7 +195,8 @@ class Client:
 
         def say(state: tenacity.RetryCallState) -> None:
             error = state.outcome and state.outcome.exception()
-            _LOG.warning("%s: %s; trying again in %.1f s", self._id, error, wait(state))
+            again = f"; trying again in {wait(state):.1f} s" if wait(state) else ""
+            _LOG.warning("%s: %s%s", self._id, error, again)
 
         retrying = tenacity.AsyncRetrying(
             retry=tenacity.retry_if_exception_type(_Again), stop=stop, wait=wait, before_sleep=say, reraise=True
@@ -202,11 +219,11 @@ class Client:
             try:
                 found = self.adapter.answers(reply.headers, reply.body, len(images))
             except BadAnswer as error:
-                raise _Again(str(error), _backoff(number)) from None
+                raise _Again(str(error), _backoff(number), may_be_binary=isinstance(error, Unreadable)) from None
         except (_Again, _Refused) as error:
             if isinstance(self.adapter, Oip) and self.adapter.binary is None and error.may_be_binary:
                 self.adapter.binary = False
-                raise _Again(f"does not take binary tensors ({error}); JSON is used", 0.0) from None
+                raise _Again(f"does not take binary tensors ({error}); JSON is used", 0.0, free=True) from None
             raise
         if isinstance(self.adapter, Oip) and self.adapter.binary is None:
             self.adapter.binary = True
@@ -230,12 +247,12 @@ class Client:
                 await attempts.refund()
             if isinstance(error, aiohttp.ClientSSLError):
                 raise RejectedError(f"{self._id}: {self._where}: its certificate is not accepted") from None
-            why = error.os_error.strerror or type(error.os_error).__name__
-            raise _Again(f"{self._where} cannot be reached: {why}", _backoff(number), free=True) from None
+            raise _Again(f"{self._where} cannot be reached: {_why(error)}", _backoff(number), free=True) from None
         except TimeoutError:
             raise _Again(f"no answer in {self._api.timeout:g} s", _backoff(number)) from None
         except (aiohttp.ClientError, OSError) as error:
-            raise _Again(f"the connection broke ({type(error).__name__})", _backoff(number)) from None
+            broke = f"the connection broke ({type(error).__name__})"
+            raise _Again(broke, _backoff(number), may_be_binary=True) from None
         self._judge(reply, number)
         return reply
 
@@ -276,7 +293,7 @@ class Client:
             self._quiet_until = max(self._quiet_until, time.monotonic() + after)
             raise _Again(f"is busy (429){said}", after, free=True)
         if status >= 500 or status in _TRANSIENT:
-            raise _Again(f"fails with status {status}{said}", after)
+            raise _Again(f"fails with status {status}{said}", after, may_be_binary=True)
         raise _Refused(f"{self._id}: {self._refusal(reply)}{said}", status)
 
     def _refusal(self, reply: _Reply) -> str:
@@ -309,6 +326,11 @@ class Client:
         if key := key_of(self._asked):
             text = text.replace(key, "[key]")
         return f": {shown(text[:200])}" if text else ""
+
+
+def _why(error: aiohttp.ClientConnectorError) -> str:
+    code = error.os_error.errno or 0
+    return os.strerror(code) if code > 0 else error.os_error.strerror or type(error.os_error).__name__
 
 
 def _backoff(number: int) -> float:

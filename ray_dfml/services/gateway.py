@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import aiohttp
 import numpy as np
 
-from ray_dfml.data.services import Asked, Budget
+from ray_dfml.data.services import Api, Asked, Budget
 from ray_dfml.errors import Interrupted
 from ray_dfml.services import client as clients
 from ray_dfml.services.adapters import sent_as
@@ -48,16 +48,17 @@ class Gateway:
         each: Budget = _NO_BUDGET,
         pools: Mapping[str, Budget] | None = None,
         patience: float = clients.PATIENCE,
+        tries: int = clients.TRIES,
     ) -> None:
         """Open or make the ledger at `path`, on a local disk, for the teachers that may be asked.
 
         `run`, `each` and `pools` are budgets as `Ledger` takes them. A batch is tried again for `patience` seconds
-        while its service is busy or away. Raises what `Ledger` raises, and UsageError for an entry that does not fit
-        its adapter.
+        while its service is busy or away, and given up after `tries` attempts that went wrong. Raises what `Ledger`
+        raises, and UsageError for an entry that does not fit its adapter.
         """
         self._asked = {one.card.id: one for one in asked}
         self._ledger = Ledger(path, asked, run=run, each=each, pools=pools)
-        self._patience = patience
+        self._patience, self._tries = patience, tries
         self._flying: dict[bytes, asyncio.Future[None]] = {}
         self._closing = False
         self._writer = concurrent.futures.ThreadPoolExecutor(1, "ledger")
@@ -142,6 +143,15 @@ class Gateway:
         batch = _Batch(self, teacher, hashes)
         answers = await self._clients[teacher].answers(images, request_id(hashes), batch)
         await self.write(self._ledger.settle, batch.id, answers)
+
+    def describe(self, teacher: str) -> None:
+        """Compare a service's description of its model with the entry, if its protocol has one. No image is sent."""
+        self._run(self._clients[teacher].describe())
+
+    def reached(self, teacher: str) -> tuple[Api, list[str]]:
+        """How a service that was asked is reached, with what was found out, and notes on it."""
+        client = self._clients[teacher]
+        return client.api, list(client.adapter.notes)
 
     async def write(self, act: Callable[..., T], *args: Any) -> T:
         """Let the ledger act in its thread, so that the loop goes on while the disk is synced."""
