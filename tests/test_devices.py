@@ -19,7 +19,7 @@ from ray_dfml.methods.base import World, image_values
 from ray_dfml.methods.bidf import method as bidf
 from ray_dfml.methods.free import bell
 from ray_dfml.methods.free import method as free
-from ray_dfml.methods.ideal.config import NAMES
+from ray_dfml.methods.students.config import NAMES
 from ray_dfml.ops import OPS
 from ray_dfml.runtime.shard import Loaded, Shard
 from ray_dfml.types import Arrays, Job, LearnerWeights

@@ -16,11 +16,11 @@ from ray_dfml.core.sources import SOURCES, Source
 from ray_dfml.errors import UsageError
 from ray_dfml.methods.base import World
 from ray_dfml.methods.ideal import method as ideal
-from ray_dfml.methods.ideal.config import NAMES, Config, GeneratorConfig
-from ray_dfml.methods.ideal.stage import FLOOR, Stage, information, wished
-from ray_dfml.methods.students import loop
-from ray_dfml.methods.students.config import Batch
+from ray_dfml.methods.ideal.config import Config
+from ray_dfml.methods.students import distil, loop
+from ray_dfml.methods.students.config import NAMES, Batch, GeneratorConfig
 from ray_dfml.methods.students.loop import Study
+from ray_dfml.methods.students.stage import FLOOR, Stage, information, wished
 from ray_dfml.methods.students.training import Lesson, Pupil
 from tests.support import FakeShard, normal, play, same, slope, small_ideal, small_world
 
@@ -113,7 +113,7 @@ def test_the_generator_learns_to_please_the_student():
 
 
 def test_a_weight_of_zero_leaves_its_term_out(monkeypatch):
-    monkeypatch.setattr("ray_dfml.methods.ideal.stage.information", lambda *_: pytest.fail("the term was computed"))
+    monkeypatch.setattr("ray_dfml.methods.students.stage.information", lambda *_: pytest.fail("the term was computed"))
     Stage(small_ideal(lam=0.0), study(small_ideal(lam=0.0))).images(8)
 
 
@@ -183,19 +183,19 @@ def test_images_come_from_all_sources_and_mutants_from_the_images_known(monkeypa
     levels = {"dip": 0.2, "shapes": 0.6}
     for name, level in levels.items():
         plain = Source(lambda rng, count, shape, level=level: torch.full((count, *shape), level), "nothing")
-        monkeypatch.setitem(ideal.SOURCES, name, plain)
+        monkeypatch.setitem(distil.SOURCES, name, plain)
     parents: list[Any] = []
 
     def copies(rng: Any, count: int, images: Any, labels: Any, *, fill: str) -> Any:
         parents.append((images, labels, fill))
         return torch.full((count, *images.shape[1:]), 1.0)
 
-    monkeypatch.setitem(ideal.SOURCES, "mutants", Source(copies, "nothing", parents=True))
+    monkeypatch.setitem(distil.SOURCES, "mutants", Source(copies, "nothing", parents=True))
     cfg = small_ideal(images=("dip", "mutants", "shapes"), mutants=0.25)
-    first = ideal.candidates(cfg, study(cfg), 9)
+    first = distil.candidates(cfg, study(cfg), 9)
     assert first[:, 0, 0, 0].tolist() == pytest.approx([0.2] * 5 + [0.6] * 4)
     images, answers = np.zeros((4, *WORLD.image.shape), np.uint8), np.arange(4) % 3
-    later = ideal.candidates(cfg, study(cfg, images=images, answers=answers), 12)
+    later = distil.candidates(cfg, study(cfg, images=images, answers=answers), 12)
     assert later[:, 0, 0, 0].tolist() == pytest.approx([0.2] * 5 + [0.6] * 4 + [1.0] * 3)
     ((found, labels, fill),) = parents
     assert np.array_equal(found.numpy(), images)
@@ -218,7 +218,7 @@ def test_training_images_are_warped_unless_told_otherwise():
     off: dict[str, Any] = {"warp": 0.0, "flip": "off"}
     for changes, equal in ((off, True), ({"warp": 1.0}, False), (off | {"crop_pad": 2}, False)):
         cfg = small_ideal(**changes)
-        seen = ideal.look(cfg, study(cfg), pixels)
+        seen = distil.look(cfg, study(cfg), pixels)
         assert seen.shape == pixels.shape
         assert torch.equal(seen, pixels) == equal
 
@@ -237,8 +237,8 @@ def test_stage_2_alone_asks_the_teacher(monkeypatch):
     query, images = one.service.query, Stage.images
     monkeypatch.setattr(one.service, "query", lambda x: order.append(f"ask {x.dtype}") or query(x))
     monkeypatch.setattr(Stage, "images", lambda self, n: order.append("make") or images(self, n))
-    monkeypatch.setattr(ideal, "trained", lambda cfg, study: order.append("train"))
-    ideal.work(cfg, one)
+    monkeypatch.setattr(distil, "trained", lambda cfg, study: order.append("train"))
+    distil.work(cfg, one)
     assert order == ["make", "ask uint8", "train"]
 
 
@@ -306,5 +306,5 @@ def test_a_student_learns_what_its_teacher_says():
         image[:, :, 5 * answer : 5 * answer + 5] += 150
     one = study(cfg, images=images[:60], answers=answers[:60], last=True)
     one.lesson.average = 0.9
-    assert ideal.trained(cfg, one) < math.log(3)
+    assert distil.trained(cfg, one) < math.log(3)
     assert (one.lesson.logits(images[60:]).argmax(-1).numpy() == answers[60:]).mean() > 0.9

@@ -18,7 +18,7 @@ from torch import Tensor
 from ray_dfml.core import optim
 from ray_dfml.core.generators import Generator, generator
 from ray_dfml.core.images import draw_view, view
-from ray_dfml.methods.ideal.config import GeneratorConfig
+from ray_dfml.methods.students.config import GeneratorConfig
 from ray_dfml.methods.students.loop import Study
 
 FLOOR = 1e-8

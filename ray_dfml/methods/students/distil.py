@@ -1,0 +1,148 @@
+"""A round of distillation: images are made and chosen, the teacher is asked, and the student learns from all answers.
+
+[Zhang2023] IDEAL: Query-Efficient Data-Free Learning from Black-Box Models, ICLR 2023. `stage` is its stage 1, and the
+rest is its stage 2. docs/methods_ideal.md says what is not in the paper.
+"""
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ray_dfml.core.images import draw_view, to_bytes, to_pixels, view
+from ray_dfml.core.sources import SOURCES
+from ray_dfml.core.sources.warp import Warp, warp
+from ray_dfml.methods.base import Metrics
+from ray_dfml.methods.students.config import GENERATOR, DistilConfig
+from ray_dfml.methods.students.loop import Study
+from ray_dfml.methods.students.selection import choose, keys, quotas
+from ray_dfml.methods.students.stage import Stage
+from ray_dfml.methods.students.training import cross_entropy, labels_of, picks, targets
+
+WARP = {"rotation": 0.12, "scale": 0.08, "shear": 0.08, "shift": 0.06, "elastic": 0.03}
+"""Bounds of the warps of training images at `warp` 1."""
+
+
+def notes(cfg: DistilConfig) -> list[str]:
+    """Lines that say what the image sources assume about the data."""
+    said = {GENERATOR: "nothing about the data: it follows the student"}
+    said |= {name: f"assumes {source.assumption}" for name, source in SOURCES.items()}
+    return [f"images of {name}: {said[name]}" for name in cfg.images]
+
+
+def work(cfg: DistilConfig, study: Study) -> Metrics:
+    """Make images, ask about them, and train the student on all that is known. Returns the figures of the round."""
+    study.lesson.average = cfg.average
+    agreement = None
+    if study.batch.new:
+        images = made(cfg, study)
+        if cfg.requery:
+            study.keep(images, np.zeros(len(images), np.int64))
+        else:
+            guess = study.lesson.logits(images).argmax(-1).cpu().numpy()
+            answers = study.ask(images)
+            agreement = 100.0 * float((guess == labels_of(answers)).mean())
+            study.keep(images, answers)
+    loss = requeried(cfg, study) if cfg.requery else trained(cfg, study)
+    counts = study.counts()
+    return {
+        "agreement": agreement,
+        "student/loss": loss,
+        "answers/rarest": 100.0 * float(counts.min() / counts.sum()),
+    }
+
+
+def made(cfg: DistilConfig, study: Study) -> np.ndarray:
+    """The images of a round as uint8 [n c h w]: candidates of all sources, of which some are chosen."""
+    count = study.batch.new
+    chosen = len(study.images) > 0 and cfg.candidates > 1
+    images = to_bytes(candidates(cfg, study, math.ceil(cfg.candidates * count) if chosen else count))
+    if not chosen:
+        return images
+    logits = study.lesson.logits(images)
+    per_class = quotas(study.counts(), count, cfg.quota).to(logits.device)
+    rows = choose(keys(logits, cfg.margin, study.rng), logits.argmax(-1), per_class, count)
+    return images[rows.cpu().numpy()]
+
+
+def candidates(cfg: DistilConfig, study: Study, count: int) -> Tensor:
+    """Pixels [n c h w] in [0, 1] of the sources: the share of mutants if there are parents, the rest in equal parts."""
+    names = [name for name in cfg.images if name == GENERATOR or not SOURCES[name].parents]
+    changed = [name for name in cfg.images if name not in names] if len(study.images) else []
+    copies = int(cfg.mutants * count) if changed else 0
+    rest = count - copies
+    parts = [_fresh(cfg, study, name, rest // len(names) + (i < rest % len(names))) for i, name in enumerate(names)]
+    parents, labels = torch.tensor(study.images), torch.tensor(labels_of(study.answers))
+    fill = border(study)
+    parts += [SOURCES[name].function(study.rng, copies, parents, labels, fill=fill) for name in changed]
+    return torch.cat([part.to(study.device) for part in parts])
+
+
+def _fresh(cfg: DistilConfig, study: Study, name: str, count: int) -> Tensor:
+    if name == GENERATOR:
+        return Stage(cfg, study, crop_pad=cfg.crop_pad, flip=mirrored(cfg, study)).images(count)
+    return SOURCES[name].function(study.rng, count, study.card.image.shape)
+
+
+def border(study: Study) -> str:
+    """What lies outside of an image that is moved: black if the images are grey, and the repeated border in colour."""
+    return "zero" if study.card.image.channels == 1 else "edge"
+
+
+def mirrored(cfg: DistilConfig, study: Study) -> bool:
+    """Whether views of the student may be mirrored."""
+    return cfg.flip == "on" or (cfg.flip == "auto" and study.card.image.channels > 1)
+
+
+def look(cfg: DistilConfig, study: Study, pixels: Tensor) -> Tensor:
+    """A view of pixels [n c h w] that should not change their class: each image warped, or all cropped and mirrored."""
+    flip = mirrored(cfg, study)
+    if cfg.warp:
+        bounds = {name: cfg.warp * bound for name, bound in WARP.items()}
+        return warp(study.rng, pixels, Warp(**bounds, mirror=flip), fill=border(study))
+    if not cfg.crop_pad and not flip:
+        return pixels
+    return view(pixels, draw_view(study.rng, pad=cfg.crop_pad, flip=flip), pad=cfg.crop_pad, fill="zero")
+
+
+def trained(cfg: DistilConfig, study: Study) -> float | None:
+    """Train the student on the stored images and answers. Returns the mean loss of the steps, None without a step."""
+    batch = cfg.student_batch
+    answers = targets(study.answers).to(study.device)
+    images = torch.tensor(study.images).to(study.device)
+    found: list[Tensor] = []
+
+    def step(rows: Tensor, lr: float) -> None:
+        pixels = look(cfg, study, images[rows].float() / 255)
+        found.append(study.lesson.step(pixels, cross_entropy(answers[rows]), lr))
+
+    if cfg.training == "batch":
+        step(torch.arange(len(images) - study.batch.new, len(images)), cfg.lr)
+    elif cfg.training == "pass":
+        for rows in torch.randperm(len(images), generator=study.rng).split(batch):
+            if len(rows) > 1:
+                step(rows, cfg.lr)
+    else:
+        weights = study.counts().clamp_min(1)[labels_of(study.answers)] ** -cfg.balance
+        for rows in picks(weights, steps=int(cfg.steps * len(images) ** 0.5), batch=batch, rng=study.rng):
+            step(rows, cfg.lr * min(1.0, (study.lesson.pupil.step + 1) / max(cfg.warmup_steps, 1)))
+        if study.last:
+            for i, rows in enumerate(picks(weights, steps=cfg.last_steps, batch=batch, rng=study.rng)):
+                step(rows, cfg.lr * 0.5 * (1 + math.cos(math.pi * i / cfg.last_steps)))
+    return float(torch.stack(found).mean()) if found else None
+
+
+def requeried(cfg: DistilConfig, study: Study) -> float:
+    """The released code's pass: every image of the pool in a new view, whose label is asked for again."""
+    found, answers = [], np.zeros(len(study.images), np.int64)
+    for rows in torch.randperm(len(study.images), generator=study.rng).split(cfg.student_batch):
+        at = rows.numpy()
+        seen = to_bytes(look(cfg, study, to_pixels(study.images[at], study.device)))
+        found_here = study.ask(seen)
+        answers[at] = labels_of(found_here)
+        if len(at) > 1:
+            loss = cross_entropy(targets(found_here).to(study.device))
+            found.append(study.lesson.step(to_pixels(seen, study.device), loss, cfg.lr))
+    study.answers = answers
+    return float(torch.stack(found).mean())
