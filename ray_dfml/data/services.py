@@ -66,7 +66,8 @@ def _address(url: str) -> str:
     return url.rstrip("/")
 
 
-def _variable(name: str) -> str:
+def variable(name: str) -> str:
+    """The name of an environment variable. Raises ValueError for what may be a key, and does not repeat it."""
     if not _VARIABLE.fullmatch(name):
         raise ValueError(
             "expected the name of an environment variable in capitals, such as API_KEY, and not the key itself"
@@ -165,7 +166,7 @@ class Api(_Strict):
     mean: list[float] | None = None
     """per channel, for a service that takes (pixels - mean) / std, pixels in [0, 1]"""
     std: list[float] | None = None
-    key_env: Annotated[str, AfterValidator(_variable)] | None = None
+    key_env: Annotated[str, AfterValidator(variable)] | None = None
     """environment variable that holds the key"""
     rate: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     """most images a second"""

@@ -1,0 +1,154 @@
+"""A classifier that is served: how much it gives away, and how requests that wait share a forward pass."""
+
+import asyncio
+from collections import deque
+from collections.abc import Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ray_dfml.core.answers import answers
+from ray_dfml.core.net import Net, net
+from ray_dfml.core.steady import steady_logits
+from ray_dfml.data.pool import Pool
+from ray_dfml.errors import UsageError
+from ray_dfml.services.counter import Counter
+from ray_dfml.types import LEVELS, Access, ImageSpec
+
+OUTPUTS: dict[Access, str] = {"logits": "logits", "probs": "probabilities", "label": "label"}
+"""Access -> name of the only output of a model that is served."""
+TOGETHER = 4096
+"""Images that are answered together at most, unless one request has more."""
+
+
+class NotFinite(Exception):
+    """A model has made NaN or infinity of good images."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Served:
+    """A classifier with frozen weights, and what it answers."""
+
+    id: str
+    image: ImageSpec
+    classes: tuple[str, ...]
+    access: Access
+    """`label`, `probs` or `logits`."""
+    decimals: int | None = None
+    """To which probabilities are rounded."""
+    top_k: int | None = None
+    """How many of the largest probabilities are given."""
+    net: Net
+    theta: Tensor
+    stats: Tensor
+
+    @property
+    def output(self) -> str:
+        """The name of the output."""
+        return OUTPUTS[self.access]
+
+    def answers(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Answers [n] or [n q] to float32 images [n c h w] in [0, 1], and bool [n]: whether they may be given.
+
+        They may be if the logits are finite. An answer has the same bits whatever else is asked.
+        """
+        mean, std = (torch.tensor(values) for values in (self.image.mean, self.image.std))
+        logits = steady_logits(self.net, self.theta, self.stats, images, mean, std)
+        good = torch.isfinite(logits).all(-1).cpu().numpy()
+        return answers(logits, self.access, decimals=self.decimals, top_k=self.top_k), good
+
+
+def from_pool(
+    pool: Pool,
+    id: str,
+    *,
+    access: Access,
+    decimals: int | None = None,
+    top_k: int | None = None,
+    device: torch.device | str = "cpu",
+) -> Served:
+    """A teacher of a pool, to be served at a level of access on a device.
+
+    Raises UsageError for a service, for more than the pool's entry gives away, and for terms that do not fit, and
+    RejectedError for weights that cannot be used.
+    """
+    entry = pool.entry(id)
+    card = entry.inside
+    if entry.api is not None:
+        raise UsageError(
+            f"{id}: is a service already, at {entry.api.url}; serve a teacher whose weights are in the pool"
+        )
+    if LEVELS.index(access) < LEVELS.index(card.access):
+        raise UsageError(f"{id}: {pool.path} gives away {card.access!r} only; serve it with --access {card.access}")
+    if access != "probs" and (decimals, top_k) != (None, None):
+        raise UsageError(f"decimals and top_k are of probabilities; access is {access!r}")
+    if top_k is not None and top_k > len(card.classes):
+        raise UsageError(f"{id}: top_k is {top_k}, and there are {len(card.classes)} classes")
+    theta, stats = (torch.tensor(part, device=device) for part in pool.load(id))
+    return Served(
+        id=id, image=card.image, classes=card.classes, access=access, decimals=decimals, top_k=top_k,
+        net=net(card.arch, card.image.shape, len(card.classes)), theta=theta, stats=stats,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True, eq=False)
+class _Waiting:
+    images: np.ndarray
+    key: bytes
+    answer: asyncio.Future[np.ndarray]
+
+
+class Batcher:
+    """Answers requests to one model. Those that came while the model was at work are answered together."""
+
+    def __init__(self, served: Served, counter: Counter, executor: Executor) -> None:
+        self.served = served
+        self._counter, self._executor = counter, executor
+        self._waiting: deque[_Waiting] = deque()
+        self._worker: asyncio.Task[None] | None = None
+
+    async def ask(self, images: np.ndarray, key: bytes) -> np.ndarray:
+        """The answers to float32 images [n c h w] in [0, 1], counted under `key`.
+
+        Raises NotFinite, and ResourceError if they cannot be counted.
+        """
+        answer: asyncio.Future[np.ndarray] = asyncio.get_running_loop().create_future()
+        self._waiting.append(_Waiting(images, key, answer))
+        if self._worker is None or self._worker.done():
+            self._worker = asyncio.create_task(self._work())
+        return await answer
+
+    async def _work(self) -> None:
+        loop = asyncio.get_running_loop()
+        while self._waiting:
+            batch = [self._waiting.popleft()]
+            count = len(batch[0].images)
+            while self._waiting and count + len(self._waiting[0].images) <= TOGETHER:
+                batch.append(self._waiting.popleft())
+                count += len(batch[-1].images)
+            try:
+                found = await loop.run_in_executor(self._executor, self._answered, batch)
+            except Exception as error:
+                found = [error] * len(batch)
+            for one, answer in zip(batch, found, strict=True):
+                if one.answer.done():  # nobody waits for it any more
+                    continue
+                if isinstance(answer, Exception):
+                    one.answer.set_exception(answer)
+                else:
+                    one.answer.set_result(answer)
+
+    def _answered(self, batch: Sequence[_Waiting]) -> list[np.ndarray | Exception]:
+        images = np.concatenate([one.images for one in batch])
+        self._counter.receive(self.served.id, len(images))
+        answered, good = self.served.answers(images)
+        ends = np.cumsum([len(one.images) for one in batch])[:-1]
+        rows = list(zip(batch, np.split(answered, ends), np.split(good, ends), strict=True))
+        self._counter.answer(self.served.id, [(one.key, len(one.images)) for one, _, fine in rows if fine.all()])
+        return [
+            answer if fine.all() else NotFinite(f"{self.served.id} makes NaN or infinity of these images")
+            for _, answer, fine in rows
+        ]

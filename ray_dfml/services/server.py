@@ -1,0 +1,304 @@
+"""A server of the Open Inference Protocol v2 for classifiers, with a durable count of what it was asked.
+
+It trusts no request. Bodies, batches, what waits and the rate are bounded, and whatever is wrong with a request is said
+in one line, `{"error": ...}`. Without a token it answers only to this machine's own names, so that no page in a browser
+can ask it.
+"""
+
+import asyncio
+import errno
+import hashlib
+import hmac
+import json
+import logging
+import math
+import secrets
+import signal
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import version
+from typing import Any
+from urllib.parse import urlsplit
+
+import numpy as np
+from aiohttp import web
+
+from ray_dfml.data.services import is_loopback
+from ray_dfml.errors import ResourceError, UsageError, did_you_mean
+from ray_dfml.services import openapi
+from ray_dfml.services.counter import Counter
+from ray_dfml.services.hosting import Batcher, NotFinite, Served
+from ray_dfml.services.protocol import HEADER_LENGTH, Malformed, Tensor, pack, unpack
+from ray_dfml.services.rate import Bucket
+from ray_dfml.types import size_text
+
+MOST_BYTES = 64 << 20
+"""The largest body, after decompression."""
+MOST_IMAGES = 4096
+"""The most images of a request."""
+MOST_WAITING = 256 << 20
+"""Bytes of bodies that are read or wait for their answers at a time, at most."""
+BODY_SECONDS = 60
+"""How long a body may take to arrive."""
+STOP_SECONDS = 30
+"""How long requests that are at work may take once the server stops."""
+SLACK = 1e-5
+"""How far pixels may leave [0, 1] by rounding."""
+
+VERSION = "1"
+"""The only version of every model."""
+SERVER = "ray-dfml"
+"""The name of the server in its metadata."""
+
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+class Server:
+    """The routes and limits of a server of some classifiers, by their ids.
+
+    `rate` bounds the images of a second, over all models; `token`, if there is one, must come with every request but
+    those about health. `note` gets one line for each defect.
+    """
+
+    def __init__(
+        self,
+        models: Sequence[Served],
+        counter: Counter,
+        *,
+        rate: float | None = None,
+        token: str | None = None,
+        note: Callable[[str], None] = lambda line: None,
+    ) -> None:
+        self._executor = ThreadPoolExecutor(1, "model")
+        self._models = {served.id: Batcher(served, counter, self._executor) for served in models}
+        self._counter, self._note = counter, note
+        self._bucket = None if rate is None else Bucket(rate)
+        self._token = None if token is None else hashlib.sha256(token.encode()).digest()
+        self._waiting = 0
+        self._document = openapi.document(models, secured=token is not None)
+
+    def app(self) -> web.Application:
+        """The application, whose routes are those of `openapi.ROUTES`."""
+        app = web.Application(client_max_size=MOST_BYTES, middlewares=[self._errors, self._guard])
+        for route in openapi.ROUTES:
+            app.router.add_route(route.method, route.path, getattr(self, route.name))
+        return app
+
+    def runner(self) -> web.AppRunner:
+        """What serves the application. It logs nothing, since aiohttp would log what is in a broken request."""
+        quiet = logging.getLogger(f"{__name__}.http")
+        quiet.propagate = False
+        quiet.addHandler(logging.NullHandler())
+        return web.AppRunner(self.app(), access_log=None, logger=quiet, shutdown_timeout=STOP_SECONDS)
+
+    def close(self) -> None:
+        """Stop the model's thread. No request may be at work."""
+        self._executor.shutdown()
+
+    @web.middleware
+    async def _errors(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+        """Turn whatever is raised into one line of JSON."""
+        try:
+            return await handler(request)
+        except web.HTTPException as error:
+            headers = {name: error.headers[name] for name in _KEPT if name in error.headers}
+            plain = error.text is None or error.text == f"{error.status}: {error.reason}"
+            return _error(
+                error.status, f"{request.method} {request.path}: {error.reason}" if plain else error.text, headers
+            )
+        except (Malformed, UsageError) as error:
+            return _error(400, str(error))
+        except (NotFinite, ResourceError) as error:
+            self._note(str(error))
+            return _error(500, str(error))
+        except Exception as error:
+            self._note(f"{request.method} {request.path}: {type(error).__name__}: {error}")
+            return _error(500, "this request met a defect of the server")
+
+    @web.middleware
+    async def _guard(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+        """Let through who has the token, or, without one, whoever calls this machine by its own name."""
+        if request.path in openapi.OPEN:
+            return await handler(request)
+        if self._token is not None:
+            given = request.headers.get("Authorization", "").removeprefix("Bearer ")
+            if not hmac.compare_digest(hashlib.sha256(given.encode("utf-8", "replace")).digest(), self._token):
+                headers = {"WWW-Authenticate": "Bearer"}
+                raise web.HTTPUnauthorized(text="send the token as 'Authorization: Bearer TOKEN'", headers=headers)
+        elif not is_loopback(_name(request.host)) or "Origin" in request.headers:
+            raise web.HTTPForbidden(text="without a token only programs on this machine are answered, by its own name")
+        return await handler(request)
+
+    def _batcher(self, request: web.Request) -> Batcher:
+        id = request.match_info["model"]
+        if id not in self._models:
+            raise web.HTTPNotFound(text=f"no model {id[:128]!a} here{did_you_mean(id, self._models)}")
+        if request.match_info.get("version", VERSION) != VERSION:
+            raise web.HTTPNotFound(text=f"{id} has version {VERSION} only")
+        return self._models[id]
+
+    async def live(self, request: web.Request) -> web.Response:
+        """Say that the server runs."""
+        return _json({"live": True})
+
+    async def ready(self, request: web.Request) -> web.Response:
+        """Say that the server answers; its models are there before it listens."""
+        return _json({"ready": True})
+
+    async def metadata(self, request: web.Request) -> web.Response:
+        """Name and version of the server, and what it can besides the protocol."""
+        return _json({"name": SERVER, "version": version("ray-dfml"), "extensions": ["binary_tensor_data"]})
+
+    async def stats(self, request: web.Request) -> web.Response:
+        """Images received and answered so far, in all and of each model."""
+        counts = await asyncio.to_thread(self._counter.counts, list(self._models))
+        total = {name: sum(getattr(one, name) for one in counts.values()) for name in ("received", "answered")}
+        return _json(total | {"models": {id: one._asdict() for id, one in counts.items()}})
+
+    async def openapi(self, request: web.Request) -> web.Response:
+        """The description of the server in OpenAPI 3.1."""
+        return _json(self._document)
+
+    async def model(self, request: web.Request) -> web.Response:
+        """Names, shapes and datatypes of what a model takes and gives."""
+        return _json(openapi.metadata(self._batcher(request).served))
+
+    async def model_ready(self, request: web.Request) -> web.Response:
+        """Say that a model answers."""
+        return _json({"name": self._batcher(request).served.id, "ready": True})
+
+    async def infer(self, request: web.Request) -> web.Response:
+        """Answer one batch of images."""
+        batcher = self._batcher(request)
+        size = MOST_BYTES if request.content_length is None else request.content_length
+        if size > MOST_BYTES:
+            raise web.HTTPRequestEntityTooLarge(MOST_BYTES, size, text=f"a body has at most {MOST_BYTES} bytes")
+        if self._waiting + size > MOST_WAITING:
+            raise _later("many requests wait already", 1)
+        self._waiting += size
+        try:
+            return await self._answer(batcher, request)
+        finally:
+            self._waiting -= size
+
+    async def _answer(self, batcher: Batcher, request: web.Request) -> web.Response:
+        try:
+            async with asyncio.timeout(BODY_SECONDS):
+                body = await request.read()
+        except TimeoutError:
+            raise web.HTTPRequestTimeout(text=f"the body did not arrive within {BODY_SECONDS} s") from None
+        served = batcher.served
+        head, tensors = unpack("inputs", body, _length(request.headers.get(HEADER_LENGTH)))
+        images = _images(tensors, served)
+        binary = _wants_binary(head, served)
+        id = head.get("id", "")
+        if not isinstance(id, str):
+            raise Malformed("the id of a request is a text")
+        if self._bucket and (seconds := self._bucket.take(len(images))):
+            raise _later("more images a second than this server answers", seconds)
+        answers = await batcher.ask(images, _key(id, images))
+        kind = "INT64" if answers.dtype.kind == "i" else "FP32"
+        said = {"model_name": served.id, "model_version": VERSION} | ({"id": id} if id else {})
+        packed = pack("outputs", said, [Tensor(served.output, kind, answers)], binary=binary)
+        if packed.header_length is None:
+            return web.Response(body=packed.body, content_type="application/json")
+        headers = {HEADER_LENGTH: str(packed.header_length)}
+        return web.Response(body=packed.body, content_type="application/octet-stream", headers=headers)
+
+
+async def run(server: Server, host: str, port: int, announce: Callable[[str], None]) -> None:
+    """Serve until SIGTERM or SIGINT, then finish what is at work. `announce` gets the address, with the real port.
+
+    Raises ResourceError if the port is taken or the host is none of this machine's.
+    """
+    runner = server.runner()
+    await runner.setup()
+    try:
+        await web.TCPSite(runner, host, port, backlog=1024).start()
+        stop, loop = asyncio.Event(), asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, stop.set)
+        real = runner.addresses[0][1]
+        announce(f"http://[{host}]:{real}" if ":" in host else f"http://{host}:{real}")
+        await stop.wait()
+    except OSError as error:
+        what = "is taken; choose another, or 0 for a free one" if error.errno == errno.EADDRINUSE else error.strerror
+        raise ResourceError(f"port {port} of {host}: {what}") from None
+    finally:
+        await runner.cleanup()
+        server.close()
+
+
+_KEPT = ("Retry-After", "WWW-Authenticate", "Allow")
+"""Headers of errors that say more than their text."""
+
+
+def _json(value: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> web.Response:
+    return web.Response(text=json.dumps(value), status=status, headers=headers, content_type="application/json")
+
+
+def _error(status: int, text: str, headers: Mapping[str, str] | None = None) -> web.Response:
+    return _json({"error": " ".join(text.split())}, status, headers)
+
+
+def _later(text: str, seconds: float) -> web.HTTPException:
+    wait = math.ceil(seconds)
+    return web.HTTPTooManyRequests(text=f"{text}; come back in {wait} s", headers={"Retry-After": str(wait)})
+
+
+def _name(host: str) -> str:
+    """The name in a `Host` header, without its port."""
+    try:
+        return urlsplit(f"//{host}").hostname or ""
+    except ValueError:
+        return ""
+
+
+def _length(text: str | None) -> int | None:
+    """The value of the header of binary tensors."""
+    if text is None:
+        return None
+    if not (text.isascii() and text.isdigit() and len(text) < 16):
+        raise Malformed(f"{HEADER_LENGTH} is no number of bytes")
+    return int(text)
+
+
+def _images(tensors: Sequence[Tensor], served: Served) -> np.ndarray:
+    """The images of a request, float32 [n c h w] in [0, 1]. Its only input may have any name."""
+    if len(tensors) != 1:
+        raise Malformed(f"expected one input of images, got {len(tensors)}")
+    _, datatype, array = tensors[0]
+    if datatype != "FP32":
+        raise Malformed(f"the input is FP32 with pixels in [0, 1], got {datatype}; send uint8 pixels as FP32, over 255")
+    if array.ndim != 4 or array.shape[1:] != served.image.shape:
+        raise Malformed(f"{served.id} takes images of shape [n, {size_text(served.image.shape)}], got {array.shape}")
+    if not 1 <= len(array) <= MOST_IMAGES:
+        raise Malformed(f"a request has 1 to {MOST_IMAGES} images, got {len(array)}")
+    if not bool(((array >= -SLACK) & (array <= 1 + SLACK)).all()):
+        fault = "are not all in [0, 1]; divide by 255" if np.isfinite(array).all() else "hold NaN or infinity"
+        raise Malformed(f"the pixels {fault}")
+    return array
+
+
+def _wants_binary(head: Mapping[str, Any], served: Served) -> bool:
+    """Whether the answer is wanted as bytes. Raises Malformed for an output that the model does not give."""
+    parameters, outputs = head.get("parameters", {}), head.get("outputs", [])
+    if not isinstance(parameters, dict) or not isinstance(outputs, list):
+        raise Malformed("parameters are an object, and outputs a list")
+    binary = parameters.get("binary_data_output", False)
+    for wanted in outputs:
+        if not isinstance(wanted, dict) or not isinstance(options := wanted.get("parameters", {}), dict):
+            raise Malformed("an output that is wanted is an object with a name")
+        if wanted.get("name") != served.output:
+            raise Malformed(f"{served.id} gives {served.output!r}, not {str(wanted.get('name'))[:60]!a}")
+        if unknown := [name for name in options if name != "binary_data"]:
+            raise Malformed(f"an output has no parameter {unknown[0][:60]!a} here")
+        binary = options.get("binary_data", binary)
+    return binary is True
+
+
+def _key(id: str, images: np.ndarray) -> bytes:
+    """What a repeat of a request has in common with it: id and images. A request without an id is never a repeat."""
+    if not id:
+        return secrets.token_bytes(32)
+    return hashlib.sha256(id.encode("utf-8", "surrogatepass") + b"\0" + images.tobytes()).digest()

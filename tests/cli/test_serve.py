@@ -1,0 +1,131 @@
+"""`ray-dfml serve`: one line with the true address, an end without loss, and one line for what it cannot do."""
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from ray_dfml.core.images import normalise
+from ray_dfml.core.net import net
+from ray_dfml.data.pool import Pool
+from tests.runtime import toy
+from tests.services.serving import Reply, counts, get, post, request_of
+
+Command = Callable[..., toy.Done]
+
+
+@contextlib.contextmanager
+def serving(*words: object, **environment: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """A process of `ray-dfml serve`, and the first line that it prints."""
+    command = [sys.executable, "-m", "ray_dfml", "serve", *map(str, words), "--port", "0"]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, **environment}
+    )
+    assert process.stdout is not None
+    try:
+        line = process.stdout.readline()
+        assert line, process.stderr and process.stderr.read()
+        yield process, line
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def noise(pool: Path, count: int) -> np.ndarray:
+    """Random images of the size that a pool's teachers take."""
+    return np.random.default_rng(0).random((count, *Pool.open(pool).cards[0].image.shape), np.float32)
+
+
+def test_a_teacher_is_served_until_it_is_stopped(toy_pool: Path, tmp_path: Path) -> None:
+    """Its answers are the teacher's bits, what is at work is finished, and the next server goes on counting."""
+    pool, counter = Pool.open(toy_pool), tmp_path / "counts"
+    card, x = pool.cards[1], noise(toy_pool, 9)
+    words = (f"{toy_pool}:{card.id}", "--access", "logits", "--counter", counter)
+    replies: list[Reply] = []
+    with serving(*words) as (process, line):
+        said, _, url = line.rstrip().partition(" at ")
+        assert said == f"serving {card.id}"
+        found = post(url, request_of(x), model=card.id).json["outputs"][0]["data"]
+        large = request_of(noise(toy_pool, 4096), binary=True)
+        asking = threading.Thread(target=lambda: replies.append(post(url, large, model=card.id)))
+        asking.start()
+        while counts(url) == (9, 9):
+            pass
+        process.send_signal(signal.SIGTERM)
+        _, err = process.communicate(timeout=60)
+        asking.join()
+    assert process.returncode == 0
+    assert err.splitlines() == [f"{card.id}: 4105 images received, 4105 answered"]
+    assert replies[0].status == 200
+    mean, std = torch.tensor(card.image.mean), torch.tensor(card.image.std)
+    theta, stats = map(torch.tensor, pool.load(card.id))
+    network = net(card.arch, card.image.shape, len(card.classes))
+    with torch.no_grad():
+        wanted = network(theta, normalise(torch.tensor(x), mean, std), stats)
+    assert np.array(found, np.float32).reshape(9, -1).tobytes() == wanted.numpy().tobytes()
+
+    with serving(*words[1:], toy_pool, "--json", "--token-env", "TOKEN", TOKEN="tok-3f9a") as (process, line):
+        found = json.loads(line)
+        assert found["models"] == [card.id for card in pool.cards]
+        assert (found["access"], found["output"]) == ("logits", "logits")
+        assert get(found["url"], "/stats").status == 401
+        assert counts(found["url"], Authorization="Bearer tok-3f9a") == (4105, 4105)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert "tok-3f9a" not in out + err
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "said"),
+    [
+        ((":nobody",), 2, "no teacher 'nobody'"),
+        (("-not-here",), 2, "no pool here"),
+        (("", "--decimals", "2"), 2, "are of probabilities; access is 'label'"),
+        (("", "--access", "probs", "--top-k", "3"), 2, "top_k is 3, and there are 2 classes"),
+        (("", "--host", "0.0.0.0"), 2, "--host 0.0.0.0: others can reach this address; set a token"),
+        (("", "--token-env", "NOT_SET_ANYWHERE"), 2, "--token-env NOT_SET_ANYWHERE: the variable must hold a token"),
+        (("", "--token-env", "sk-3f9a"), 2, "and not the key itself"),
+        (("", "--rate", "0"), 2, "--rate"),
+        (("", "--access", "weights"), 2, "--access"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
+)
+def test_what_cannot_be_served_is_one_line(
+    words: tuple[str, ...], code: int, said: str, toy_pool: Path, command: Command
+) -> None:
+    done = command("serve", f"{toy_pool}{words[0]}", "--access", "label", *words[1:])
+    assert (done.code, done.out, len(done.err.splitlines())) == (code, "", 1)
+    assert said in done.err
+    assert "sk-3f9a" not in done.err
+    assert not (toy_pool / "served.sqlite").exists()
+
+
+def test_a_port_that_is_taken_is_named(toy_pool: Path, tmp_path: Path, command: Command) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        words = ("serve", toy_pool, "--access", "label", "--port", port, "--counter", tmp_path / "counts")
+        done = command(*words)
+        assert (done.code, done.out) == (5, "")
+        assert done.err == f"ray-dfml: port {port} of 127.0.0.1: is taken; choose another, or 0 for a free one\n"
+        (tmp_path / "counts").write_bytes(b"something else")
+        done = command(*words)
+        assert done.code == 5
+        assert done.err.startswith(f"ray-dfml: {tmp_path}/counts: the count of images cannot be kept here: ")
+
+
+def test_damaged_weights_are_not_served(toy_pool: Path, tmp_path: Path, command: Command) -> None:
+    id = toy.damage(toy_pool, tmp_path / "pool", 1, float("nan"))
+    done = command("serve", tmp_path / "pool", "--access", "label")
+    assert (done.code, done.out) == (3, "")
+    assert done.err.startswith(f"ray-dfml: {id}: ")
