@@ -47,7 +47,7 @@ def test_the_documents_are_there() -> None:
     """Nothing else in `docs`: what a page says is held to the code in tests/test_readme.py."""
     assert {path.name for path in (ROOT / "docs").iterdir()} == {
         "architecture.md", "inputs.md", "methods.md", "methods_purer_bidf.md", "methods_black_box.md",
-        "methods_ideal.md", "CHANGELOG.md",
+        "methods_ideal.md", "services.md", "CHANGELOG.md",
     }  # fmt: skip
 
 

@@ -27,7 +27,7 @@ README = (ROOT / "README.md").read_text("utf-8")
 PAGES = (
     "README.md", "docs/architecture.md", "docs/inputs.md", "docs/methods.md", "docs/methods_purer_bidf.md",
     "docs/methods_black_box.md",
-    "docs/methods_ideal.md", "docs/CHANGELOG.md",
+    "docs/methods_ideal.md", "docs/services.md", "docs/CHANGELOG.md",
 )  # fmt: skip
 TEXT = {page: (ROOT / page).read_text("utf-8") for page in PAGES}
 METHOD_PAGES = "\n".join(TEXT[page] for page in PAGES if page.startswith("docs/methods"))

@@ -14,7 +14,7 @@ from ray_dfml.errors import UsageError, first_of
 from ray_dfml.files import resolved
 
 if TYPE_CHECKING:
-    from ray_dfml.data.pool import Pool
+    from ray_dfml.services.hosting import Gives, Served
 
 EPILOG = """\b
 Example:
@@ -22,11 +22,11 @@ Example:
 """
 
 COUNTER = "served.sqlite"
-"""The file in a pool's folder that counts what its teachers were asked."""
+"""The file in the folder of a pool or a run that counts what was asked."""
 
 
 @click.command(epilog=EPILOG)
-@click.argument("model", metavar="POOL[:ID]")
+@click.argument("model", metavar="POOL[:ID]|RUN[:ID]")
 @click.option("--access", required=True, type=click.Choice(["label", "probs", "logits"]), help="What is given away.")
 @click.option("--decimals", type=click.IntRange(0, 9), help="Round probabilities.")
 @click.option("--top-k", type=click.IntRange(min=1), help="Give only the largest probabilities; the others are 0.")
@@ -34,58 +34,83 @@ COUNTER = "served.sqlite"
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen at.")
 @click.option("--port", type=click.IntRange(0, 65535), default=8080, show_default=True, help="0 finds a free one.")
 @click.option("--token-env", metavar="NAME", help="Environment variable with a token that callers must send.")
-@click.option("--counter", type=options.PATH, help=f"File that counts images; default: {COUNTER} in the pool's folder.")
+@click.option("--counter", type=options.PATH, help=f"File that counts images; default: {COUNTER} in that folder.")
 @options.as_json
 def serve(
     model: str, access: str, decimals: int | None, top_k: int | None, rate: float | None, host: str, port: int,
     token_env: str | None, counter: Path | None, json_out: bool,
 ) -> None:  # fmt: skip
-    """Answer to images over HTTP, with one teacher of a pool or with all of them, in the Open Inference Protocol v2.
+    """Answer to images over HTTP, in the Open Inference Protocol v2: teachers of a pool, or students of a run.
 
-    It runs until SIGTERM or Ctrl-C. Without --token-env it answers to this machine only.
+    Without an ID all of them are served. It runs until SIGTERM or Ctrl-C. Without --token-env it answers to this
+    machine only.
     """
-    from ray_dfml.runtime.shard import pick_device, pin
+    from ray_dfml.runtime.shard import pin
     from ray_dfml.services.counter import Counter
-    from ray_dfml.services.hosting import from_pool
+    from ray_dfml.services.hosting import Gives
     from ray_dfml.services.server import Server, run
 
     token = _token(token_env, host)
     pin()
-    pool, ids = _chosen(model)
-    served = [
-        from_pool(pool, id, access=access, decimals=decimals, top_k=top_k, device=pick_device())  # pyright: ignore[reportArgumentType]
-        for id in ids
-    ]
+    folder, served = _chosen(model, Gives(access=access, decimals=decimals, top_k=top_k))  # pyright: ignore[reportArgumentType]
+    ids = [one.id for one in served]
 
     def announce(url: str) -> None:
         if json_out:  # in one line, since the command goes on
-            click.echo(json.dumps({"url": url, "models": ids, "access": access, "output": served[0].output}))
+            click.echo(json.dumps({"url": url, "models": ids, "access": access, "output": served[0].gives.output}))
         else:
             click.echo(f"serving {first_of(ids)} at {url}")
 
-    with closing(Counter(counter or pool.path / COUNTER)) as counts:
+    with closing(Counter(counter or folder / COUNTER)) as counts:
         server = Server(served, counts, rate=rate, token=token, note=options.say)
         asyncio.run(run(server, host, port, announce))
         for id, (received, answered) in counts.counts(ids).items():
             options.say(f"{id}: {received} images received, {answered} answered")
 
 
-def _chosen(model: str) -> tuple["Pool", list[str]]:
-    """The pool that a user names, and the ids of those of its teachers that are meant."""
-    from ray_dfml.data.pool import Pool
+def _chosen(model: str, gives: "Gives") -> "tuple[Path, list[Served]]":
+    """The folder that a user names, and the classifiers in it that are meant."""
+    from ray_dfml.data.manifest import MANIFEST
 
-    folder, colon, id = model.rpartition(":")
-    if colon and not resolved(model).exists():
-        pool = Pool.open(folder)
-        return pool, [pool.entry(id).id]
-    pool = Pool.open(model)
-    ids = [card.id for card in pool.cards if pool.entry(card.id).api is None]
-    for card in pool.cards:
+    name, colon, id = model.rpartition(":")
+    one = bool(colon) and not resolved(model).exists()
+    folder = resolved(name if one else model)
+    of_pool = (folder / MANIFEST).exists() or not folder.exists()
+    return folder, (_teachers if of_pool else _students)(folder, id if one else None, gives)
+
+
+def _teachers(folder: Path, id: str | None, gives: "Gives") -> "list[Served]":
+    from ray_dfml.data.pool import Pool
+    from ray_dfml.runtime.shard import pick_device
+    from ray_dfml.services.hosting import from_pool
+
+    pool = Pool.open(folder)
+    ids = [card.id for card in pool.cards if pool.entry(card.id).api is None] if id is None else [id]
+    for card in pool.cards if id is None else ():
         if card.id not in ids:
             options.say(f"{card.id}: is a service already; left out")
     if not ids:
-        raise UsageError(f"{model}: this pool has no weights to serve; add some with `ray-dfml pool add`")
-    return pool, ids
+        raise UsageError(f"{folder}: this pool has no weights to serve; add some with `ray-dfml pool add`")
+    return [from_pool(pool, one, gives, pick_device()) for one in ids]
+
+
+def _students(folder: Path, id: str | None, gives: "Gives") -> "list[Served]":
+    from ray_dfml.runtime.shard import pick_device
+    from ray_dfml.services.hosting import Served
+    from ray_dfml.student import Student, of_run
+
+    found = of_run(folder) if id is None else [Student.load(folder, teacher=id)]
+    if not found:
+        raise UsageError(f"{folder}: holds neither a pool nor students; a few-shot learner has no classes to serve")
+    served = []
+    for student in found:
+        of, device = student.weights, pick_device()
+        gives.check(student.card.teacher, len(student.classes))
+        served.append(Served(
+            id=student.card.teacher, image=of.image, classes=student.classes, gives=gives, net=of.net,
+            theta=of.theta.to(device), stats=of.stats.to(device),
+        ))  # fmt: skip
+    return served
 
 
 def _token(name: str | None, host: str) -> str | None:

@@ -28,6 +28,30 @@ class NotFinite(Exception):
     """A model has made NaN or infinity of good images."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Gives:
+    """How much of a classifier is given away."""
+
+    access: Access
+    """`label`, `probs` or `logits`."""
+    decimals: int | None = None
+    """To which probabilities are rounded."""
+    top_k: int | None = None
+    """How many of the largest probabilities are given; the others are 0."""
+
+    @property
+    def output(self) -> str:
+        """The name of the output."""
+        return OUTPUTS[self.access]
+
+    def check(self, id: str, classes: int) -> None:
+        """Raise UsageError unless this can be given of a classifier with so many classes."""
+        if self.access != "probs" and (self.decimals, self.top_k) != (None, None):
+            raise UsageError(f"decimals and top_k are of probabilities; access is {self.access!r}")
+        if self.top_k is not None and self.top_k > classes:
+            raise UsageError(f"{id}: top_k is {self.top_k}, and there are {classes} classes")
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Served:
     """A classifier with frozen weights, and what it answers."""
@@ -35,20 +59,10 @@ class Served:
     id: str
     image: ImageSpec
     classes: tuple[str, ...]
-    access: Access
-    """`label`, `probs` or `logits`."""
-    decimals: int | None = None
-    """To which probabilities are rounded."""
-    top_k: int | None = None
-    """How many of the largest probabilities are given."""
+    gives: Gives
     net: Net
     theta: Tensor
     stats: Tensor
-
-    @property
-    def output(self) -> str:
-        """The name of the output."""
-        return OUTPUTS[self.access]
 
     def answers(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Answers [n] or [n q] to float32 images [n c h w] in [0, 1], and bool [n]: whether they may be given.
@@ -58,40 +72,26 @@ class Served:
         mean, std = (torch.tensor(values) for values in (self.image.mean, self.image.std))
         logits = steady_logits(self.net, self.theta, self.stats, images, mean, std)
         good = torch.isfinite(logits).all(-1).cpu().numpy()
-        return answers(logits, self.access, decimals=self.decimals, top_k=self.top_k), good
+        gives = self.gives
+        return answers(logits, gives.access, decimals=gives.decimals, top_k=gives.top_k), good
 
 
-def from_pool(
-    pool: Pool,
-    id: str,
-    *,
-    access: Access,
-    decimals: int | None = None,
-    top_k: int | None = None,
-    device: torch.device | str = "cpu",
-) -> Served:
-    """A teacher of a pool, to be served at a level of access on a device.
+def from_pool(pool: Pool, id: str, gives: Gives, device: torch.device) -> Served:
+    """A teacher of a pool, to be served on a device.
 
-    Raises UsageError for a service, for more than the pool's entry gives away, and for terms that do not fit, and
+    Raises UsageError for a service, for more than the pool's entry gives away, and for what does not fit it, and
     RejectedError for weights that cannot be used.
     """
     entry = pool.entry(id)
     card = entry.inside
     if entry.api is not None:
-        raise UsageError(
-            f"{id}: is a service already, at {entry.api.url}; serve a teacher whose weights are in the pool"
-        )
-    if LEVELS.index(access) < LEVELS.index(card.access):
+        raise UsageError(f"{id}: is a service already; serve a teacher whose weights are in the pool")
+    if LEVELS.index(gives.access) < LEVELS.index(card.access):
         raise UsageError(f"{id}: {pool.path} gives away {card.access!r} only; serve it with --access {card.access}")
-    if access != "probs" and (decimals, top_k) != (None, None):
-        raise UsageError(f"decimals and top_k are of probabilities; access is {access!r}")
-    if top_k is not None and top_k > len(card.classes):
-        raise UsageError(f"{id}: top_k is {top_k}, and there are {len(card.classes)} classes")
+    gives.check(id, len(card.classes))
     theta, stats = (torch.tensor(part, device=device) for part in pool.load(id))
-    return Served(
-        id=id, image=card.image, classes=card.classes, access=access, decimals=decimals, top_k=top_k,
-        net=net(card.arch, card.image.shape, len(card.classes)), theta=theta, stats=stats,
-    )  # fmt: skip
+    network = net(card.arch, card.image.shape, len(card.classes))
+    return Served(id=id, image=card.image, classes=card.classes, gives=gives, net=network, theta=theta, stats=stats)
 
 
 @dataclass(frozen=True, eq=False)

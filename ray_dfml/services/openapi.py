@@ -42,14 +42,14 @@ OPEN = ("/v2/health/live", "/v2/health/ready")
 def metadata(served: Served) -> dict[str, Any]:
     """What a model takes and gives, as the protocol describes it."""
     gives = {"datatype": "INT64", "shape": [-1]}
-    if served.access != "label":
+    if served.gives.access != "label":
         gives = {"datatype": "FP32", "shape": [-1, len(served.classes)]}
     return {
         "name": served.id,
         "versions": ["1"],
         "platform": "ray-dfml",
         "inputs": [{"name": "images", "datatype": "FP32", "shape": [-1, *served.image.shape]}],
-        "outputs": [{"name": served.output, **gives}],
+        "outputs": [{"name": served.gives.output, **gives}],
     }
 
 

@@ -102,10 +102,10 @@ class Server:
             return await handler(request)
         except web.HTTPException as error:
             headers = {name: error.headers[name] for name in _KEPT if name in error.headers}
-            plain = error.text is None or error.text == f"{error.status}: {error.reason}"
-            return _error(
-                error.status, f"{request.method} {request.path}: {error.reason}" if plain else error.text, headers
-            )
+            text = error.text
+            if text is None or text == f"{error.status}: {error.reason}":  # nobody here has said more
+                text = f"{request.method} {request.path}: {error.reason}"
+            return _error(error.status, text, headers)
         except (Malformed, UsageError) as error:
             return _error(400, str(error))
         except (NotFinite, ResourceError) as error:
@@ -199,7 +199,7 @@ class Server:
         answers = await batcher.ask(images, _key(id, images))
         kind = "INT64" if answers.dtype.kind == "i" else "FP32"
         said = {"model_name": served.id, "model_version": VERSION} | ({"id": id} if id else {})
-        packed = pack("outputs", said, [Tensor(served.output, kind, answers)], binary=binary)
+        packed = pack("outputs", said, [Tensor(served.gives.output, kind, answers)], binary=binary)
         if packed.header_length is None:
             return web.Response(body=packed.body, content_type="application/json")
         headers = {HEADER_LENGTH: str(packed.header_length)}
@@ -289,8 +289,8 @@ def _wants_binary(head: Mapping[str, Any], served: Served) -> bool:
     for wanted in outputs:
         if not isinstance(wanted, dict) or not isinstance(options := wanted.get("parameters", {}), dict):
             raise Malformed("an output that is wanted is an object with a name")
-        if wanted.get("name") != served.output:
-            raise Malformed(f"{served.id} gives {served.output!r}, not {str(wanted.get('name'))[:60]!a}")
+        if wanted.get("name") != served.gives.output:
+            raise Malformed(f"{served.id} gives {served.gives.output!r}, not {str(wanted.get('name'))[:60]!a}")
         if unknown := [name for name in options if name != "binary_data"]:
             raise Malformed(f"an output has no parameter {unknown[0][:60]!a} here")
         binary = options.get("binary_data", binary)

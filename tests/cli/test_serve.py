@@ -15,11 +15,17 @@ import numpy as np
 import pytest
 import torch
 
+from ray_dfml import student
+from ray_dfml.cli.serve import _chosen
+from ray_dfml.core import seeds
 from ray_dfml.core.images import normalise
 from ray_dfml.core.net import net
 from ray_dfml.data.pool import Pool
+from ray_dfml.services.hosting import Gives
+from ray_dfml.types import LearnerWeights
 from tests.runtime import toy
 from tests.services.serving import Reply, counts, get, post, request_of
+from tests.support import card, random_teacher
 
 Command = Callable[..., toy.Done]
 
@@ -122,6 +128,51 @@ def test_a_port_that_is_taken_is_named(toy_pool: Path, tmp_path: Path, command: 
         done = command(*words)
         assert done.code == 5
         assert done.err.startswith(f"ray-dfml: {tmp_path}/counts: the count of images cannot be kept here: ")
+
+
+def test_what_students_give_is_theirs(tmp_path: Path, command: Command) -> None:
+    """A run folder serves its students by the ids of their teachers."""
+    teachers = ("a", "b")
+    weights = {id: student_weights(id) for id in teachers}
+    for id in teachers:
+        student.export(
+            student.file_of(tmp_path, id, teachers), weights[id], method="ideal", teacher=id, classes=("x", "y"),
+            queries=0, profile="fixed", seed=0,
+        )  # fmt: skip
+    _, served = _chosen(f"{tmp_path}:b", Gives(access="probs"))
+    assert [one.id for one in served] == ["b"]
+    x = np.random.default_rng(0).integers(0, 256, (20, 1, 16, 16), dtype=np.uint8)
+    found, good = served[0].answers(x.astype(np.float32) / 255)
+    np.testing.assert_allclose(found, student.Student.load(tmp_path, teacher="b").predict_proba(x), atol=1e-5)
+    assert np.abs(found - student.Student.load(tmp_path, teacher="a").predict_proba(x)).max() > 1e-3
+    assert good.all()
+    assert [one.id for one in _chosen(str(tmp_path), Gives(access="probs", top_k=2))[1]] == ["a", "b"]
+    done = command("serve", tmp_path, "--access", "probs", "--top-k", "3")
+    assert done.err == "ray-dfml: a: top_k is 3, and there are 2 classes\n"
+    done = command("serve", f"{tmp_path}:c", "--access", "label")
+    assert (done.code, "no such student" in done.err) == (2, True)
+
+
+def student_weights(id: str) -> LearnerWeights:
+    """Random weights of a student of grey images of 16x16 pixels and two classes."""
+    teacher = random_teacher(card(0, channels=1, way=2))
+    theta = teacher.net.init(seeds.rng("student", id))
+    return LearnerWeights(
+        arch="conv4",
+        image=teacher.card.image,
+        outputs=2,
+        theta=theta,
+        stats=teacher.stats,
+        head="maml",
+        steps=0,
+        lr=1.0,
+    )
+
+
+def test_a_run_without_students_cannot_be_served(free_run: Path, command: Command) -> None:
+    done = command("serve", free_run, "--access", "label")
+    assert (done.code, done.out) == (2, "")
+    assert done.err.endswith("holds neither a pool nor students; a few-shot learner has no classes to serve\n")
 
 
 def test_damaged_weights_are_not_served(toy_pool: Path, tmp_path: Path, command: Command) -> None:

@@ -14,13 +14,14 @@ import numpy as np
 from aiohttp import web
 
 from ray_dfml.services.counter import Counter
-from ray_dfml.services.hosting import Served
+from ray_dfml.services.hosting import Gives, Served
 from ray_dfml.services.protocol import HEADER_LENGTH, Packed, Tensor, pack
 from ray_dfml.services.server import Server
 from ray_dfml.types import Access
-from tests.support import FakeTeacher, card, random_teacher
+from tests import support
+from tests.support import FakeTeacher
 
-TEACHER = random_teacher(card(0, channels=1, way=3))
+TEACHER = support.random_teacher(support.card(0, channels=1, way=3))
 SHAPE = TEACHER.card.image.shape
 
 
@@ -29,9 +30,11 @@ def served(
     top_k: int | None = None,
 ) -> Served:  # fmt: skip
     """A random teacher, as it is served."""
+    gives = Gives(access=access, decimals=decimals, top_k=top_k)
+    card = teacher.card
     return Served(
-        id=id, image=teacher.card.image, classes=teacher.card.classes, access=access, decimals=decimals, top_k=top_k,
-        net=teacher.net, theta=teacher.theta, stats=teacher.stats,
+        id=id, image=card.image, classes=card.classes, gives=gives, net=teacher.net, theta=teacher.theta,
+        stats=teacher.stats,
     )  # fmt: skip
 
 
