@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Coroutine, Iterable, Iterator
 from typing import Any
 
 import aiohttp
@@ -19,37 +19,65 @@ CLASSES = 3
 SIDE = 4
 KEY = "sk-very-secret-0123"
 
-Handler = Callable[[web.Request], Any]
+Handler = Callable[[web.BaseRequest], Any]
 
 
-@contextlib.contextmanager
-def served(handler: Handler) -> Iterator[str]:
-    """A server on an ephemeral port of 127.0.0.1, in a thread; yields its address."""
-    loop = asyncio.new_event_loop()
+class Host:
+    """A server on an ephemeral port of 127.0.0.1, in a thread of its own, that can die and come back."""
 
-    async def start() -> tuple[web.ServerRunner, int]:
-        runner = web.ServerRunner(web.Server(handler))
-        await runner.setup()
-        site = web.TCPSite(runner, "127.0.0.1", 0, shutdown_timeout=0.1)
-        await site.start()
-        return runner, runner.addresses[0][1]
+    def __init__(self, handler: Handler) -> None:
+        self.loop = asyncio.new_event_loop()
+        self.thread = threading.Thread(target=self.loop.run_forever, daemon=True)
+        self.thread.start()
+        self.port = 0
+        self.run(self._start(handler))
 
-    async def stop(runner: web.ServerRunner) -> None:
-        await runner.cleanup()
+    def run(self, work: Coroutine[Any, Any, None]) -> None:
+        asyncio.run_coroutine_threadsafe(work, self.loop).result()
+
+    async def _start(self, handler: Handler) -> None:
+        self.server = web.Server(handler)
+        self.runner = web.ServerRunner(self.server, shutdown_timeout=0.1)
+        await self.runner.setup()
+        await self._listen()
+        self.port = self.runner.addresses[0][1]
+
+    async def _listen(self) -> None:
+        self.site = web.TCPSite(self.runner, "127.0.0.1", self.port, reuse_address=True)
+        await self.site.start()
+
+    async def die(self, away: float) -> None:
+        """Stop listening, drop all connections, and listen again after `away` seconds."""
+        await self.site.stop()
+        for connection in self.server.connections:
+            if connection.transport is not None:
+                connection.transport.abort()
+        await asyncio.sleep(away)
+        await self._listen()
+
+    async def _stop(self) -> None:
+        await self.runner.cleanup()
         left = asyncio.all_tasks() - {asyncio.current_task()}
         [task.cancel() for task in left]
         await asyncio.gather(*left, return_exceptions=True)
 
-    thread = threading.Thread(target=loop.run_forever, daemon=True)
-    thread.start()
-    runner, port = asyncio.run_coroutine_threadsafe(start(), loop).result()
+    def close(self) -> None:
+        self.run(self._stop())
+        self.loop.call_soon_threadsafe(self.loop.stop)
+        self.thread.join()
+        self.loop.close()
+
+
+@contextlib.contextmanager
+def served(handler: Handler) -> Iterator[str]:
+    """A server in a thread; yields its address. A FaultyService that dies comes back after 0.2 seconds."""
+    host = Host(handler)
+    if isinstance(handler, FaultyService):
+        handler.die = lambda: host.die(0.2)
     try:
-        yield f"http://127.0.0.1:{port}"
+        yield f"http://127.0.0.1:{host.port}"
     finally:
-        asyncio.run_coroutine_threadsafe(stop(runner), loop).result()
-        loop.call_soon_threadsafe(loop.stop)
-        thread.join()
-        loop.close()
+        host.close()
 
 
 def truth(numbers: Iterable[int], access: Access = "probs") -> np.ndarray:
@@ -72,6 +100,8 @@ class FaultyService:
         self.types: list[str] = []
         self.headers: list[dict[str, str]] = []
         self.at_once = self.most_at_once = 0
+        self.deaths = 0
+        self.die: Callable[[], Coroutine[Any, Any, None]]
         self.delay = 0.0
         self.description: dict[str, Any] = {
             "inputs": [{"name": "pixels", "datatype": "FP32", "shape": [-1, 1, SIDE, SIDE]}],
@@ -150,6 +180,11 @@ class FaultyService:
             case "reset":
                 assert request.transport is not None
                 request.transport.abort()
+                return good
+            case "die":
+                self.deaths += 1
+                self.last_words = asyncio.ensure_future(self.die())
+                await asyncio.sleep(30)
                 return good
             case "401":
                 return web.json_response({"error": f"bad key {request.headers.get('Authorization')}"}, status=401)
