@@ -13,17 +13,20 @@ Invert = Callable[[Sequence[Job], Sequence[Teacher], bool], Sequence[Arrays | No
 one architecture, input and number of classes."""
 
 
-def recover(shard: Shard, jobs: Sequence[Job], invert: Invert) -> list[Arrays]:
+def recover(
+    shard: Shard, jobs: Sequence[Job], invert: Invert, teacher: Callable[[Job], Teacher] | None = None
+) -> list[Arrays]:
     """Results of jobs that each name a teacher, in job order.
 
-    A shard that batches inverts teachers of one kind together; another one inverts each alone. The result of a job is
+    `teacher` gets the teacher of a job, by default from the shard, and raises RejectedError if it cannot be read. A
+    shard that batches inverts teachers of one kind together; another one inverts each alone. The result of a job is
     `{"rejected": reason}` if its teacher cannot be read or its loss is not finite.
     """
     results: dict[int, Arrays] = {}
     slots: list[Slot] = []
     for i, job in enumerate(jobs):
         try:
-            slots.append((i, job, shard.teacher(str(job.teacher))))
+            slots.append((i, job, teacher(job) if teacher else shard.teacher(str(job.teacher))))
         except RejectedError as error:
             results[i] = {"rejected": str(error)}
     for group in groups(slots, batched=shard.batched):

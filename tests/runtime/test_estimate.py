@@ -31,7 +31,7 @@ def inputs(toy_pool: Path, toy_data: str) -> Inputs:
 def test_every_method_has_rounds_and_minutes_of_test(inputs: Inputs, name: str) -> None:
     found = planned(inputs, name)
     assert (found["method"], found["teachers"], found["rejected teachers"]) == (name, 4, 0)
-    assert found["rounds"] == toy.config(name, None, None).method.rounds
+    assert found["rounds"] == toy.config(name, None, None).method.total_rounds
     trained = name in ("free", "purer", "bidf-mkd", "no-pool", "maml-oracle")
     assert ("training minutes" in found) == ("meta-updates" in found) == trained
 

@@ -16,6 +16,7 @@ from ray_dfml.core import optim, seeds
 from ray_dfml.core.generators import generator
 from ray_dfml.core.images import normalise, to_pixels, view
 from ray_dfml.core.net import net
+from ray_dfml.errors import UsageError
 from ray_dfml.methods import bank as bank_of
 from ray_dfml.methods import cost as cost_of
 from ray_dfml.methods import panels, recovery, replay
@@ -32,57 +33,95 @@ from ray_dfml.methods.base import (
     stacked,
     teacher_job,
 )
-from ray_dfml.methods.free import bell
+from ray_dfml.methods.free import bell, surrogates
 from ray_dfml.methods.free.config import PRESETS, PROFILES, Config
 from ray_dfml.methods.free.five import five
 from ray_dfml.methods.inversion import checked_generator, dropped_statistics
-from ray_dfml.types import Arrays, Job, Shard, Teacher, TeacherCard
+from ray_dfml.types import LEVELS, Arrays, Job, Shard, Teacher, TeacherCard
 
 
 def notes(cfg: Config, world: World) -> list[str]:
-    """Lines that name teachers to which the statistics term does not apply, and classes that no task can hold."""
-    return dropped_statistics(world.cards, cfg.bn_weight) + bank_of.notes(
-        cfg.replay, world.way, bank_of.of_pool(world, cfg.bank_key)
-    )
+    """Lines about services, teachers to which the statistics term does not apply, and classes that no task can hold."""
+    used = surrogates.usable(cfg, world)
+    known = [replace(card, arch=surrogates.arch_of(cfg, card)) for card in used.cards]
+    return [
+        *surrogates.notes(cfg, world),
+        *dropped_statistics(known, cfg.bn_weight),
+        *bank_of.notes(cfg.replay, world.way, bank_of.of_pool(used, cfg.bank_key)),
+    ]
 
 
 def init(cfg: Config, world: World) -> State:
     """Learner and generator drawn from the run's seed, fresh optimisers, and an empty bank.
 
-    Raises UsageError for an input size that the generator cannot make, for a teacher with too few classes, and if no
-    task can be drawn.
+    If services are distilled first, the state also holds their students. Raises UsageError for an input size that the
+    generator cannot make, for a teacher with too few classes, if no task can be drawn, and if no teacher can be used.
     """
+    world = _checked(cfg, world)
     bank_of.check_capacity("free", cfg.replay, cfg.bank_capacity)
     bank_of.check("free", "method.replay", cfg.replay, world.way, bank_of.of_pool(world, cfg.bank_key))
     theta_g = checked_generator("free", cfg, world).init(seeds.rng(world.seed, "theta_g"))
     learner = replay.with_optimiser(initial_learner(world))
-    return learner | {
-        "theta_g": theta_g,
-        "adam_g": optim.Adam.zeros(theta_g)._asdict(),
-        "adam_bell": optim.Adam.zeros(learner["theta"])._asdict(),
-        "bank": {},
-    }
+    return (
+        learner
+        | (surrogates.begin(cfg, world) if cfg.surrogate.budget else {})
+        | {
+            "theta_g": theta_g,
+            "adam_g": optim.Adam.zeros(theta_g)._asdict(),
+            "adam_bell": optim.Adam.zeros(learner["theta"])._asdict(),
+            "bank": {},
+        }
+    )
+
+
+def _checked(cfg: Config, world: World) -> World:
+    """The teachers that can be used. Raises UsageError if there are none, or no service for `surrogate`."""
+    found, asked = surrogates.usable(cfg, world), surrogates.services(world)
+    if cfg.surrogate.budget and not asked:
+        raise UsageError("free: method.surrogate.budget is set, but every teacher gives its weights; leave it at 0")
+    if asked and not found.cards:
+        raise UsageError(
+            f"free: no teacher gives its weights ({asked[0].id} gives {asked[0].access}); method.surrogate.budget=1500 "
+            "would distil each into a surrogate, which is inverted in its place"
+        )
+    return found
 
 
 def plan(cfg: Config, world: World, state: State, r: int) -> list[Job]:
-    """Jobs for b teachers, drawn as `draws` says.
+    """The jobs of the distillation of all services in its rounds, then jobs for b teachers, drawn as `draws` says.
 
     There are none for a sequential generator, whose jobs `learn` sends one by one.
     """
-    return _drawn(cfg, world, r) if cfg.generator_sharing == "meta" else []
+    r, distils = _round(cfg, r)
+    if distils:
+        return surrogates.plan(cfg, world, state, r)
+    return _drawn(cfg, world, state, r) if cfg.generator_sharing == "meta" else []
 
 
-def _drawn(cfg: Config, world: World, r: int) -> list[Job]:
-    count = cfg.teachers_per_round
+def _round(cfg: Config, r: int) -> tuple[int, bool]:
+    """The number of a round among those that distil services or among those that follow, and which it is."""
+    first = cfg.total_rounds - cfg.rounds
+    return (r, True) if r < first else (r - first, False)
+
+
+def _drawn(cfg: Config, world: World, state: State, r: int) -> list[Job]:
+    return [
+        teacher_job(
+            card, index=j, seed=seeds.derive(world.seed, r, "recover", j), values=surrogates.values(state, card)
+        )
+        for j, card in enumerate(_visited(cfg, surrogates.inverted(world, state), r))
+    ]
+
+
+def _visited(cfg: Config, world: World, r: int) -> list[TeacherCard]:
+    """The teachers that round `r` inverts."""
+    world, count = surrogates.usable(cfg, world), cfg.teachers_per_round
     if cfg.draws == "turns":
         picks = [_in_turn(world, place) for place in range(r * count, (r + 1) * count)]
     else:
         rng = seeds.rng(world.seed, r, "plan")
         picks = torch.randint(len(world.cards), (count,), generator=rng).tolist()
-    return [
-        teacher_job(world.cards[i], index=j, seed=seeds.derive(world.seed, r, "recover", j), values={})
-        for j, i in enumerate(picks)
-    ]
+    return [world.cards[i] for i in picks]
 
 
 def _in_turn(world: World, place: int) -> int:
@@ -95,7 +134,12 @@ def _in_turn(world: World, place: int) -> int:
 
 
 def shared(cfg: Config, world: World, state: State, r: int) -> Arrays:
-    """The weights of generator and learner, and the settings of the inversion."""
+    """The weights of generator and learner, and the settings of the inversion; or those of the distillation."""
+    r, distils = _round(cfg, r)
+    return surrogates.shared(cfg) if distils else _inversion(cfg, world, state, r)
+
+
+def _inversion(cfg: Config, world: World, state: State, r: int) -> Arrays:
     return image_values(world.image) | {
         "cfg": cfg.model_dump(),
         "theta_g": state["theta_g"].numpy(),
@@ -108,8 +152,11 @@ def shared(cfg: Config, world: World, state: State, r: int) -> Arrays:
 def recover(shard: Shard, jobs: Sequence[Job], shared: Arrays) -> list[Arrays]:
     """The `free.recover` op: FIVE on the teacher of each job, from the shared generator.
 
-    A result is the recovered task. With a sequential generator it also holds the adapted `theta_g`.
+    A result is the recovered task. With a sequential generator it also holds the adapted `theta_g`. The images that a
+    surrogate gave are labelled by its service. In the rounds that distil services it is `surrogates.distil`.
     """
+    if "distil" in shared:
+        return surrogates.distil(shard, jobs, shared)
     cfg = Config.model_validate(shared["cfg"])
     net_g = generator(tuple(shared["shape"]), cfg.latent, cfg.width)
     ask = _learner(shared, shard.device)
@@ -121,9 +168,15 @@ def recover(shard: Shard, jobs: Sequence[Job], shared: Arrays) -> list[Arrays]:
         tasks, adapted = five(cfg, net_g, teachers, begun, judge, names, way=shared["way"], batched=batched)
         if cfg.generator_sharing == "sequential":
             tasks = [task | {"theta_g": one.cpu().numpy()} for task, one in zip(tasks, adapted, strict=True)]
-        return [task if math.isfinite(task["loss_last"]) else None for task in tasks]
+        return [
+            answered(job, task) if math.isfinite(task["loss_last"]) else None
+            for job, task in zip(jobs, tasks, strict=True)
+        ]
 
-    return recovery.recover(shard, jobs, invert)
+    def answered(job: Job, task: Arrays) -> Arrays:
+        return surrogates.asked_once(cfg, shard.service(str(job.teacher)), task) if job.values else task
+
+    return recovery.recover(shard, jobs, invert, partial(surrogates.teacher, shard))
 
 
 def _learner(shared: Arrays, device: torch.device) -> Callable[..., Tensor] | None:
@@ -138,8 +191,12 @@ def _learner(shared: Arrays, device: torch.device) -> Callable[..., Tensor] | No
 def learn(cfg: Config, world: World, state: State, r: int, results: list[Arrays], send: Send) -> tuple[State, Metrics]:
     """Update theta_G, the bank and the learner ([Wei2024] Algorithm 3, lines 6-10).
 
-    The learner takes the step of BELL, then replays until a plateau.
+    The learner takes the step of BELL, then replays until a plateau. The rounds that distil services only do that.
     """
+    r, distils = _round(cfg, r)
+    if distils:
+        return surrogates.learn(cfg, world, state, r, results)
+    world = surrogates.usable(cfg, world)
     sequential = cfg.generator_sharing == "sequential"
     state, tasks = _chain(cfg, world, state, r, send) if sequential else (state, results)
     if not tasks:
@@ -149,6 +206,9 @@ def learn(cfg: Config, world: World, state: State, r: int, results: list[Arrays]
         f"recover/{name}": sum(task[name] for task in tasks) / len(tasks)
         for name in ("loss_first", "loss_last", "ce", "accuracy", "spread")
     }
+    agreed = [task["agreement"] for task in tasks if "agreement" in task]
+    if agreed:
+        metrics["recover/agreement"] = sum(agreed) / len(agreed)
     if not sequential:
         state = _update_generator(cfg, state, tasks)
     if r < cfg.warmup:
@@ -160,8 +220,10 @@ def learn(cfg: Config, world: World, state: State, r: int, results: list[Arrays]
     state = {**state, "bank": bank}
 
     if cfg.learner_update != "none":
-        state, found = bell.update(cfg, world, state, [_distill_set(cfg, world, task) for task in tasks], r)
-        metrics |= found
+        sets = [_distill_set(cfg, world, task) for task in tasks if len(task["images"]) > 1]
+        if sets:
+            state, found = bell.update(cfg, world, state, sets, r)
+            metrics |= found
     metrics |= bank_of.figures(cfg.replay, world, bank, cfg.bank_key)
     bank_of.check_left(cfg.replay, world, bank, cfg.bank_key)
     if not metrics["bank/data_sets"]:
@@ -173,8 +235,8 @@ def learn(cfg: Config, world: World, state: State, r: int, results: list[Arrays]
 def _chain(cfg: Config, world: World, state: State, r: int, send: Send) -> tuple[State, list[Arrays]]:
     """Recover tasks with one generator, trained on teacher after teacher; each starts where the one before ended."""
     tasks: list[Arrays] = []
-    for job in _drawn(cfg, world, r):
-        found = send("free.recover", [replace(job, index=0)], shared(cfg, world, state, r))
+    for job in _drawn(cfg, world, state, r):
+        found = send("free.recover", [replace(job, index=0)], _inversion(cfg, world, state, r))
         for task in found:  # none where the teacher is bad
             state = {**state, "theta_g": torch.tensor(task["theta_g"])}
         tasks += found
@@ -203,20 +265,35 @@ def _distill_set(cfg: Config, world: World, task: Arrays) -> bell.DistillSet:
     return bell.DistillSet(normalise(seen, mean, std), torch.tensor(task["logits"]), torch.tensor(task["labels"]))
 
 
+def queries(cfg: Config, world: World) -> dict[str, int]:
+    """Id of each service -> how many images it is asked about: for its surrogate, and for the images recovered."""
+    if not cfg.surrogate.budget:
+        return {}
+    visits = [card.id for r in range(cfg.rounds) for card in _visited(cfg, world, r)]
+    spent, each = cfg.surrogate.distillation, cfg.images_per_class * world.way
+    first = spent.asked(spent.total_rounds)
+    return {card.id: first + each * visits.count(card.id) for card in surrogates.services(world)}
+
+
 def cost(cfg: Config, world: World, shard: Shard) -> Cost:
-    """Time one pass of the inversion of a mean teacher. A job has k + 1 passes."""
+    """Time one pass of the inversion of a mean teacher, or of a fresh surrogate. A job has k + 1 passes.
+
+    The distillation of services is not timed.
+    """
+    used = surrogates.usable(cfg, world)
+    used = replace(used, cards=tuple(replace(card, arch=surrogates.arch_of(cfg, card)) for card in used.cards))
 
     def one_pass(card: TeacherCard) -> float:
         net_g = generator(world.image.shape, cfg.latent, cfg.width)
         theta_g = net_g.init(torch.Generator().manual_seed(0)).to(shard.device)[None]
-        one, teacher = cfg.model_copy(update={"steps": 0}), shard.teacher(card.id)
+        one, teacher = cfg.model_copy(update={"steps": 0}), surrogates.sample(shard, card)
         return cost_of.seconds(lambda: five(one, net_g, [teacher], theta_g, None, [0], way=world.way, batched=False))
 
     jobs, learning = cfg.rounds * cfg.teachers_per_round, max(cfg.rounds - cfg.warmup, 0)
     least, most = cost_of.until_plateau(cfg.replay)
     return Cost(
         images=jobs * cfg.images_per_class * world.way,
-        recovery=jobs * (cfg.steps + 1) * cost_of.of_mean_teacher(world, one_pass),
+        recovery=jobs * (cfg.steps + 1) * cost_of.of_mean_teacher(used, one_pass),
         least=learning * least,
         most=learning * most,
         meta=cfg.replay,
@@ -247,5 +324,7 @@ METHOD = Method(
               "The same, not divided by the gradients' lengths.",
               {"align/path_product": "along the path", "align/base_product": "at the start"}),
     ),
+    access=LEVELS,
+    queries=queries,
     shown={"recover/accuracy": "recover", "replay/accuracy_best": "replay"},
 )  # fmt: skip

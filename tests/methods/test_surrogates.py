@@ -1,0 +1,269 @@
+"""FREE where teachers give no weights: surrogates, the queries that label recovered images, and mixed pools."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from ray_dfml.core.images import to_bytes
+from ray_dfml.errors import UsageError
+from ray_dfml.methods import METHODS
+from ray_dfml.methods.base import World
+from ray_dfml.methods.free import method as free
+from ray_dfml.methods.free import surrogates
+from ray_dfml.methods.free.config import LEAST, Config, SurrogateConfig
+from ray_dfml.methods.inversion import Inversion
+from ray_dfml.types import Access, Arrays, Teacher
+from tests.support import FakeService, FakeShard, FakeTeacher, card, play, same, small_config, small_world
+
+MIXED: tuple[Access, ...] = ("weights", "probs", "label")
+
+
+def world_of(*access: Access, way: int = 2) -> World:
+    """Teachers 0, 1, ... of 16x16 images at these levels of access."""
+    cards = tuple(replace(card(i, way=way), access=level) for i, level in enumerate(access))
+    return replace(small_world(way=min(way, 2)), cards=cards)
+
+
+def small(budget: int = 500, **changes: Any) -> Config:
+    """Two rounds of FREE after one of distillation, on three teachers in turn."""
+    own = {"budget": budget, "student": "mlp"} | changes.pop("surrogate", {})
+    given = {"rounds": 2, "warmup": 0, "teachers_per_round": 3, "draws": "turns", "surrogate": own}
+    return small_config(**given | changes)
+
+
+class NoWeights(FakeShard):
+    """A shard that refuses to give the weights of a service, as the real one does."""
+
+    def teacher(self, id: str) -> FakeTeacher:
+        """Raises AssertionError for a teacher that is only asked."""
+        assert self.teachers[id].card.access == "weights", f"the weights of {id} were read"
+        return super().teacher(id)
+
+    def service(self, id: str) -> FakeService:
+        """The teacher of that name as one that is only asked; the same object on every call."""
+        return self.services.setdefault(id, FakeService(self.teachers[id].card, self.teachers[id]))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def short() -> Iterator[None]:
+    """Students take a step or two instead of hundreds."""
+    full = SurrogateConfig.distillation
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(SurrogateConfig, "distillation", property(
+            lambda own: full.fget(own).model_copy(update={"steps": 0.1, "last_steps": 2, "candidates": 1.0})
+        ))  # fmt: skip
+        yield
+
+
+@pytest.fixture(scope="module")
+def mixed() -> tuple[World, Config, NoWeights, dict[str, Any], dict[str, Any]]:
+    """A whole run of a mixed pool: world, settings, shard, last state, last metrics."""
+    world, cfg = world_of(*MIXED), small()
+    shard = NoWeights(world)
+    _, state, metrics = play("free", cfg, world, rounds=cfg.total_rounds, first=0, shard=shard)
+    return world, cfg, shard, state, metrics
+
+
+def test_a_mixed_pool_uses_every_teacher_as_strongly_as_it_may(mixed) -> None:
+    _, cfg, shard, state, metrics = mixed
+    assert cfg.total_rounds == cfg.rounds + 1
+    assert set(state["surrogates"]) == {"conv4-1", "conv4-2"}
+    assert "students" not in state
+    assert metrics["recover/tasks"] == 3
+    assert 0 <= metrics["recover/agreement"] <= 100
+    distilled = [
+        job.teacher for op, jobs in shard.sent if op == "free.recover" for job in jobs if "pupil" in job.values
+    ]
+    assert sorted(distilled) == ["conv4-1", "conv4-2"]
+    carried = {job.teacher: bool(job.values) for op, jobs in shard.sent for job in jobs if op == "free.recover"}
+    assert carried == {"conv4-0": False, "conv4-1": True, "conv4-2": True}
+
+
+def test_the_plan_of_queries_is_what_is_asked(mixed) -> None:
+    """500 images for a surrogate, then 8 for each of two visits; nothing of the teacher with weights."""
+    world, cfg, shard, *_ = mixed
+    planned = METHODS["free"].queries(cfg, world)
+    assert planned == {"conv4-1": 500 + 2 * 8, "conv4-2": 500 + 2 * 8}
+    assert {id: service.asked for id, service in shard.services.items()} == planned
+
+
+def test_equal_runs_have_equal_bits(mixed) -> None:
+    world, cfg, _, state, _ = mixed
+    _, again, _ = play("free", cfg, world, rounds=cfg.total_rounds, first=0, shard=NoWeights(world))
+    assert same(state, again)
+
+
+def test_the_distillation_leaves_the_learner_alone(mixed) -> None:
+    world, cfg, *_ = mixed
+    before, after, metrics = play("free", cfg, world, rounds=1, first=0, shard=NoWeights(world))
+    assert torch.equal(before["theta"], after["theta"])
+    assert torch.equal(before["theta_g"], after["theta_g"])
+    assert metrics["surrogate/queries"] == 500
+
+
+def test_a_pool_of_weights_is_inverted_as_ever() -> None:
+    world, cfg = small_world(), small_config(draws="turns")
+    assert cfg.total_rounds == cfg.rounds
+    assert METHODS["free"].queries(cfg, world) == {}
+    jobs = free.plan(cfg, world, free.init(cfg, world), 0)
+    assert {bool(job.values) for job in jobs} == {False}
+    assert "distil" not in free.shared(cfg, world, free.init(cfg, world), 0)
+
+
+def test_without_a_budget_services_are_left_out_and_the_run_says_so() -> None:
+    world, cfg = world_of(*MIXED), small_config(teachers_per_round=4)
+    state, shard = free.init(cfg, world), FakeShard(world)
+    jobs = free.plan(cfg, world, state, 0)
+    assert {job.teacher for job in jobs} == {"conv4-0"}
+    play("free", cfg, world, shard=shard)
+    assert shard.services == {}
+    assert free.notes(cfg, world)[0] == (
+        "free: 2 of 3 teachers give no weights and are left out: conv4-1 gives probs; method.surrogate.budget=1500 "
+        "would distil each into a surrogate"
+    )
+    assert METHODS["free"].queries(cfg, world) == {}
+
+
+def test_the_assumption_about_the_data_is_said() -> None:
+    (line, *_) = free.notes(small(surrogate={"images": ("dipw", "generator")}), world_of(*MIXED))
+    assert line == (
+        "free: 2 of 3 teachers are inverted as surrogates, from images of dipw (assumes one textured object in the "
+        "middle of a dark ground), generator (follows it)"
+    )
+
+
+@pytest.mark.parametrize(("access", "cfg", "said"), [
+    (("label", "probs"), small_config(), "no teacher gives its weights (conv4-0 gives label)"),
+    (("weights", "weights"), small(), "every teacher gives its weights"),
+])  # fmt: skip
+def test_what_cannot_be_done_is_refused(access: Sequence[Access], cfg: Config, said: str) -> None:
+    with pytest.raises(UsageError) as error:
+        free.init(cfg, world_of(*access))
+    assert said in str(error.value)
+
+
+@pytest.mark.parametrize(("own", "said"), [
+    ({"budget": LEAST - 1}, "a surrogate needs 250 queries or more"),
+    ({"images": ("dop",)}, "unknown source 'dop'"),
+    ({"images": ("mutants",)}, "name a source beside them"),
+    ({"student": "conv5"}, "unknown architecture 'conv5'"),
+])  # fmt: skip
+def test_settings_that_distil_nothing_are_refused(own: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        Config.model_validate({"surrogate": own})
+
+
+def test_the_distillation_has_the_settings_of_ideal() -> None:
+    own = small(budget=700, surrogate={"lam": 2.0, "answers": "hard", "images": ("shapes",)}).surrogate.distillation
+    assert (own.budget, own.lam, own.answers, own.images, own.student) == (700, 2.0, "hard", ("shapes",), "mlp")
+
+
+def task_of(shard: FakeShard, id: str, labels: list[int], classes: Sequence[str], cfg: Config) -> tuple[Arrays, Arrays]:
+    """A task of noise with these labels, and what becomes of it when the service was asked."""
+    rng = torch.Generator().manual_seed(4)
+    service = shard.service(id)
+    images = to_bytes(torch.rand(len(labels), *service.card.image.shape, generator=rng))
+    task: Arrays = {"images": images, "labels": np.array(labels), "classes": list(classes), "view": (0, 1, True)}
+    return task, surrogates.asked_once(cfg, service, task)
+
+
+@pytest.fixture
+def three() -> tuple[FakeShard, str, list[int], Any]:
+    """A label service of three classes, and its answers to twelve images of noise, two of them for each."""
+    shard = FakeShard(world_of("label", way=3))
+    _, asked = task_of(shard, "conv4-0", [0] * 12, shard.teachers["conv4-0"].card.classes, small(
+        surrogate={"labels": "relabel"}
+    ))  # fmt: skip
+    return shard, "conv4-0", asked["labels"].tolist(), shard.teachers["conv4-0"].card.classes
+
+
+@pytest.mark.parametrize("labels", ["keep", "drop", "relabel"])
+def test_what_becomes_of_images_that_the_service_sees_otherwise(three, labels: str) -> None:
+    shard, id, best, classes = three
+    wished = [(answer + (i % 2)) % 3 for i, answer in enumerate(best)]  # every other one is wrong
+    task, found = task_of(shard, id, wished, classes, small(surrogate={"labels": labels}))
+    right = [i for i in range(12) if i % 2 == 0]
+    rows = {"keep": list(range(12)), "drop": right, "relabel": list(range(12))}[labels]
+    assert found["agreement"] == 50.0
+    assert np.array_equal(found["images"], task["images"][rows])
+    assert found["labels"].tolist() == [(best if labels == "relabel" else wished)[i] for i in rows]
+    assert found["logits"].argmax(1).tolist() == [best[i] for i in rows]
+    assert found["view"] == (4, 4, False)
+    assert shard.services[id].asked == 24
+
+
+def test_a_task_of_some_classes_leaves_out_images_of_the_others(three) -> None:
+    """Wished are classes 2 and 0, in this order; images that the service gives to class 1 have no label among them."""
+    shard, id, best, classes = three
+    some = [classes[2], classes[0]]
+    _, found = task_of(shard, id, [0, 1] * 6, some, small(surrogate={"labels": "relabel"}))
+    assert found["labels"].tolist() == [{2: 0, 0: 1}[answer] for answer in best if answer != 1]
+    assert found["logits"].shape == (len(found["labels"]), 2)
+    assert found["logits"].argmax(1).tolist() == found["labels"].tolist()
+
+
+@pytest.mark.parametrize(
+    ("access", "answers"), [("probs", "soft"), ("logits", "soft"), ("probs", "hard"), ("label", "soft")]
+)
+def test_bell_learns_what_the_service_answers(access: Access, answers: str) -> None:
+    """The softmax of the task's logits is the answer: its probabilities, or all of it on the best class."""
+    shard = FakeShard(world_of(access))
+    classes = shard.teachers["conv4-0"].card.classes
+    task, found = task_of(
+        shard, "conv4-0", [0, 1, 0, 1], classes, small(surrogate={"labels": "keep", "answers": answers})
+    )
+    given = shard.service("conv4-0").query(task["images"])
+    soft = torch.tensor(found["logits"]).softmax(1)
+    if access == "label":
+        expected = torch.eye(2)[torch.tensor(given)]
+    else:
+        expected = torch.tensor(given) if access == "probs" else torch.tensor(given).softmax(1)
+        expected = torch.eye(2)[expected.argmax(1)] if answers == "hard" else expected
+    torch.testing.assert_close(soft, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_an_image_of_another_size_is_asked_about_as_the_teacher_takes_it() -> None:
+    shard = FakeShard(world_of("label"))
+    large = np.random.default_rng(0).integers(0, 256, (4, 3, 20, 20), dtype=np.uint8)
+    task = {"images": large, "labels": np.array([0, 1, 0, 1]), "classes": list(shard.teachers["conv4-0"].card.classes)}
+    found = surrogates.asked_once(small(surrogate={"labels": "keep"}), shard.service("conv4-0"), task)
+    assert found["images"].shape == (4, 3, 20, 20)
+
+
+def test_no_image_may_be_left_of_a_task(monkeypatch: pytest.MonkeyPatch) -> None:
+    """If the service agrees with nothing, the learner has nothing of that teacher, and the round goes on."""
+    original = surrogates.asked_once
+
+    def disagrees(cfg: Config, service: Any, task: Arrays) -> Arrays:
+        return original(cfg, service, task | {"labels": 1 - task["labels"]})
+
+    world, cfg = world_of("label", "label"), small(teachers_per_round=2, surrogate={"student": "conv4"})
+    monkeypatch.setattr(surrogates, "asked_once", lambda cfg, service, task: {
+        name: value[:0] if name in ("images", "labels", "logits") else value
+        for name, value in disagrees(cfg, service, task).items()
+    })  # fmt: skip
+    before, after, metrics = play("free", cfg, world, rounds=2, first=0, shard=NoWeights(world))
+    assert torch.equal(before["theta"], after["theta"])
+    assert metrics["bank/images"] == metrics["replay/updates"] == 0
+
+
+def test_the_surrogate_is_what_is_inverted(monkeypatch: pytest.MonkeyPatch) -> None:
+    world, cfg = world_of("probs"), small(teachers_per_round=1)
+    shard, seen = NoWeights(world), list[Teacher]()
+    original = Inversion.__init__
+
+    def spy(self: Inversion, cfg: Any, net_g: Any, teachers: Sequence[Teacher], *rest: Any, **more: Any) -> None:
+        seen.extend(teachers)
+        original(self, cfg, net_g, teachers, *rest, **more)
+
+    monkeypatch.setattr(Inversion, "__init__", spy)
+    _, state, _ = play("free", cfg, world, rounds=2, first=0, shard=shard)
+    (one,) = seen
+    kept = state["surrogates"]["conv4-0"]
+    assert (one.card.arch, one.net.layout.numel) == ("mlp", len(kept["theta"]))
+    assert torch.equal(one.theta, kept["theta"])
+    assert torch.equal(one.stats, kept["stats"])
