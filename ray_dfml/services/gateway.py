@@ -60,6 +60,8 @@ class Gateway:
         self._ledger = Ledger(path, asked, run=run, each=each, pools=pools)
         self._patience, self._tries = patience, tries
         self._flying: dict[bytes, asyncio.Future[None]] = {}
+        self._waiting: list[tuple[Callable[[], Any], asyncio.Future[Any]]] = []
+        self._flush: asyncio.Task[None] | None = None
         self._closing = False
         self._writer = concurrent.futures.ThreadPoolExecutor(1, "ledger")
         self._loop = asyncio.new_event_loop()
@@ -110,15 +112,17 @@ class Gateway:
         return self._ledger.answers(hashes)
 
     async def _fetch(self, teacher: str, images: np.ndarray, hashes: list[bytes]) -> None:
-        """Ask about images that no one asks about, in batches. The first image of all goes alone, to try the service.
+        """Ask about images that no one asks about, in batches, and keep the answers.
 
-        After an error no further batch is sent, and those on their way are waited for.
+        The first image of all goes alone, to try the service. After an error no further batch is sent, and those on
+        their way are waited for. The next batch is sent while the answers of the last one are written.
         """
         service, start = self._clients[teacher], 0
+        writes: list[asyncio.Future[None]] = []
         if not service.proven:
             async with service.first:
                 if not service.proven:
-                    await self._send(teacher, images[:1], hashes[:1])
+                    writes.append(await self._send(teacher, images[:1], hashes[:1]))
                     start = 1
         size = service.adapter.batch
         todo = deque(range(start, len(images), size))
@@ -127,22 +131,24 @@ class Gateway:
             while todo:
                 first = todo.popleft()
                 try:
-                    await self._send(teacher, images[first : first + size], hashes[first : first + size])
+                    writes.append(await self._send(teacher, images[first : first + size], hashes[first : first + size]))
                 except BaseException:
                     todo.clear()
                     raise
 
         workers = (work() for _ in range(min(service.concurrency, len(todo))))
-        for result in await asyncio.gather(*workers, return_exceptions=True):
+        sent = await asyncio.gather(*workers, return_exceptions=True)
+        for result in [*sent, *await asyncio.gather(*writes, return_exceptions=True)]:
             if isinstance(result, BaseException):
                 raise result
 
-    async def _send(self, teacher: str, images: np.ndarray, hashes: list[bytes]) -> None:
+    async def _send(self, teacher: str, images: np.ndarray, hashes: list[bytes]) -> asyncio.Future[None]:
+        """Ask about one batch. Returns what is done when its answers are on the disk."""
         if self._closing:
             raise Interrupted(f"{teacher}: the run ends; what was answered is kept")
         batch = _Batch(self, teacher, hashes)
         answers = await self._clients[teacher].answers(images, request_id(hashes), batch)
-        await self.write(self._ledger.settle, batch.id, answers)
+        return asyncio.ensure_future(self.write(lambda: self._ledger.settle(batch.id, answers)))
 
     def describe(self, teacher: str) -> None:
         """Compare a service's description of its model with the entry, if its protocol has one. No image is sent."""
@@ -153,9 +159,28 @@ class Gateway:
         client = self._clients[teacher]
         return client.api, list(client.adapter.notes)
 
-    async def write(self, act: Callable[..., T], *args: Any) -> T:
-        """Let the ledger act in its thread, so that the loop goes on while the disk is synced."""
-        return await self._loop.run_in_executor(self._writer, act, *args)
+    async def write(self, act: Callable[[], T]) -> T:
+        """Let the ledger act in its own thread. What is asked for while it is busy shares the next sync of the disk."""
+        done: asyncio.Future[T] = self._loop.create_future()
+        self._waiting.append((act, done))
+        if self._flush is None or self._flush.done():
+            self._flush = self._loop.create_task(self._write_all())
+        return await done
+
+    async def _write_all(self) -> None:
+        while self._waiting:
+            now, self._waiting = self._waiting, []
+            try:
+                results = await self._loop.run_in_executor(self._writer, self._ledger.together, [act for act, _ in now])
+            except BaseException as error:
+                results = [error] * len(now)
+            for (_, done), result in zip(now, results, strict=True):
+                if done.cancelled():
+                    continue
+                if isinstance(result, BaseException):
+                    done.set_exception(result)
+                else:
+                    done.set_result(result)
 
     def claim(self, teacher: str, hashes: Sequence[bytes]) -> Claim:
         """See `types.Gateway.claim`."""
@@ -215,13 +240,13 @@ class _Batch:
         """See `client.Attempts.charge`."""
         ledger = self._gateway._ledger
         if self.id:
-            await self._gateway.write(ledger.resend, self.id)
+            await self._gateway.write(lambda: ledger.resend(self.id))
         else:
-            self.id = await self._gateway.write(ledger.grant, self._teacher, self._hashes)
+            self.id = await self._gateway.write(lambda: ledger.grant(self._teacher, self._hashes))
 
     async def refund(self) -> None:
         """See `client.Attempts.refund`."""
-        await self._gateway.write(self._gateway._ledger.refund, self.id)
+        await self._gateway.write(lambda: self._gateway._ledger.refund(self.id))
 
 
 def _checked(one: Asked, images: np.ndarray) -> np.ndarray:

@@ -13,11 +13,12 @@ import sqlite3
 import threading
 import time
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from decimal import Decimal
 from pathlib import Path
+from typing import Any
 
 import filelock
 import numpy as np
@@ -190,6 +191,23 @@ class Ledger:
             columns, data = self._db.execute("SELECT columns, answers FROM batches WHERE id = ?", (id,)).fetchone()
         return np.frombuffer(data, "<i8") if columns == 0 else np.frombuffer(data, "<f4").reshape(-1, columns)
 
+    def together(self, acts: Sequence[Callable[[], Any]]) -> list[Any]:
+        """Do several things with one sync of the disk. Returns what each returns, or the error that it raises.
+
+        If the disk fails, nothing of it is kept, ResourceError is raised, and the ledger must be opened again.
+        """
+        with self._thread:
+            try:
+                with _refusing(self.path):
+                    self._db.execute("BEGIN IMMEDIATE")
+                results = [_result(act) for act in acts]
+                with _refusing(self.path):
+                    self._db.execute("COMMIT")
+            except BaseException:
+                self._db.close()  # what is in memory may be ahead of the file
+                raise
+        return results
+
     def check(self, teacher: str, images: int) -> None:
         """Raise BudgetReached if no budget allows `images` more to be sent to a teacher."""
         with self._thread:
@@ -315,6 +333,16 @@ class Ledger:
             self._lock.release()
 
 
+def _result(act: Callable[[], Any]) -> Any:
+    """What an act returns or raises. Errors of the disk are not its own, and are raised."""
+    try:
+        return act()
+    except (ResourceError, RejectedError):
+        raise
+    except Exception as error:
+        return error
+
+
 def _locked(path: Path) -> filelock.FileLock:
     lock = filelock.FileLock(path.with_name(f"{path.name}.lock"), timeout=LOCK_SECONDS, thread_local=False)
     try:
@@ -332,6 +360,8 @@ def _refusing(path: Path) -> Iterator[None]:
     """Turn errors of sqlite into one line: what the disk does is a ResourceError, a damaged file a RejectedError."""
     try:
         yield
+    except sqlite3.ProgrammingError:
+        raise ResourceError(f"{path}: the ledger is closed, since the disk failed or the run ends") from None
     except sqlite3.OperationalError as error:
         raise ResourceError(f"{path}: the ledger cannot be read or written: {error}") from None
     except (sqlite3.Error, TypeError, ValueError) as error:

@@ -256,6 +256,38 @@ def test_a_full_disk_is_one_line_and_nothing_is_counted(tmp_path: Path) -> None:
     assert ledger.totals()[ONE].sent == 0
 
 
+def test_several_things_share_a_sync_and_fail_alone(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path / "l.sqlite", [asked(budget=3)])
+    said: list[str] = []
+    first = ledger.grant(ONE, hashes(1))
+    ledger._db.set_trace_callback(said.append)
+    acts = [
+        lambda: ledger.settle(first, rows(1)), lambda: ledger.grant(ONE, hashes(2)),
+        lambda: ledger.grant(ONE, hashes(3, 4)), lambda: ledger.settle(99, rows(1)), lambda: ledger.resend(2),
+    ]  # fmt: skip
+    results = ledger.together(acts)
+    assert [text for text in said if text in ("BEGIN IMMEDIATE", "COMMIT")] == ["BEGIN IMMEDIATE", "COMMIT"]
+    assert results[:2] == [None, 2]
+    assert [type(result) for result in results[2:]] == [BudgetReached, ValueError, type(None)]
+    ledger.close()
+    again = Ledger(tmp_path / "l.sqlite", [asked()])
+    assert (again.totals()[ONE].sent, again.totals()[ONE].answered) == (3, 1)
+
+
+def test_a_disk_that_fails_between_several_things_keeps_none_of_them(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path / "l.sqlite", [asked()])
+    pages = ledger._db.execute("PRAGMA page_count").fetchone()[0]
+    ledger._db.execute(f"PRAGMA max_page_count = {pages}")
+    acts = [lambda: ledger.grant(ONE, hashes(1)), lambda: ledger.grant(ONE, hashes(*range(2000)))]
+    with pytest.raises(ResourceError, match="full"):
+        ledger.together(acts)
+    with pytest.raises(ResourceError, match="the ledger is closed, since the disk failed"):
+        ledger.grant(ONE, hashes(1))
+    ledger.close()
+    again = Ledger(tmp_path / "l.sqlite", [asked()])
+    assert again.totals()[ONE].sent == 0
+
+
 def test_threads_share_a_ledger_and_never_pass_the_budget(tmp_path: Path) -> None:
     ledger = Ledger(tmp_path / "l.sqlite", [asked(budget=50)])
     stopped = []
@@ -387,4 +419,4 @@ class LedgerMachine(RuleBasedStateMachine):
 
 def test_the_laws_hold_under_any_order_of_calls(tmp_path: Path) -> None:
     LedgerMachine.folder = tmp_path
-    run_state_machine_as_test(LedgerMachine, settings=settings(PROPERTY, stateful_step_count=25))
+    run_state_machine_as_test(LedgerMachine, settings=settings(PROPERTY, max_examples=15, stateful_step_count=20))
