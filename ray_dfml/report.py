@@ -135,8 +135,9 @@ def verdict(row: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> tuple[
     Both are None for `random` itself, and if `random` was not scored on these episodes.
     """
     same = ("data", "split", "way", "shot", "episodes", "bn")
+    reference = _reference(row)
     for other in rows:
-        if other.get("method") == UNTRAINED != row.get("method") and all(other.get(k) == row.get(k) for k in same):
+        if other.get("method") == reference != row.get("method") and all(other.get(k) == row.get(k) for k in same):
             mean, base = number(row.get("mean")), number(other.get("mean"))
             if mean is not None and base is not None:
                 margin = (number(row.get("ci95")) or 0.0) + (number(other.get("ci95")) or 0.0)
@@ -144,10 +145,16 @@ def verdict(row: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> tuple[
     return None, None
 
 
+def _reference(row: Mapping[str, Any]) -> str:
+    """The method `random` beside a score; where a run has several students, the one with the same teacher."""
+    _, colon, teacher = str(row.get("method")).partition(":")
+    return UNTRAINED + colon + teacher
+
+
 def _own(record: Record, row: Mapping[str, Any]) -> bool:
     """Whether a score is of the run's method (in any reading) and not of a baseline beside it."""
     method = str(row.get("method"))
-    return method == record.name or method.startswith(f"{record.name}-")
+    return method == record.name or method.startswith((f"{record.name}-", f"{record.name}:"))
 
 
 def _table(record: Record) -> list[dict[str, Any]]:
@@ -158,14 +165,14 @@ def _table(record: Record) -> list[dict[str, Any]]:
         method, selection = str(row.get("method")), row.get("selection")
         where = [str(row.get(k)) for k in ("data", "split")] + [number(row.get(k)) or 0 for k in ("way", "shot")]
         order = selections.index(selection) if selection in selections else len(selections)
-        return (*where, method == UNTRAINED, not _own(record, row), method, order)
+        return (*where, method.partition(":")[2], method == _reference(row), not _own(record, row), method, order)
 
     rows, last = [], None
     for row in sorted(record.scores, key=place):
         above, gain = verdict(row, record.scores)
-        task = f"{row.get('way')}-way {row.get('shot')}-shot"
+        task = "top-1" if row.get("shot") is None else f"{row.get('way')}-way {row.get('shot')}-shot"
         episodes = (row.get("data"), row.get("split"), task)
-        if row.get("method") == UNTRAINED:
+        if row.get("method") == _reference(row):
             against = "the reference"
         elif above is None:
             against = "not compared: no random on these episodes"

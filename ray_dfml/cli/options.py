@@ -65,12 +65,13 @@ def need_ray() -> None:
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    """Scores as a plain table."""
+    """Scores as a plain table. A top-1 accuracy has no way, shot and episodes."""
     form = "{:<22} {:<30} {:>3} {:>4} {:>8} {:<12} {:<9} {:>16}"
     lines = [form.format("method", "data", "way", "shot", "episodes", "bn", "selection", "accuracy %")]
     for row in rows:
         data = f"{row['data']} {row['split']}"
         accuracy = f"{row['mean']:.2f} ± {row['ci95']:.2f}"
-        values = (row["method"], data, row["way"], row["shot"], row["episodes"], row["bn"], row["selection"], accuracy)
+        task = ("-" if row[key] is None else row[key] for key in ("way", "shot", "episodes"))
+        values = (row["method"], data, *task, row["bn"], row["selection"], accuracy)
         lines.append(form.format(*values))
     return "\n".join(lines)

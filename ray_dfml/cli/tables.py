@@ -51,6 +51,8 @@ def sections(found: Comparison) -> list[Section]:
 def _title(row: Mapping[str, Any]) -> str:
     if row["set"] is None:
         return "Runs without scores"
+    if row["shot"] is None:
+        return f"{row['data']} {row['split']}, top-1, {row['bn']}"
     task = f"{row['way']}-way {row['shot']}-shot"
     episodes = f"{row['episodes']} episodes of seed {row['eval_seed']}, {row['query']} queries a class"
     return f"{row['data']} {row['split']}, {task}, {row['bn']}: {episodes}"

@@ -50,7 +50,7 @@ class Entry:
     def baseline(self) -> bool:
         """Whether the score may be a reference. Weights that were chosen on test may not."""
         method = self.row["method"]
-        known = any(method == one or method.startswith(f"{one}-") for one in BASELINES)
+        known = any(method == one or method.startswith((f"{one}-", f"{one}:")) for one in BASELINES)
         return known and self.row["selection"] != "test-best" and self.row["mean"] is not None
 
 
@@ -84,6 +84,10 @@ def entries_of(record: Record) -> list[Entry]:
     entries = []
     for score in record.scores:
         method, data, known = str(score.get("method")), str(score.get("data")), _identity(record, score.get("data"))
+        pairs = found.get(tuple(repr(score.get(k)) for k in ("method", "data", "shot", "selection")), [])
+        if score.get("shot") is None:
+            entries.append(_of_student(record, about, score, known, pairs))
+            continue
         row = about if _own(record, method) else about | dict.fromkeys(_OF_TRAINING)
         row = row | {key: _text(score.get(key)) for key in ("split", "selection", "bn")}
         row = row | {key: _whole(score.get(key)) for key in ("way", "shot", "episodes")}
@@ -94,11 +98,27 @@ def entries_of(record: Record) -> list[Entry]:
         unknown = f"not recorded in {record.path.resolve()}"
         must = {"data", "query", "eval.seed"}
         named = [unknown if v is None and f in must else json.dumps(v) for f, v in zip(FIELDS, where, strict=True)]
-        key = tuple(repr(score.get(k)) for k in ("method", "data", "shot", "selection"))
-        accuracies, flaw = _checked(row, found.get(key, []))
+        accuracies, flaw = _checked(row, pairs)
         settings = _settings(record, method)
         entries.append(Entry(row, tuple(named), settings, _adaptation(record, method), accuracies, flaw))
     return entries
+
+
+def _of_student(
+    record: Record, about: Mapping[str, Any], score: Mapping[str, Any], known: str | None, pairs: Sequence[Any]
+) -> Entry:
+    """A top-1 score. Two of them belong together if they are of the same images and of students of one teacher."""
+    method, data = str(score.get("method")), known or text(score.get("data"))
+    row = dict(about) if _own(record, method) else dict(about) | dict.fromkeys(_OF_TRAINING)
+    row |= {key: _text(score.get(key)) for key in ("split", "selection", "bn")}
+    row |= dict.fromkeys(("way", "shot", "query", "eval_seed", "episodes"))
+    row |= {"method": text(method), "data": data, "mean": number(score.get("mean")), "ci95": number(score.get("ci95"))}
+    row["steps"] = []
+    teacher = method.partition(":")[2]
+    where = [f"{known or 'not recorded in ' + str(record.path.resolve())} {teacher}", str(row["split"]), "top-1"]
+    where += ["top-1"] * 3 + [str(len(pairs)), str(row["bn"])]
+    accuracies, flaw = _checked(row, pairs)
+    return Entry(row, tuple(where), _settings(record, method), {}, accuracies, flaw)
 
 
 def _episodes(path: Path) -> dict[tuple[str, ...], list[tuple[int, float]]]:
@@ -124,7 +144,7 @@ def _checked(row: Mapping[str, Any], pairs: Sequence[tuple[int, float]]) -> tupl
     if not pairs:
         return None, "no accuracies of its episodes in episodes.parquet"
     accuracies, mean = np.array([accuracy for _, accuracy in pairs]), row["mean"]
-    whole = len(pairs) == row["episodes"] and [i for i, _ in pairs] == list(range(len(pairs)))
+    whole = row["episodes"] in (None, len(pairs)) and [i for i, _ in pairs] == list(range(len(pairs)))
     if not whole or mean is None or not abs(accuracies.mean() - mean) < 1e-3:
         return None, "episodes.parquet and scores.json disagree"
     return accuracies, None
@@ -171,7 +191,7 @@ def _settings(record: Record, method: str) -> str:
 
 def _own(record: Record, method: str) -> bool:
     """Whether a score is of the run's own method, in any reading, and not of `random` beside it."""
-    return method == record.name or method.startswith(f"{record.name}-")
+    return method == record.name or method.startswith((f"{record.name}-", f"{record.name}:"))
 
 
 def _adaptation(record: Record, method: str) -> dict[str, Any]:

@@ -62,9 +62,15 @@ NO_POOL = (
     "method.replay.shot=1", "method.replay.query=3", "method.replay.tasks=3", "method.replay.inner_steps=2",
 )  # fmt: skip
 
+IDEAL = (
+    "method.budget=24", "method.batch=8", "method.first=8", "method.growth=0", "method.student=conv4",
+    "method.student_batch=4", "method.steps=1", "method.last_steps=2", "method.images=[dip,mutants]",
+    "eval.every=1",
+)  # fmt: skip
+
 SETTINGS: dict[str, tuple[str, ...]] = {
     "free": FREE + EVAL, "maml-oracle": ORACLE + EVAL, "purer": PURER + EVAL, "bidf-mkd": BIDF + EVAL,
-    "dro": DRO + EVAL, "no-pool": NO_POOL + EVAL,
+    "dro": DRO + EVAL, "no-pool": NO_POOL + EVAL, "ideal": IDEAL,
 }  # fmt: skip
 """Method -> its small settings; the baselines have only those of the test."""
 
