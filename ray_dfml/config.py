@@ -43,8 +43,21 @@ class LearnerConfig(BaseModel):
         return known_arch(name)
 
 
+class BudgetConfig(BaseModel):
+    """What a run may spend on questions to teachers. The budgets of the pool hold beside it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    queries: int | None = Field(default=None, ge=1, description="Most images sent to all teachers together.")
+    money: float | None = Field(default=None, gt=0, allow_inf_nan=False, description="Most that all of them may cost.")
+    per_teacher: int | None = Field(default=None, ge=1, description="Most images sent to each teacher.")
+
+
 class RunConfig(BaseModel):
-    """Everything that decides the numbers of a run. Shards and devices do not, so they are not here."""
+    """Everything that decides the numbers of a run. Shards and devices do not, so they are not here.
+
+    The budget decides only how far a run goes, so a run that is resumed may have another one.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -59,6 +72,7 @@ class RunConfig(BaseModel):
     learner: LearnerConfig = LearnerConfig()
     method: SerializeAsAny[MethodConfig]
     eval: EvalConfig = EvalConfig()
+    budget: BudgetConfig = BudgetConfig()
 
     def validates(self, r: int) -> bool:
         """Whether round r ends with a validation. One is due every `eval.every` rounds, and after the last round."""
@@ -72,7 +86,7 @@ PROFILES = ("fixed", "paper", "code")
 PUBLISHED_TEST: Mapping[str, Any] = {"eval": {"lrs": ()}}
 """What the profiles `paper` and `code` change for every method: no step size at test is chosen, `eval.lr` is used."""
 
-SECTIONS = ("method", "eval", "learner")
+SECTIONS = ("method", "eval", "learner", "budget")
 """The parts of a RunConfig that `--set` may change. The others have command-line options of their own."""
 
 
@@ -125,6 +139,20 @@ def resolve(
         for key in reversed(path):
             value = {key: value}
         _merge(tree, value)
+    return build(tree)
+
+
+def with_budget(config: RunConfig, settings: Sequence[str]) -> RunConfig:
+    """A configuration with other budgets, from `budget.x=y`. Raises UsageError for anything else."""
+    tree = config.model_dump(mode="json")
+    for text in settings:
+        path, value = parse_set(text)
+        if path[0] != "budget" or len(path) != 2:
+            raise UsageError(
+                f"--set {text}: a run that is resumed keeps its settings; only budget.* may change, for example "
+                "--set budget.queries=20000"
+            )
+        tree["budget"][path[1]] = value
     return build(tree)
 
 

@@ -74,7 +74,7 @@ def train(
             from ray_dfml.runtime.estimate import estimate
 
             inputs = read_inputs(config)
-            for line in (*left_out(inputs.rejected, len(inputs.teachers)), *inputs.notes):
+            for line in (*left_out(inputs.rejected, len(inputs.world.cards)), *inputs.notes):
                 options.say(line)
             plan = estimate(config, inputs, machine)
             options.print_json(plan) if json_out else click.echo("\n".join(f"{k:<28} {v}" for k, v in plan.items()))

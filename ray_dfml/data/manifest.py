@@ -221,8 +221,19 @@ CHANGEABLE: dict[str, Any] = {
 """Fields of an entry that decide no answer."""
 
 
-class _Manifest(_Strict):
+class PoolBudget(_Strict):
+    """What a run may spend on the teachers of a pool together."""
+
+    queries: int | None = Field(default=None, ge=1)
+    """most images sent"""
+    money: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+
+
+class Manifest(_Strict):
+    """All that `pool.yaml` says."""
+
     version: Literal[1]
+    budget: PoolBudget | None = None
     teachers: list[Entry] = []
 
 
@@ -265,8 +276,8 @@ def checked(fields: Mapping[str, Any]) -> Entry:
         raise UsageError(_first_fault(error)) from None
 
 
-def read_manifest(folder: Path) -> list[Entry]:
-    """The entries of a pool folder in file order.
+def read_manifest(folder: Path) -> Manifest:
+    """What the manifest of a pool folder says, with the entries in file order.
 
     Raises UsageError if there is no manifest, and RejectedError with the place of the first fault in it.
     """
@@ -284,21 +295,21 @@ def read_manifest(folder: Path) -> list[Entry]:
         problem = getattr(error, "problem", None) or str(error) or "nested too deep"
         raise RejectedError(f"{MANIFEST}: {where}not YAML: {problem.splitlines()[0]}") from None
     try:
-        entries = _Manifest.model_validate(content).teachers
+        found = Manifest.model_validate(content)
     except ValidationError as error:
         raise RejectedError(f"{MANIFEST}: {_first_fault(error)}") from None
     places: dict[str, int] = {}
-    for place, entry in enumerate(entries):
+    for place, entry in enumerate(found.teachers):
         if places.setdefault(entry.id, place) != place:
             raise RejectedError(
                 f"{MANIFEST}: teachers[{place}].id: {entry.id!r} is taken by teachers[{places[entry.id]}]"
             )
-    return entries
+    return found
 
 
-def write_manifest(folder: Path, entries: Sequence[Entry]) -> None:
+def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Replace the manifest of a folder in one step."""
-    content = {"version": 1, "teachers": [entry.model_dump(mode="json") for entry in entries]}
+    content = manifest.model_dump(mode="json", exclude=None if manifest.budget else {"budget"})
     weights_file.write_bytes(folder / MANIFEST, yaml_text.dump(content).encode())
 
 

@@ -23,18 +23,20 @@ from ray_dfml.data.manifest import (
     FREE,
     MANIFEST,
     Entry,
+    Manifest,
     is_id,
     make_entry,
     read_manifest,
     write_manifest,
 )
-from ray_dfml.data.services import Terms
+from ray_dfml.data.services import Budget, Terms
 from ray_dfml.errors import RejectedError, ResourceError, UsageError, did_you_mean
 from ray_dfml.files import resolved, shown
 from ray_dfml.types import Access, ImageSpec, TeacherCard
 
 __all__ = ["Entry", "Pool", "add_file"]
 
+EMPTY = Manifest(version=1)
 LOCK_SECONDS = 300
 """How long a writer waits for another writer."""
 PROBE_MACS = 2e10
@@ -46,16 +48,19 @@ class Pool:
 
     path: Path
     cards: tuple[TeacherCard, ...]
+    budget: Budget | None
+    """What a run may spend on the teachers together."""
 
-    def __init__(self, path: Path, entries: Sequence[Entry], *, new: bool = False) -> None:
+    def __init__(self, path: Path, manifest: Manifest = EMPTY, *, new: bool = False) -> None:
         """With `new` the folder need not hold a manifest yet; the first `add` writes it."""
         self.path = path
         self._new = new
-        self._set(entries)
+        self._set(manifest)
 
-    def _set(self, entries: Sequence[Entry]) -> None:
-        self._entries = {entry.id: entry for entry in entries}
-        self.cards = tuple(entry.card for entry in entries)
+    def _set(self, manifest: Manifest) -> None:
+        self._entries = {entry.id: entry for entry in manifest.teachers}
+        self.cards = tuple(entry.card for entry in manifest.teachers)
+        self.budget = Budget(**manifest.budget.model_dump()) if manifest.budget else None
 
     @classmethod
     def open(cls, path: str | Path) -> "Pool":
@@ -76,7 +81,7 @@ class Pool:
         if path.exists() and not path.is_dir():
             raise UsageError(f"{path}: is a file; choose a new folder")
         new = not (path / MANIFEST).exists()
-        return cls(path, [] if new else read_manifest(path), new=new)
+        return cls(path, EMPTY if new else read_manifest(path), new=new)
 
     @classmethod
     def create(cls, path: str | Path) -> "Pool":
@@ -91,9 +96,9 @@ class Pool:
             if (path / MANIFEST).exists():
                 raise UsageError(f"{path}: already holds a pool; choose another folder")
             _check_empty(path)
-            write_manifest(path, [])
+            write_manifest(path, EMPTY)
             (path / "weights").mkdir(exist_ok=True)
-        return cls(path, [])
+        return cls(path)
 
     def entry(self, id: str) -> Entry:
         """Everything that the manifest says of a teacher. Raises UsageError for an unknown id."""
@@ -165,20 +170,25 @@ class Pool:
         except RejectedError as error:
             raise RejectedError(f"{id}: {error}") from None
         data = weights_file.to_safetensors(fitted)
-        entry = entry.model_copy(update={"sha256": hashlib.sha256(data).hexdigest()})
+        self._write(entry.model_copy(update={"sha256": hashlib.sha256(data).hexdigest()}), data)
+
+    def _write(self, entry: Entry, weights: bytes | None) -> None:
+        """Add an entry to the manifest on the disk, after writing its weights if it has any."""
         with _locked(self.path):
             if self._new and not (self.path / MANIFEST).exists():
                 _check_empty(self.path)
-                entries = []
+                manifest = EMPTY
             else:
-                entries = read_manifest(self.path)
-            if any(id == other.id or entry.weights == other.weights for other in entries):
-                raise UsageError(f"id {id!r} is taken in {self.path}; choose another one")
+                manifest = read_manifest(self.path)
+            for other in manifest.teachers:
+                if entry.id == other.id or (weights is not None and entry.weights == other.weights):
+                    raise UsageError(f"id {entry.id!r} is taken in {self.path}; choose another one")
             (self.path / "weights").mkdir(exist_ok=True)
-            weights_file.write_bytes(self.path / f"weights/{id}.safetensors", data)
-            entries.append(entry)
-            write_manifest(self.path, entries)
-        self._set(entries)
+            if weights is not None:
+                weights_file.write_bytes(self.path / f"weights/{entry.id}.safetensors", weights)
+            manifest = manifest.model_copy(update={"teachers": [*manifest.teachers, entry]})
+            write_manifest(self.path, manifest)
+        self._set(manifest)
 
     def sha256(self) -> str:
         """The hash of the whole pool, in hex: of all entries of its manifest, sorted by id, with the files' sha256.

@@ -236,7 +236,12 @@ def initial_learner(world: World, *, zero_head_bias: bool = False) -> State:
 
 
 def teacher_job(card: TeacherCard, *, index: int, seed: int, values: Arrays) -> Job:
-    """A job on a teacher, with its cost and memory, by which the backend balances the shards."""
+    """A job on a teacher, with its cost and memory, by which the backend balances the shards.
+
+    A teacher that is only asked tells neither, so its job counts as one without a teacher.
+    """
+    if not card.arch:
+        return Job(index=index, seed=seed, teacher=card.id, values=values)
     network = net(card.arch, card.image.shape, len(card.classes))
     memory = 4 * (network.layout.numel + network.stats_layout.numel)
     return Job(index=index, seed=seed, teacher=card.id, values=values, cost=float(network.macs), memory=memory)

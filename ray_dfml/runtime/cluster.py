@@ -1,4 +1,6 @@
-"""Ray: the connection to it, the shard actors, and the learner actor. Only this module and `dispatch` use Ray.
+"""Ray: the connection to it, the shard actors, and the learner actor.
+
+Only this module, `dispatch` and `ray_gateway` use Ray.
 
 Shards and the learner are plain classes, which are wrapped as actors here. The driver owns the shards and the arrays of
 the pool, so that they outlive a learner that dies. The learner sends jobs to the shards.
@@ -22,12 +24,15 @@ import torch
 from ray_dfml.errors import LearnerLost, RejectedError, ResourceError
 from ray_dfml.methods.base import World
 from ray_dfml.runtime import host
+from ray_dfml.runtime.accounts import EXPORTED, Accounts
+from ray_dfml.runtime.asking import Desk
 from ray_dfml.runtime.dispatch import RayBackend, ShardActor, cause
-from ray_dfml.runtime.learning import Done, Learning
+from ray_dfml.runtime.learning import CHECKPOINTS, Done, Learning
 from ray_dfml.runtime.local import no_teachers
 from ray_dfml.runtime.ray_environment import IMPORTED_BEFORE, OnNode, exceptions, ray
+from ray_dfml.runtime.ray_gateway import RayGateway
 from ray_dfml.runtime.shard import Loaded, LoadWeights, pick_device, pin
-from ray_dfml.types import Labelled
+from ray_dfml.types import Labelled, Spent
 
 PLACEMENT_SECONDS = 180
 """Longest wait for all shards to be placed and to import torch."""
@@ -224,9 +229,11 @@ class Cluster:
             if connected:
                 ray.shutdown()
 
-    def backend(self, load: LoadWeights, *, job_seconds: float | None = None) -> RayBackend:
-        """A backend over the shards, which get their teachers through `load`."""
-        return RayBackend(self.shards, ray.put(load), batched=self._gpus > 0, job_seconds=job_seconds)
+    def backend(
+        self, load: LoadWeights, desk: Desk | None = None, *, job_seconds: float | None = None
+    ) -> RayBackend:  # fmt: skip
+        """A backend over the shards, which get their teachers through `load` and ask others at `desk`."""
+        return RayBackend(self.shards, ray.put((load, desk)), batched=self._gpus > 0, job_seconds=job_seconds)
 
 
 @contextmanager
@@ -269,20 +276,25 @@ class RaySession:
         world: World,
         sets: Sequence[Labelled],
         teachers: Mapping[str, Loaded],
-        checkpoints: Path,
+        folder: Path,
+        accounts: Accounts,
         cluster: Cluster,
         *,
         job_seconds: float | None = None,
     ) -> None:
-        self._cluster, self._own = cluster, not cluster.shards
+        self._cluster, self._own, self._folder = cluster, not cluster.shards, folder
         self._learner: Any = None
+        self._gateway: RayGateway | None = None
         if self._own:
             cluster.__enter__()
         try:
-            backend = cluster.backend(PoolStore(teachers), job_seconds=job_seconds)
+            if accounts.asked:
+                self._gateway = RayGateway.start(accounts, folder, _node())
+            desk = Desk(self._gateway, accounts.by_id) if self._gateway else None
+            backend = cluster.backend(PoolStore(teachers), desk, job_seconds=job_seconds)
             kept = [replace(one, images=backend.keep(one.images)) for one in sets]
             self._arguments = (
-                config, ray.put(world), kept, backend, checkpoints, cluster.gpus_per_learner > 0
+                config, ray.put(world), kept, backend, folder / CHECKPOINTS, cluster.gpus_per_learner > 0
             )  # fmt: skip
         except BaseException:
             self.close()
@@ -318,6 +330,13 @@ class RaySession:
         """See `Learning.save`. Raises LearnerLost if the actor died."""
         return self._ask("save", rounds, row)
 
+    def spent(self) -> dict[str, Spent]:
+        """See `Session.spent`."""
+        if self._gateway is None:
+            return {}
+        self._gateway.export(self._folder / EXPORTED)
+        return self._gateway.totals()
+
     def _ask(self, verb: str, *args: Any) -> Any:
         try:
             return ray.get(getattr(self._learner, verb).remote(*args))
@@ -327,10 +346,12 @@ class RaySession:
             raise cause(error) from error
 
     def close(self) -> None:
-        """Stop the learner, and the cluster if it was started here."""
+        """Stop the learner, the gateway, and the cluster if it was started here."""
         try:
             if self._learner is not None:
                 ray.kill(self._learner)
+            if self._gateway is not None:
+                self._gateway.close()
         finally:
             if self._own:
                 self._cluster.close()

@@ -43,9 +43,12 @@ class ShardActor(Shard):
         super().__init__(no_teachers, device=device)
 
     def run_for(self, load: "Sequence[ray.ObjectRef]", op: str, jobs: Sequence[Job], shared: Arrays) -> list[Arrays]:
-        """`run` with the teachers of `load[0]`. References in `shared` are replaced by the arrays they stand for."""
+        """`run` with the teachers of `load[0]`, which are a `shard.LoadWeights` and an `asking.Desk` or None.
+
+        References in `shared` are replaced by the arrays they stand for.
+        """
         if load[0] != self._where:
-            self.reload(ray.get(load[0]))
+            self.reload(*ray.get(load[0]))
             self._where = load[0]
         return self.run(op, jobs, {k: ray.get(v) if isinstance(v, ray.ObjectRef) else v for k, v in shared.items()})
 
@@ -60,7 +63,7 @@ class RayBackend:
     def __init__(
         self, shards: Sequence[Any], load: "ray.ObjectRef", *, batched: bool, job_seconds: float | None = None
     ) -> None:
-        """`load` refers to a `shard.LoadWeights` in the object store, by which shards get teachers."""
+        """`load` refers to what a shard gets teachers by, in the object store (`ShardActor.run_for`)."""
         self.shards = list(shards)
         self.load = load
         self.batched = batched

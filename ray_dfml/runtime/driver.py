@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from ray_dfml.config import RunConfig
-from ray_dfml.errors import Interrupted, LearnerLost
+from ray_dfml.errors import BudgetReached, Interrupted, LearnerLost
 from ray_dfml.methods import METHODS
 from ray_dfml.runtime.assess import Assessment
 from ray_dfml.runtime.assess_students import StudentAssessment
@@ -24,9 +24,14 @@ from ray_dfml.runtime.learning import Done
 from ray_dfml.runtime.local import LocalSession
 from ray_dfml.runtime.progress import Progress
 from ray_dfml.runtime.rundir import RunFolder
+from ray_dfml.scorer import Step
+from ray_dfml.types import Score, Spent
 
 if TYPE_CHECKING:
     from ray_dfml.runtime.cluster import Cluster
+
+BUDGET = "budget"
+"""The state of a run that a budget ended, in `status.json`."""
 
 LEARNER_LIVES = 3
 """How many times the learner's process may die in one round: the last of these deaths ends the run."""
@@ -45,6 +50,10 @@ class Session(Protocol):
 
     def save(self, rounds: int, row: dict[str, Any]) -> Done:
         """Write a checkpoint after `rounds` rounds, with the metrics `row` of the last one. Raises LearnerLost."""
+        ...
+
+    def spent(self) -> dict[str, Spent]:
+        """What was asked of each teacher so far, after writing it to `ledger.jsonl`. Empty if the run asks nobody."""
         ...
 
     def close(self) -> None:
@@ -78,11 +87,10 @@ class Machine:
             store_bytes=store_bytes,
         )  # fmt: skip
 
-    def session(
-        self, config: RunConfig, inputs: Inputs, checkpoints: Path, cluster: "Cluster | None" = None
-    ) -> Session:
-        """A session on this machine that is not started yet; in `cluster`, if it is given."""
-        arguments = (config.model_dump(mode="json"), inputs.world, inputs.sets, inputs.teachers, checkpoints)
+    def session(self, config: RunConfig, inputs: Inputs, folder: Path, cluster: "Cluster | None" = None) -> Session:
+        """A session of the run in `folder`, on this machine, that is not started yet; in `cluster`, if it is given."""
+        values = config.model_dump(mode="json")
+        arguments = (values, inputs.world, inputs.sets, inputs.teachers, folder, inputs.accounts)
         if self.backend == "local":
             return LocalSession(*arguments, on_device=self.gpus_per_learner > 0)
         from ray_dfml.runtime.cluster import STORE_BYTES, RaySession
@@ -113,12 +121,15 @@ def run(
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Train to the end, from the last checkpoint if there is one; export and test. Returns the rows of `scores.json`.
 
-    With Ray the run uses `cluster`, or starts one. Raises Interrupted after Ctrl-C or SIGTERM (the run can be resumed),
+    With Ray the run uses `cluster`, or starts one. If a budget is reached, the rounds that are done are exported and
+    tested before BudgetReached is raised. Raises Interrupted after Ctrl-C or SIGTERM (the run can be resumed),
     LearnerLost if the learner keeps dying, and whatever a method raises; `status.json` records it.
     """
     with folder.locked(), _interruptible():
         try:
             return _run(config, inputs, folder, machine, progress, cluster)
+        except BudgetReached:
+            raise
         except KeyboardInterrupt:
             folder.status(state="interrupted", last_error="stopped by the user")
             raise Interrupted(
@@ -137,28 +148,50 @@ def _run(
     folder.status(state="starting", rounds=config.method.total_rounds, rejected=inputs.rejected, notes=notes)
     for line in notes:
         progress.note(line)
-    session = machine.session(config, inputs, folder.checkpoints, cluster)
+    session = machine.session(config, inputs, folder.path, cluster)
     shards = machine.workers if machine.backend == "ray" else 1
     kind = StudentAssessment if METHODS[config.name].students else Assessment
     assessment = kind(config, inputs, session.call, progress, shards=shards)
     try:
-        done = _train(config, inputs, folder, session, assessment, progress)
+        done, stopped = _train(config, inputs, folder, session, assessment, progress)
+        if stopped is not None:
+            _note_budget(folder, done, stopped, progress)
         folder.status(state="testing")
         progress.note("testing")
         try:
-            scores, steps = assessment.finish(folder.path)
+            scores, steps = _assess(config, folder, assessment, done)
         except LearnerLost:
             done = session.start()
-            scores, steps = assessment.finish(folder.path)
+            scores, steps = _assess(config, folder, assessment, done)
         rows = folder.write_scores(scores, config.profile)
         folder.status(
-            state="done", last_error=None, rejected=inputs.rejected | done.rejected,
-            test_step=[asdict(step) for step in steps],
+            state="done" if stopped is None else BUDGET, last_error=stopped and str(stopped),
+            rejected=inputs.rejected | done.rejected, test_step=[asdict(step) for step in steps],
         )  # fmt: skip
+        if stopped is not None:
+            raise stopped
         return rows
     finally:
         progress.stop()
         session.close()
+        if inputs.accounts.asked:
+            folder.spent(inputs.accounts.settled(folder.path))
+
+
+def _assess(config: RunConfig, folder: RunFolder, assessment: Assessment, done: Done) -> tuple[list[Score], list[Step]]:
+    """Export and test. The last round is validated first if a budget ended the run after a round that was not."""
+    last = done.rounds - 1
+    if not config.validates(last):
+        assessment.validate(last)
+    return assessment.finish(folder.path)
+
+
+def _note_budget(folder: RunFolder, done: Done, stopped: BudgetReached, progress: Progress) -> None:
+    """Say that a budget ended the run. Raises BudgetReached if no round is done, since nothing is learned yet."""
+    if not done.rounds:
+        folder.status(state=BUDGET, last_error=str(stopped))
+        raise BudgetReached(f"{stopped}; no round is done, so there is no learner yet: raise it and --resume")
+    progress.note(f"{stopped}; the learner of {done.rounds} rounds is kept")
 
 
 def _train(
@@ -168,8 +201,8 @@ def _train(
     session: Session,
     assessment: Assessment | StudentAssessment,
     progress: Progress,
-) -> Done:
-    """Run the rounds that are not done.
+) -> tuple[Done, BudgetReached | None]:
+    """Run the rounds that are not done, up to the last one or to the end of a budget. Returns which it was.
 
     The state is on disk after each round, so at most one round is repeated, whatever ends the run.
     """
@@ -184,6 +217,8 @@ def _train(
             row: dict[str, Any] = {"round": r} | session.call("round", r)
             row["validation"] = assessment.validate(r) if config.validates(r) else None
             done = session.save(r + 1, row)
+        except BudgetReached as error:
+            return done, error
         except LearnerLost as error:
             lives -= 1
             if not lives:
@@ -202,5 +237,7 @@ def _train(
             driver_share=round(1 - busy / elapsed, 5), rejected=inputs.rejected | done.rejected,
             checkpoint=asdict(done.saved) if done.saved else None,
         )  # fmt: skip
+        if inputs.accounts.asked:
+            folder.spent(session.spent())
         progress.round(done.rounds, eta, row)
-    return done
+    return done, None

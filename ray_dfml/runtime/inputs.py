@@ -11,11 +11,13 @@ from ray_dfml.config import RunConfig
 from ray_dfml.core import episodes
 from ray_dfml.core.images import fit, to_bytes, to_pixels
 from ray_dfml.data import datasets, weights_file
-from ray_dfml.data.pool import Pool
+from ray_dfml.data.pool import Entry, Pool
+from ray_dfml.data.services import Asked, Budget
 from ray_dfml.errors import RejectedError, UsageError, first_of
 from ray_dfml.evaluate import EvalConfig
 from ray_dfml.methods import METHODS
 from ray_dfml.methods.base import World, teacher_job
+from ray_dfml.runtime.accounts import Accounts
 from ray_dfml.runtime.shard import Loaded
 from ray_dfml.top1 import check_known
 from ray_dfml.types import ImageSpec, Labelled, TeacherCard, size_text
@@ -28,19 +30,19 @@ FIT_IMAGES = 512
 
 
 class Teachers(Mapping[str, Loaded]):
-    """The teachers of open pools, by id. None is kept in memory.
+    """The teachers of open pools whose weights are here, by id. None is kept in memory.
 
     Each access reads and checks the file of the teacher again. It raises RejectedError if the file has gone bad, and
-    KeyError for an unknown id.
+    KeyError for an unknown id or a service.
     """
 
-    def __init__(self, members: Mapping[str, tuple[TeacherCard, Pool]]) -> None:
-        """`members` maps an id in this run to the card as its pool has it, and to the pool."""
-        self._members = dict(members)
+    def __init__(self, members: Mapping[str, tuple[Entry, Pool]]) -> None:
+        """`members` maps an id in this run to the entry in its pool, and to the pool."""
+        self._members = {id: member for id, member in members.items() if member[0].api is None}
 
     def __getitem__(self, id: str) -> Loaded:
-        card, pool = self._members[id]
-        return replace(card, id=id), *pool.load(card.id)
+        entry, pool = self._members[id]
+        return replace(entry.inside, id=id), *pool.load(entry.id)
 
     def __contains__(self, id: object) -> bool:
         return id in self._members
@@ -50,11 +52,6 @@ class Teachers(Mapping[str, Loaded]):
 
     def __len__(self) -> int:
         return len(self._members)
-
-    @property
-    def cards(self) -> tuple[TeacherCard, ...]:
-        """The cards of all teachers. No file is read for them."""
-        return tuple(replace(card, id=id) for id, (card, _) in self._members.items())
 
 
 @dataclass(frozen=True)
@@ -70,6 +67,8 @@ class Inputs:
     notes: list[str]
     state_bytes: int
     """Size of the state that the method begins with."""
+    accounts: Accounts
+    """Whom the run asks, and what it may spend."""
 
     def held_bytes(self) -> int:
         """How much an object store must hold at once: teachers, real images, and twice the state.
@@ -84,18 +83,21 @@ class Inputs:
 def read_inputs(config: RunConfig) -> Inputs:
     """Open pools and data, and check every teacher once.
 
-    Raises RejectedError if no teacher is usable, and UsageError if pools, data and settings do not fit each other.
+    Raises RejectedError if no teacher is usable, and UsageError if pools, data, method and settings do not fit each
+    other.
     """
     _check_once(config.data)
-    teachers, rejected, pools = _open(config)
+    members, rejected, pools = _open(config)
+    cards = tuple(replace(entry.card, id=id) for id, (entry, _) in members.items())
     loaded = {spec: datasets.load(spec) for spec in config.data}
-    if not teachers and not loaded:
+    if not members and not loaded:
         raise UsageError(f"{config.name}: name a pool with --pool, or data with --data")
     _check_different(loaded)
     image = learner_input(
-        {card.id: card.image for card in teachers.cards} or {f"--data {spec}": _spec(loaded[spec]) for spec in loaded}
+        {card.id: card.image for card in cards} or {f"--data {spec}": _spec(loaded[spec]) for spec in loaded},
+        unstated=[card.id for card in cards if card.access != "weights"],
     )
-    way = _way(config, teachers.cards)
+    way = _way(config, cards)
     _check_learner(config.learner.arch, image, way)
     sets: list[Labelled] = []
     real: dict[str, np.ndarray] = {}
@@ -109,12 +111,12 @@ def read_inputs(config: RunConfig) -> Inputs:
             part = one.subset(split)
             names = tuple(f"{one.name}/{name}" for name in part.class_names)
             if method.students is None:
-                notes += _known(spec, split, set(names), teachers.cards)
+                notes += _known(spec, split, set(names), cards)
                 notes += small_classes(part, f"--data {spec}, split {split}", way, config.eval)
             images = fitted(part.images, image.shape, f"--data {spec}")
             sets.append(Labelled(one.identity, split, images, part.labels, names))
     if method.students is not None:
-        notes += check_known(teachers.cards, sets)
+        notes += check_known(cards, sets)
     if config.eval.icfil.steps:
         notes.append("scores are with our ICFIL, a reconstruction; `adapt` and `evaluate` leave it out")
     if method.needs_real:
@@ -125,7 +127,7 @@ def read_inputs(config: RunConfig) -> Inputs:
             images = fitted(part.images, image.shape, f"--data {spec}")
             real |= {f"{one.name}-{n}/{c}": images[part.labels == i] for i, c in enumerate(part.class_names)}
     world = World(
-        cards=teachers.cards, arch=config.learner.arch, image=image, way=way, seed=config.seed,
+        cards=cards, arch=config.learner.arch, image=image, way=way, seed=config.seed,
         head=config.learner.head, real=real,
     )  # fmt: skip
     state = method.init(config.method, world)  # a world that the method cannot take is refused here, in the driver
@@ -139,7 +141,8 @@ def read_inputs(config: RunConfig) -> Inputs:
         for spec, one in loaded.items()
     ]
     notes += method.notes(config.method, world)
-    return Inputs(world, sets, teachers, rejected, pools, data, notes, _bytes(state))
+    accounts = _accounts(config, members, set(method.queries(config.method, world)))
+    return Inputs(world, sets, Teachers(members), rejected, pools, data, notes, _bytes(state), accounts)
 
 
 def _check_learner(arch: str, image: ImageSpec, way: int) -> None:
@@ -165,28 +168,48 @@ def _check_different(loaded: Mapping[str, datasets.ImageSet]) -> None:
         first[one.identity] = spec
 
 
-def _open(config: RunConfig) -> tuple[Teachers, dict[str, str], list[dict[str, Any]]]:
+def _open(config: RunConfig) -> tuple[dict[str, tuple[Entry, Pool]], dict[str, str], list[dict[str, Any]]]:
     """The usable teachers of the run's pools, why the others were refused, and the pools as the manifest notes them."""
-    members: dict[str, tuple[TeacherCard, Pool]] = {}
+    members: dict[str, tuple[Entry, Pool]] = {}
     rejected: dict[str, str] = {}
-    pools = []
+    closed: list[str] = []
+    pools, levels = [], METHODS[config.name].access
     for number, path in enumerate(config.pool):
         pool = Pool.open(Path(path))
         pools.append({"path": path, "sha256": pool.sha256(), "teachers": len(pool.cards)})
         for card in pool.cards:
             id = card.id if len(config.pool) == 1 else f"{number}:{card.id}"
+            entry = pool.entry(card.id)
             try:
-                if card.access != "weights":
-                    raise RejectedError(f"{config.name} needs weights, this teacher gives {card.access}")
-                pool.load(card.id)
-                members[id] = (card, pool)
+                if card.access not in levels:
+                    closed.append(id)
+                    raise RejectedError(f"gives {card.access}, and {config.name} takes {' or '.join(levels)}")
+                if entry.api is None:
+                    pool.load(card.id)
+                members[id] = (entry, pool)
             except RejectedError as error:
                 rejected[id] = str(error)
     if config.pool and not members:
+        if closed and len(closed) == len(rejected):
+            raise UsageError(f"{closed[0]} {rejected[closed[0]]}; no other teacher in {', '.join(config.pool)} does")
         raise RejectedError(
             f"no usable teacher in {', '.join(config.pool)}: {next(iter(rejected.values()), 'it is empty')}"
         )
-    return Teachers(members), rejected, pools
+    return members, rejected, pools
+
+
+def _accounts(config: RunConfig, members: Mapping[str, tuple[Entry, Pool]], asked: set[str]) -> Accounts:
+    """The accounts of a run. It asks the teachers that give no weights, and those that the method says it asks."""
+    cfg = config.budget
+    return Accounts(
+        asked=[
+            Asked(card=replace(entry.card, id=id), terms=entry, api=entry.api, pool=str(pool.path))
+            for id, (entry, pool) in members.items() if entry.access != "weights" or id in asked
+        ],
+        run=Budget(queries=cfg.queries, money=cfg.money),
+        each=Budget(queries=cfg.per_teacher),
+        pools={str(pool.path): pool.budget for _, pool in members.values() if pool.budget is not None},
+    )  # fmt: skip
 
 
 def _bytes(value: Any) -> int:
@@ -244,13 +267,14 @@ def fitted(images: np.ndarray, shape: tuple[int, int, int], what: str) -> np.nda
     return out
 
 
-def learner_input(inputs: Mapping[str, ImageSpec]) -> ImageSpec:
+def learner_input(inputs: Mapping[str, ImageSpec], *, unstated: Sequence[str] = ()) -> ImageSpec:
     """The input of the learner, from the inputs of the teachers, or of the data sets if there are no teachers.
 
     It has the largest channels, height and width among them. If all agree on mean and std, the learner takes these,
     else their averages; those of grey images are repeated for every channel. One normalisation serves all domains,
-    because the first batch norm, with statistics of the batch, takes out shift and scale. Raises UsageError for numbers
-    of channels that are neither equal nor 1 and c.
+    because the first batch norm, with statistics of the batch, takes out shift and scale. Those in `unstated` state no
+    mean and std, and count only if all are there. Raises UsageError for numbers of channels that are neither equal nor
+    1 and c.
     """
     name, widest = max(inputs.items(), key=lambda item: item[1].channels)
     channels = widest.channels
@@ -260,12 +284,13 @@ def learner_input(inputs: Mapping[str, ImageSpec]) -> ImageSpec:
                 f"{other} takes {size_text(image.shape)} images and {name} {size_text(widest.shape)}: channels of one "
                 "run must be equal, or 1 and another number; split the pool or the data"
             )
+    stated = [image for name, image in inputs.items() if name not in unstated] or list(inputs.values())
     return ImageSpec(
         channels=channels,
         height=max(image.height for image in inputs.values()),
         width=max(image.width for image in inputs.values()),
-        mean=_agreed([image.mean * (channels // image.channels) for image in inputs.values()]),
-        std=_agreed([image.std * (channels // image.channels) for image in inputs.values()]),
+        mean=_agreed([image.mean * (channels // image.channels) for image in stated]),
+        std=_agreed([image.std * (channels // image.channels) for image in stated]),
     )
 
 

@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ray_dfml import report
-from ray_dfml.config import RunConfig, resolve
-from ray_dfml.errors import UsageError, first_of
+from ray_dfml.config import RunConfig, resolve, with_budget
+from ray_dfml.errors import BudgetReached, UsageError, first_of
 from ray_dfml.files import resolved
 from ray_dfml.methods import METHODS
 from ray_dfml.runtime import driver, rundir
@@ -34,7 +34,8 @@ def train(
 ) -> list[dict[str, Any]]:
     """Do what `ray-dfml train` does, from Python. Returns the rows of `scores.json`; the rest is in `run_dir`.
 
-    Raises UsageError, RejectedError, ResourceError and Interrupted where the command exits with 2, 3, 5 and 130.
+    Raises UsageError, RejectedError, BudgetReached, ResourceError and Interrupted where the command exits with 2, 3, 4,
+    5 and 130. After BudgetReached `run_dir` holds the learner and the scores of the rounds that are done.
     """
     pools = (pool,) if isinstance(pool, str | Path) else tuple(pool)
     specs = (data,) if isinstance(data, str) else tuple(data)
@@ -66,26 +67,33 @@ def new_run(
     return _finish(config, inputs, folder, machine, quiet, cluster)
 
 
-def continue_run(path: Path, method: str, machine: Machine, *, quiet: bool = False) -> list[dict[str, Any]]:
+def continue_run(
+    path: Path, method: str, machine: Machine, *, budget: Sequence[str] = (), quiet: bool = False
+) -> list[dict[str, Any]]:
     """Continue a run from its last checkpoint, with its own configuration, on any machine.
 
-    A run that is done stays as it is. Raises UsageError if there is no such run, or if its pool or data have changed.
+    `budget` are changes of its budgets, such as `budget.queries=20000`, which are written to `config.yaml`. A run that
+    is done stays as it is. Raises UsageError if there is no such run, or if its pool or data have changed.
     """
     path = resolved(path)
     folder = RunFolder.open(path)
     config = folder.config()
     if config.name != method:
         raise UsageError(f"{path}: is a run of {config.name}, not of {method}")
+    changed = with_budget(config, budget)
     if folder.read_status().get("state") == "done":
         if not (path / "report.html").exists():
             report.write(path)
         return folder.read_scores()
+    config, before = changed, config
     inputs = driver.read_inputs(config)
     began = folder.manifest()
     for kind, now in (("pool", inputs.pools), ("data", inputs.data)):
         for then, one in zip(began[kind], now, strict=True):
             if then != one:
                 raise UsageError(f"{path}: the {kind} has changed since the run began ({one}); start a new run")
+    if config != before:
+        folder.change_budget(config)
     return _finish(config, inputs, folder, machine, quiet)
 
 
@@ -94,12 +102,16 @@ def _finish(
     cluster: "Cluster | None" = None,
 ) -> list[dict[str, Any]]:  # fmt: skip
     progress = Progress(METHODS[config.name].shown, quiet=quiet)
-    for line in left_out(inputs.rejected, len(inputs.teachers)):
+    for line in left_out(inputs.rejected, len(inputs.world.cards)):
         progress.note(line)
-    rows = driver.run(config, inputs, folder, machine, progress, cluster)
+    try:
+        rows = driver.run(config, inputs, folder, machine, progress, cluster)
+    except BudgetReached:
+        report.write(folder.path)
+        raise
     report.write(folder.path)
     rejected = folder.read_status().get("rejected", {})
-    for line in left_out(rejected, len(inputs.teachers) + len(inputs.rejected) - len(rejected)):
+    for line in left_out(rejected, len(inputs.world.cards) + len(inputs.rejected) - len(rejected)):
         progress.note(line)
     return rows
 

@@ -14,6 +14,9 @@ from ray_dfml.runtime.checkpoint import Checkpoints, Saved
 from ray_dfml.runtime.storage import Folder
 from ray_dfml.types import Backend, Labelled
 
+CHECKPOINTS = "checkpoints"
+"""The folder of checkpoints in a run folder."""
+
 
 @dataclass(frozen=True)
 class Done:

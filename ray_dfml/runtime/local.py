@@ -10,9 +10,11 @@ import numpy as np
 from ray_dfml.errors import DfmlError
 from ray_dfml.methods.base import World
 from ray_dfml.runtime import balance
-from ray_dfml.runtime.learning import Done, Learning
+from ray_dfml.runtime.accounts import EXPORTED, Accounts
+from ray_dfml.runtime.asking import Desk
+from ray_dfml.runtime.learning import CHECKPOINTS, Done, Learning
 from ray_dfml.runtime.shard import CACHE_BYTES, Loaded, LoadWeights, Shard, pick_device
-from ray_dfml.types import Arrays, Job, Labelled
+from ray_dfml.types import Arrays, Job, Labelled, Spent
 
 
 def no_teachers(id: str) -> Loaded:
@@ -23,8 +25,8 @@ def no_teachers(id: str) -> Loaded:
 class LocalBackend:
     """Runs every job in this process, in order. On a CPU all other backends equal its results bit for bit."""
 
-    def __init__(self, load: LoadWeights) -> None:
-        self._shard = Shard(load)
+    def __init__(self, load: LoadWeights, desk: Desk | None = None) -> None:
+        self._shard = Shard(load, desk=desk)
 
     def keep(self, value: np.ndarray) -> np.ndarray:
         """See `Backend.keep`. The array is here already."""
@@ -50,13 +52,17 @@ class LocalSession:
         world: World,
         sets: Sequence[Labelled],
         teachers: Mapping[str, Loaded],
-        checkpoints: Path,
+        folder: Path,
+        accounts: Accounts,
         *,
         on_device: bool = False,
     ) -> None:
         world = replace(world, device=str(pick_device())) if on_device else world
-        backend = LocalBackend(teachers.__getitem__)
-        self._arguments = (config, world, sets, backend, checkpoints)
+        self._folder = folder
+        self._gateway = accounts.gateway(folder) if accounts.asked else None
+        desk = Desk(self._gateway, accounts.by_id) if self._gateway else None
+        backend = LocalBackend(teachers.__getitem__, desk)
+        self._arguments = (config, world, sets, backend, folder / CHECKPOINTS)
 
     def start(self) -> Done:
         """Make a new trainer from the last checkpoint, or from the seed if there is none."""
@@ -71,5 +77,14 @@ class LocalSession:
         """See `Learning.save`."""
         return self._learning.save(rounds, row)
 
+    def spent(self) -> dict[str, Spent]:
+        """See `Session.spent`."""
+        if self._gateway is None:
+            return {}
+        self._gateway.export(self._folder / EXPORTED)
+        return self._gateway.totals()
+
     def close(self) -> None:
-        """Do nothing, since nothing was started."""
+        """Close the gateway, if there is one; nothing else was started."""
+        if self._gateway is not None:
+            self._gateway.close()

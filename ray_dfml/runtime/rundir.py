@@ -27,9 +27,11 @@ from ray_dfml.config import RunConfig, build
 from ray_dfml.data import weights_file
 from ray_dfml.errors import RejectedError, UsageError
 from ray_dfml.files import naming
+from ray_dfml.runtime.accounts import EXPORTED, spending
+from ray_dfml.runtime.learning import CHECKPOINTS
 from ray_dfml.runtime.shard import accelerators
 from ray_dfml.scores import as_row
-from ray_dfml.types import Score
+from ray_dfml.types import Score, Spent
 
 
 def write_text(path: Path, text: str) -> None:
@@ -42,7 +44,6 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.checkpoints = path / "checkpoints"
         self._began = time.time()
 
     @classmethod
@@ -55,11 +56,11 @@ class RunFolder:
         shutil.rmtree(temporary, ignore_errors=True)
         try:
             with naming(path):
-                (temporary / "checkpoints").mkdir(parents=True)
-                (temporary / "config.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+                (temporary / CHECKPOINTS).mkdir(parents=True)
+                (temporary / "config.yaml").write_text(_yaml(config))
                 (temporary / "manifest.json").write_text(json.dumps(manifest, indent=2))
                 (temporary / "metrics.jsonl").touch()
-                (temporary / "ledger.jsonl").touch()
+                (temporary / EXPORTED).touch()
                 (temporary / "scores.json").write_text("[]\n")
                 (temporary / "status.json").write_text(json.dumps({"state": "created", "round": None}))
             os.rename(temporary, path)
@@ -116,6 +117,16 @@ class RunFolder:
         """Update fields of `status.json`. The others keep their values."""
         known = self.read_status() | fields | {"updated": _now()}
         write_text(self.path / "status.json", json.dumps(known, indent=2) + "\n")
+
+    def spent(self, totals: Mapping[str, Spent]) -> None:
+        """Write what was asked of teachers to `status.json` and `manifest.json`."""
+        found = spending(totals)
+        self.status(queries=found)
+        write_text(self.path / "manifest.json", json.dumps(self.manifest() | {"queries": found}, indent=2))
+
+    def change_budget(self, config: RunConfig) -> None:
+        """Replace `config.yaml` by a configuration that differs in its budgets alone."""
+        write_text(self.path / "config.yaml", _yaml(config))
 
     def read_status(self) -> dict[str, Any]:
         """What `status.json` says; nothing where there is none. Raises RejectedError if it cannot be read."""
@@ -189,6 +200,10 @@ def manifest(
         "pool": list(pools),
         "data": list(data),
     }
+
+
+def _yaml(config: RunConfig) -> str:
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
 
 
 def _json(path: Path) -> Any:

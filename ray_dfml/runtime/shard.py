@@ -13,10 +13,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ray_dfml.core.answers import answers
 from ray_dfml.core.net import Net, net
+from ray_dfml.core.steady import steady_logits
+from ray_dfml.data.services import Asked
 from ray_dfml.errors import RejectedError
 from ray_dfml.ops import OPS
-from ray_dfml.types import Arrays, Job, Service, TeacherCard
+from ray_dfml.runtime import asking
+from ray_dfml.runtime.asking import Desk
+from ray_dfml.types import Access, Arrays, Job, Service, TeacherCard
 
 Loaded = tuple[TeacherCard, np.ndarray, np.ndarray]
 """A teacher's card, flat weights [p] and batch-norm statistics [k]."""
@@ -79,22 +84,38 @@ class HostedTeacher:
 
 
 class Shard:
-    """Runs ops. `load` fetches the weights of a teacher from wherever they are kept."""
+    """Runs ops. `load` fetches the weights of a teacher from wherever they are kept.
 
-    def __init__(self, load: LoadWeights, *, device: torch.device | None = None) -> None:
+    Teachers are asked at `desk`; without one nobody is.
+    """
+
+    def __init__(self, load: LoadWeights, *, desk: Desk | None = None, device: torch.device | None = None) -> None:
         pin()
         self.device = pick_device() if device is None else device
         self.batched = self.device.type != "cpu"
-        self._load = load
+        self._load, self._desk = load, desk
         self._hosted: OrderedDict[str, HostedTeacher] = OrderedDict()
+        self._number = asking.enter(self)
 
-    def reload(self, load: LoadWeights) -> None:
-        """Fetch teachers with another `load` from now on, and forget the hosted ones."""
-        self._load = load
+    def reload(self, load: LoadWeights, desk: Desk | None = None) -> None:
+        """Fetch teachers with another `load` and ask through another `desk` from now on; forget the hosted teachers."""
+        self._load, self._desk = load, desk
         self._hosted.clear()
 
     def teacher(self, id: str) -> HostedTeacher:
-        """The teacher of an id, loaded on first use. The longest unused ones go if the cache exceeds CACHE_BYTES."""
+        """The teacher of an id, loaded on first use. The longest unused ones go if the cache exceeds CACHE_BYTES.
+
+        Raises RejectedError for a teacher whose access is not `weights`.
+        """
+        if (access := self._access(id)) != "weights":
+            raise RejectedError(f"{id}: gives {access} and no weights; it can only be asked")
+        return self._host(id)
+
+    def _access(self, id: str) -> Access:
+        asked = self._desk.asked if self._desk else {}
+        return asked[id].card.access if id in asked else self._host(id).card.access
+
+    def _host(self, id: str) -> HostedTeacher:
         if id in self._hosted:
             self._hosted.move_to_end(id)
             return self._hosted[id]
@@ -109,8 +130,23 @@ class Shard:
         return self._hosted[id]
 
     def service(self, id: str) -> Service:
-        """The teacher of an id as one that is only asked. Raises RejectedError, since this shard has no ledger."""
-        raise RejectedError(f"{id}: cannot be asked without a ledger")
+        """The teacher of an id as one that is only asked, whatever its access; weights give logits.
+
+        Raises RejectedError for a teacher that this run does not ask.
+        """
+        if self._desk is None or id not in self._desk.asked:
+            raise RejectedError(f"{id}: cannot be asked, since this run has no ledger for it")
+        asked = self._desk.asked[id]
+        if asked.api is not None:
+            return asking.RemoteService(asked.card, self._desk)
+        return asking.WrappedModel(asked, self._desk, self._number)
+
+    def answers(self, asked: Asked, images: np.ndarray) -> np.ndarray:
+        """What a model of this machine answers to images; see `asking.WrappedModel`, which alone calls it."""
+        teacher = self._host(asked.card.id)
+        mean, std = (torch.tensor(values) for values in (teacher.card.image.mean, teacher.card.image.std))
+        logits = steady_logits(teacher.net, teacher.theta, teacher.stats, images, mean, std)
+        return answers(logits, asked.card.access, decimals=asked.terms.decimals, top_k=asked.terms.top_k)
 
     def run(self, op: str, jobs: Sequence[Job], shared: Arrays) -> list[Arrays]:
         """Run `op`: one result per job, in order. The result is `{"rejected": reason}` if the job's teacher is bad.

@@ -98,16 +98,10 @@ def test_an_entry_without_questions_is_written_as_before(pool: Pool) -> None:
 def test_terms_may_change_and_answers_not(pool: Pool) -> None:
     edit(pool, 1, **SERVICE)
     before = Pool.open(pool.path).sha256()
-    edit(
-        pool,
-        1,
-        budget=10,
-        money=3.0,
-        price=0.5,
-        api=API | {"key_env": "KEY", "rate": 5.0, "concurrency": 7, "batch": 9},
-    )
+    changed = API | {"key_env": "KEY", "rate": 5.0, "concurrency": 7, "batch": 9}
+    edit(pool, 1, budget=10, money=3.0, price=0.5, api=changed)
     assert Pool.open(pool.path).sha256() == before
-    edit(pool, 1, api=API | {"model": "other"})
+    edit(pool, 1, api=changed | {"model": "other"})
     assert Pool.open(pool.path).sha256() != before
 
 

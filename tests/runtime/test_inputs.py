@@ -188,10 +188,11 @@ def test_teachers_are_read_when_they_are_asked_for(
         return load(pool, id)
 
     monkeypatch.setattr(Pool, "load", note)
-    found = read_inputs(mixed("free", [toy_pool, toy_pool], [toy_data])).teachers
+    inputs = read_inputs(mixed("free", [toy_pool, toy_pool], [toy_data]))
+    found = inputs.teachers
     ids = [card.id for card in Pool.open(toy_pool).cards]
     assert reads == ids * 2
-    assert list(found) == [card.id for card in found.cards] == [f"{i}:{id}" for i in (0, 1) for id in ids]
+    assert list(found) == [card.id for card in inputs.world.cards] == [f"{i}:{id}" for i in (0, 1) for id in ids]
     assert (len(found), f"1:{ids[0]}" in found, ids[0] in found) == (8, True, False)
     assert reads == ids * 2
     card, theta, stats = found[f"1:{ids[2]}"]

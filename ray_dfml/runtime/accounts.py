@@ -1,0 +1,53 @@
+"""Whom a run asks, what it may spend, and what it has spent. The ledger lies in the run folder."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ray_dfml.data.services import Asked, Budget
+from ray_dfml.services.gateway import Gateway
+from ray_dfml.services.ledger import Ledger
+from ray_dfml.types import Spent
+
+LEDGER = "ledger.sqlite"
+"""The ledger's file in a run folder."""
+EXPORTED = "ledger.jsonl"
+"""What people read of it."""
+
+NO_BUDGET = Budget()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Accounts:
+    """The teachers that a run asks, and the budgets of the run, of every teacher, and of pools by path."""
+
+    asked: Sequence[Asked] = ()
+    run: Budget = NO_BUDGET
+    each: Budget = NO_BUDGET
+    pools: Mapping[str, Budget] = field(default_factory=dict)
+
+    @property
+    def by_id(self) -> dict[str, Asked]:
+        """Teacher id -> the teacher."""
+        return {one.card.id: one for one in self.asked}
+
+    def gateway(self, folder: Path) -> Gateway:
+        """The gateway of the run in `folder`, with the ledger that lies there, or a new one."""
+        return Gateway(folder / LEDGER, self.asked, run=self.run, each=self.each, pools=self.pools)
+
+    def settled(self, folder: Path) -> dict[str, Spent]:
+        """What was spent, after everybody who may ask has stopped. `ledger.jsonl` is written anew."""
+        ledger = Ledger(folder / LEDGER, self.asked)
+        try:
+            ledger.export(folder / EXPORTED)
+            return ledger.totals()
+        finally:
+            ledger.close()
+
+
+def spending(totals: Mapping[str, Spent]) -> dict[str, Any]:
+    """What was spent as files show it: `answered` and `sent` images and `money`, in all and for each teacher."""
+    each = {id: {"answered": one.answered, "sent": one.sent, "money": one.cost} for id, one in totals.items()}
+    keys = ("answered", "sent", "money")
+    return {key: round(sum(one[key] for one in each.values()), 9) for key in keys} | {"teachers": each}
