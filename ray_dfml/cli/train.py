@@ -1,5 +1,7 @@
 """`ray-dfml train`."""
 
+import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +9,7 @@ import click
 
 from ray_dfml.cli import options
 from ray_dfml.config import PROFILES, RunConfig, presets, resolve
-from ray_dfml.errors import UsageError
+from ray_dfml.errors import BudgetReached, UsageError
 from ray_dfml.methods import METHODS
 
 EPILOG = """\b
@@ -65,9 +67,10 @@ def train(
     if resume:
         if any(ctx.get_parameter_source(name) == click.core.ParameterSource.COMMANDLINE for name in _SETTINGS):
             raise UsageError(
-                "--resume takes its settings from the run folder; give only METHOD, --run-dir and where to run"
+                "--resume takes its settings from the run folder; give only METHOD, --run-dir, where to run, and "
+                "--set budget.* to change what may be spent"
             )
-        rows = continue_run(run_dir, method, machine)
+        rows = _kept(run_dir, json_out, lambda: continue_run(run_dir, method, machine, budget=given["settings"]))
     else:
         config = _config(method, given)
         if dry_run:
@@ -77,9 +80,23 @@ def train(
             for line in (*left_out(inputs.rejected, len(inputs.world.cards)), *inputs.notes):
                 options.say(line)
             plan = estimate(config, inputs, machine)
-            options.print_json(plan) if json_out else click.echo("\n".join(f"{k:<28} {v}" for k, v in plan.items()))
+            options.print_json(plan) if json_out else click.echo("\n".join(_lines(plan)))
             return
-        rows = new_run(config, run_dir, machine)
+        rows = _kept(run_dir, json_out, lambda: new_run(config, run_dir, machine))
+    _show(run_dir, rows, json_out)
+
+
+def _kept(run_dir: Path, json_out: bool, run: Callable[[], list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """The scores of a run. If a budget ends it, what it kept is shown before BudgetReached goes on."""
+    try:
+        return run()
+    except BudgetReached:
+        if (run_dir / "learner.json").exists():
+            _show(run_dir, json.loads((run_dir / "scores.json").read_bytes()), json_out)
+        raise
+
+
+def _show(run_dir: Path, rows: list[dict[str, Any]], json_out: bool) -> None:
     if json_out:
         options.print_json({"run": str(run_dir), "scores": rows})
     else:
@@ -87,7 +104,19 @@ def train(
         click.echo(f"run: {run_dir}")
 
 
-_SETTINGS = ("pools", "data", "profile", "preset", "settings", "seed")
+def _lines(plan: dict[str, Any]) -> list[str]:
+    """A plan as text; that of the queries has a line for each teacher."""
+    lines = []
+    for key, value in plan.items():
+        if key == "queries":
+            rows = [(f"queries to {id}", one) for id, one in value["teachers"].items()] + [("queries in all", value)]
+            lines += [f"{name:<28} {one['images']}, cost {one['money']:g}" for name, one in rows]
+        else:
+            lines.append(f"{key:<28} {value}")
+    return lines
+
+
+_SETTINGS = ("pools", "data", "profile", "preset", "seed")
 
 
 def _config(method: str, given: dict[str, Any]) -> RunConfig:

@@ -192,6 +192,11 @@ class Entry(Terms, _Strict):
         return ImageSpec(**self.input.model_dump(), mean=tuple(mean), std=tuple(std))
 
     @property
+    def terms(self) -> Terms:
+        """What an answer costs, what may be spent, and how coarse an answer is; nothing else of the entry."""
+        return Terms(**{name: getattr(self, name) for name in Terms.model_fields})
+
+    @property
     def card(self) -> TeacherCard:
         """What the rest of the program knows of this teacher.
 

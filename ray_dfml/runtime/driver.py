@@ -178,7 +178,9 @@ def _run(
             folder.spent(inputs.accounts.settled(folder.path))
 
 
-def _assess(config: RunConfig, folder: RunFolder, assessment: Assessment, done: Done) -> tuple[list[Score], list[Step]]:
+def _assess(
+    config: RunConfig, folder: RunFolder, assessment: Assessment | StudentAssessment, done: Done
+) -> tuple[list[Score], list[Step]]:
     """Export and test. The last round is validated first if a budget ended the run after a round that was not."""
     last = done.rounds - 1
     if not config.validates(last):

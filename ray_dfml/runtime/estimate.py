@@ -16,6 +16,7 @@ from ray_dfml.runtime.driver import Inputs, Machine
 from ray_dfml.runtime.local import no_teachers
 from ray_dfml.runtime.shard import Shard
 from ray_dfml.scorer import Entry, Part, Scorer
+from ray_dfml.services.budgets import exact
 from ray_dfml.types import LearnerWeights
 
 PROCESS_BYTES = 600e6
@@ -29,7 +30,7 @@ def estimate(config: RunConfig, inputs: Inputs, machine: Machine) -> dict[str, A
     """The plan of a run as it is printed: rounds, teachers, minutes of validation and test, and memory.
 
     For a method with a `cost` it also has images, meta-updates and minutes of training. They are ranges if a plateau
-    decides on the number of updates.
+    decides on the number of updates. If teachers are asked, it has the number of queries to each, and their price.
     """
     world, cfg = inputs.world, config.method
     plan: dict[str, Any] = {
@@ -49,6 +50,8 @@ def estimate(config: RunConfig, inputs: Inputs, machine: Machine) -> dict[str, A
         update = found.meta.tasks * _task(found.meta, world)
         minutes = [(found.recovery + n * update) / share / 60 for n in span]
         plan["training minutes"] = " to ".join(dict.fromkeys(f"{m:.1f}" for m in minutes))
+    if inputs.accounts.asked:
+        plan["queries"] = _queries(config, inputs)
     validation, test = (seconds / share / 60 for seconds in _evaluation(config, inputs))
     processes = machine.workers + 2 if machine.backend == "ray" else 1
     memory_bytes = processes * PROCESS_BYTES + (DAEMON_BYTES if machine.backend == "ray" else 0.0)
@@ -56,6 +59,20 @@ def estimate(config: RunConfig, inputs: Inputs, machine: Machine) -> dict[str, A
         "validation minutes": f"{validation:.1f}",
         "test minutes": f"{test:.1f}",
         "memory GiB, all processes": round(memory_bytes / 2**30, 1),
+    }
+
+
+def _queries(config: RunConfig, inputs: Inputs) -> dict[str, Any]:
+    """How many images each teacher is asked about, and their price, if no attempt fails and no budget ends the run."""
+    planned = METHODS[config.name].queries(config.method, inputs.world)
+    each = {
+        id: {"images": planned.get(id, 0), "money": float(exact(one.terms.price) * planned.get(id, 0))}
+        for id, one in inputs.accounts.by_id.items()
+    }
+    return {
+        "images": sum(one["images"] for one in each.values()),
+        "money": float(sum(exact(one["money"]) for one in each.values())),
+        "teachers": each,
     }
 
 

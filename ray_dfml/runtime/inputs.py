@@ -203,7 +203,7 @@ def _accounts(config: RunConfig, members: Mapping[str, tuple[Entry, Pool]], aske
     cfg = config.budget
     return Accounts(
         asked=[
-            Asked(card=replace(entry.card, id=id), terms=entry, api=entry.api, pool=str(pool.path))
+            Asked(card=replace(entry.card, id=id), terms=entry.terms, api=entry.api, pool=str(pool.path))
             for id, (entry, pool) in members.items() if entry.access != "weights" or id in asked
         ],
         run=Budget(queries=cfg.queries, money=cfg.money),

@@ -421,7 +421,7 @@ def test_arrays_by_reference_and_teachers_come_with_each_message(monkeypatch: py
     monkeypatch.setattr(dispatch, "ray", Store)
     weights = OPS["weights"]
     monkeypatch.setitem(OPS, "weights", lambda shard, jobs, shared: seen.append(shared) or weights(shard, jobs, {}))
-    where, images = [Ref(load)], np.arange(3)
+    where, images = [Ref((load, None))], np.arange(3)
     job = [Job(index=0, seed=0, teacher="a")]
     one = dispatch.ShardActor(device=torch.device("cpu"))
     for _ in range(2):
@@ -431,5 +431,5 @@ def test_arrays_by_reference_and_teachers_come_with_each_message(monkeypatch: py
     assert asked == ["a"]
     restarted = dispatch.ShardActor(device=torch.device("cpu"))
     assert restarted.run_for(where, "weights", job, {})[0]["theta"].tolist() == [97.0] * 3
-    one.run_for([Ref(load)], "weights", job, {})
+    one.run_for([Ref((load, None))], "weights", job, {})
     assert asked == ["a"] * 3, "another pool under the same name is another pool"
