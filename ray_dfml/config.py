@@ -149,8 +149,8 @@ def with_budget(config: RunConfig, settings: Sequence[str]) -> RunConfig:
         path, value = parse_set(text)
         if path[0] != "budget" or len(path) != 2:
             raise UsageError(
-                f"--set {text}: a run that is resumed keeps its settings; only budget.* may change, for example "
-                "--set budget.queries=20000"
+                f"--set {text}: --resume takes its settings from the run folder; only budget.* may change, for "
+                "example --set budget.queries=20000"
             )
         tree["budget"][path[1]] = value
     return build(tree)
