@@ -186,6 +186,8 @@ class Oip:
                 "Content-Type": "application/octet-stream",
                 protocol.HEADER_LENGTH: str(packed.header_length),
             }
+        if self.binary is None:  # a server that fails on bytes may close the connection without a word
+            headers["Connection"] = "close"
         return Request(f"{self.metadata_path}/infer", headers, packed.body)
 
     def answers(self, headers: Mapping[str, str], body: bytes, n: int) -> np.ndarray:

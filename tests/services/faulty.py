@@ -99,6 +99,7 @@ class FaultyService:
         self.numbers: list[int] = []
         self.types: list[str] = []
         self.headers: list[dict[str, str]] = []
+        self.callers: list[Any] = []
         self.at_once = self.most_at_once = 0
         self.deaths = 0
         self.die: Callable[[], Coroutine[Any, Any, None]]
@@ -119,6 +120,7 @@ class FaultyService:
         self.types.append(str(images.dtype))
         self.ids.append(message.head["id"])
         self.headers.append(dict(request.headers))
+        self.callers.append(request.transport and request.transport.get_extra_info("peername"))
         numbers = image_numbers(np.rint(images * (1 if images.dtype == np.uint8 else 255)).astype(np.uint8))
         self.numbers += numbers
         self.at_once += 1

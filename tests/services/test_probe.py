@@ -97,3 +97,13 @@ def test_noise_of_a_probe_is_never_the_same(tmp_path: Path, server: FaultyServic
         probed(service(url), tmp_path / "l.sqlite")
     assert server.received == 3
     assert len(np.unique(server.numbers)) > 1
+
+
+def test_the_connection_on_which_bytes_were_tried_is_not_used_again(
+    tmp_path: Path, server: FaultyService, url: str
+) -> None:
+    """MLServer closes it after a 500 and does not say so; the next request would be lost."""
+    server.binary = False
+    probed(service(url), tmp_path / "l.sqlite")
+    first, second = server.callers
+    assert first != second
