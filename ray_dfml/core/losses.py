@@ -42,11 +42,16 @@ def disagreement(teacher: Tensor, student: Tensor, *, form: str = "kl", clamp: f
     constant s, to minimise it is to minimise <s, t>.
     """
     agree = (teacher.argmax(-1) == student.argmax(-1)).to(teacher.dtype).detach()
+    return -(agree * disagreements(teacher, student, form=form, clamp=clamp)).mean()
+
+
+def disagreements(teacher: Tensor, student: Tensor, *, form: str = "kl", clamp: float = 10.0) -> Tensor:
+    """How far teacher and student are apart on each image [n], as `disagreement` counts it and without its mask."""
     if form == "kl":
-        return -(agree * kl(teacher, student).clamp(max=clamp)).mean()
+        return kl(teacher, student).clamp(max=clamp)
     if form == "probdot":
         log_s = student.log_softmax(-1)
-        return -(agree * (log_s.exp() * (log_s - teacher.softmax(-1))).sum(-1)).mean()
+        return (log_s.exp() * (log_s - teacher.softmax(-1))).sum(-1)
     raise ValueError(f"unknown adversarial form {form!r}; known: kl, probdot")
 
 

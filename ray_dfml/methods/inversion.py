@@ -60,17 +60,21 @@ class InversionConfig(MethodConfig):
     )
 
 
-def checked_generator(method: str, cfg: InversionConfig, world: World, classes: int = 0) -> Generator:
-    """The generator of images of the learner's size.
-
-    Raises UsageError for a size that the generator cannot make, and for a teacher with fewer classes than the learner,
-    since it could teach only some of the learner's outputs.
-    """
+def check_classes(method: str, world: World) -> None:
+    """Raise UsageError for a teacher with fewer classes than the learner, as it could teach only some outputs."""
     few = [card for card in world.cards if len(card.classes) < world.way]
     if few:
         raise UsageError(
             f"{method}: {few[0].id} has {len(few[0].classes)} classes, the learner {world.way}; lower learner.way"
         )
+
+
+def checked_generator(method: str, cfg: InversionConfig, world: World, classes: int = 0) -> Generator:
+    """The generator of images of the learner's size.
+
+    Raises UsageError for a size that the generator cannot make, and as `check_classes` does.
+    """
+    check_classes(method, world)
     try:
         return generator(world.image.shape, cfg.latent, cfg.width, classes)
     except ValueError as error:
@@ -79,7 +83,7 @@ def checked_generator(method: str, cfg: InversionConfig, world: World, classes: 
 
 def dropped_statistics(cards: Sequence[TeacherCard], weight: float) -> list[str]:
     """A line that names the teachers for which the batch-norm term is left out, if there are any."""
-    without = [card.id for card in cards if weight and not has_statistics(card)]
+    without = [card.id for card in cards if weight and card.access == "weights" and not has_statistics(card)]
     if not without:
         return []
     names = ", ".join(without[:3]) + (f" and {len(without) - 3} more" if len(without) > 3 else "")
@@ -222,11 +226,11 @@ class Inversion:
             "logits": soft.cpu().numpy(),
             "ce": float(F.cross_entropy(logits, wished)),
             "accuracy": 100.0 * float((logits.argmax(-1) == wished).float().mean()),
-            "spread": _spread(images, self.way),
+            "spread": spread(images, self.way),
         }
 
 
-def _spread(images: Tensor, way: int) -> float:
+def spread(images: Tensor, way: int) -> float:
     """Root-mean-square pixel distance of two images of a class, averaged over pairs and classes.
 
     The classes of `images` take turns. The spread is 0 if the generator has collapsed.

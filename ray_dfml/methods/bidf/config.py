@@ -1,11 +1,32 @@
 """Settings of BiDf-MKD, its profiles and its presets."""
 
-from pydantic import Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
+from ray_dfml.core.sources import SOURCES
+from ray_dfml.errors import did_you_mean
 from ray_dfml.methods.bank import BankKey
 from ray_dfml.methods.base import Preset, ReplayConfig, Values
 from ray_dfml.methods.characters import REPLAY, STEP
 from ray_dfml.methods.inversion import InversionConfig
+
+GENERATOR = "generator"
+IMAGES = (GENERATOR, *(name for name, source in SOURCES.items() if not source.parents))
+"""What services may be asked about: images of the generator, which zero-order gradients train, or image sources."""
+
+
+class ZeroOrderConfig(BaseModel):
+    """Settings of gradients from answers alone, for teachers that are only asked."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    directions: int = Field(default=20, ge=1, description="q: random directions per image and pass; the code: 100.")
+    mu: float | None = Field(
+        default=None,
+        gt=0,
+        description="Length of a displacement, pixels in [0, 1]; by default sqrt(d)/255, the least that 8 bits carry.",
+    )
+    central: bool = Field(default=False, description="Central differences, which cost twice as many queries.")
+    eight_bit: bool = Field(default=False, description="Ask about images of 8 bits, for services that round to them.")
 
 
 class Config(InversionConfig):
@@ -35,12 +56,30 @@ class Config(InversionConfig):
         ge=0,
         description="Meta-updates in a round; with 0, until `replay.patience` of them bring no new best (code).",
     )
+    images: tuple[str, ...] = Field(
+        default=(GENERATOR,),
+        min_length=1,
+        description=f"What services are asked about, in equal parts: {', '.join(IMAGES)}.",
+    )
+    zero_order: ZeroOrderConfig = ZeroOrderConfig()
     bank_capacity: int = Field(default=600, ge=1, description="Images kept per class, first in first out.")
     bank_key: BankKey = Field(
         default="class",
         description="A bank class is a class name (side information of the cards), or a (teacher, class) pair.",
     )
     replay: ReplayConfig = ReplayConfig(tasks=4, patience=200, max_updates=1000)
+
+    @field_validator("images")
+    @classmethod
+    def _known(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        for name in names:
+            if name not in IMAGES:
+                raise ValueError(f"no images {name!r}{did_you_mean(name, IMAGES)}; known: {', '.join(IMAGES)}")
+        if len(set(names)) < len(names):
+            raise ValueError("an image source is named twice")
+        if GENERATOR in names and len(names) > 1:
+            raise ValueError("the generator goes with no image source")
+        return names
 
 
 PROFILES: dict[str, Values] = {
@@ -50,6 +89,7 @@ PROFILES: dict[str, Values] = {
             "kl_clamp": 1e9,
             "crop_pad": 0,
             "flip": "off",
+            "zero_order": {"directions": 100, "mu": 0.005},
             "replay": {"mix_data": True},
         }
     },
@@ -63,6 +103,7 @@ PROFILES: dict[str, Values] = {
             "boundary_after": 4000,
             "distill": "probdot",
             "generate_every": 0,
+            "zero_order": {"directions": 100, "mu": 0.005},
             "replay": {"reduction": "sum", "max_updates": 60_000, "mix_data": True},
         }
     },

@@ -1,7 +1,7 @@
-"""BiDf-MKD with the teachers' weights: bi-level distillation with queries at the boundary of the task model.
+"""BiDf-MKD: bi-level distillation with queries at the boundary of the task model.
 
-[Hu2023b] Learning to Learn from APIs: Black-Box Data-Free Meta-Learning, arXiv 2305.18413 (ICML 2023). This is its
-white-box form, which back-propagates through the teacher instead of estimating gradients from queries.
+[Hu2023b] Learning to Learn from APIs: Black-Box Data-Free Meta-Learning, arXiv 2305.18413 (ICML 2023). Inversion
+back-propagates through a teacher whose weights are open. `methods.bidf.asked` recovers from one that is only asked.
 
 In a round, one shard does three things for each teacher. It recovers a support set with a generator trained from
 scratch. It distils the learner on this set, which gives the task model. It recovers a query set on which task model and
@@ -11,6 +11,7 @@ through the inner ones; the others replay. docs/methods_purer_bidf.md lists the 
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -21,6 +22,7 @@ from ray_dfml.core.generators import generator
 from ray_dfml.core.images import normalise, to_pixels, view
 from ray_dfml.core.inner_loop import GradOf, Task, accuracy, adapt, adapted, graph_grad, meta_gradient, plain_grad
 from ray_dfml.core.net import Net, net
+from ray_dfml.errors import RejectedError, UsageError
 from ray_dfml.methods import bank as bank_of
 from ray_dfml.methods import cost as cost_of
 from ray_dfml.methods import panels, recovery, replay
@@ -37,15 +39,17 @@ from ray_dfml.methods.base import (
     stacked,
     teacher_job,
 )
-from ray_dfml.methods.bidf.config import PRESETS, PROFILES, Config
+from ray_dfml.methods.bidf import asked
+from ray_dfml.methods.bidf.config import GENERATOR, PRESETS, PROFILES, Config
 from ray_dfml.methods.inversion import (
     BETAS,
     Inversion,
     Judge,
+    check_classes,
     checked_generator,
     dropped_statistics,
 )
-from ray_dfml.types import Arrays, Job, Shard, Teacher, TeacherCard
+from ray_dfml.types import LEVELS, Arrays, Job, Shard, Teacher, TeacherCard
 
 
 def _classes(cfg: Config, way: int) -> int:
@@ -53,31 +57,55 @@ def _classes(cfg: Config, way: int) -> int:
 
 
 def notes(cfg: Config, world: World) -> list[str]:
-    """Lines that name teachers to which the statistics term does not apply, and classes that no task can hold."""
-    return dropped_statistics(world.cards, cfg.bn_weight) + bank_of.notes(
-        cfg.replay, world.way, bank_of.of_pool(world, cfg.bank_key)
-    )
+    """Lines on teachers without a statistics term, on classes that no task can hold, and on what services are asked."""
+    return [
+        *dropped_statistics(world.cards, cfg.bn_weight),
+        *bank_of.notes(cfg.replay, world.way, bank_of.of_pool(world, cfg.bank_key)),
+        *asked.notes(cfg, world.cards),
+    ]
 
 
 def init(cfg: Config, world: World) -> State:
     """The learner and an empty bank.
 
-    Raises UsageError as `checked_generator` does, and if no task can be drawn.
+    Raises UsageError as `checked_generator` does, if no task can be drawn, and for images that no source can make.
     """
     bank_of.check_capacity("bidf-mkd", cfg.replay, cfg.bank_capacity)
     bank_of.check("bidf-mkd", "method.replay", cfg.replay, world.way, bank_of.of_pool(world, cfg.bank_key))
-    checked_generator("bidf-mkd", cfg, world, _classes(cfg, world.way))
+    if cfg.images == (GENERATOR,) or any(card.access == "weights" for card in world.cards):
+        checked_generator("bidf-mkd", cfg, world, _classes(cfg, world.way))
+    elif min(world.image.shape[1:]) < 8:
+        raise UsageError("bidf-mkd: image sources need a height and a width of at least 8")
+    check_classes("bidf-mkd", world)
     return replay.with_optimiser(initial_learner(world)) | {"bank": {}}
 
 
 def plan(cfg: Config, world: World, state: State, r: int) -> list[Job]:
-    """One job for each teacher drawn. Teachers are drawn with replacement."""
+    """One job for each teacher drawn. The job of a teacher that is only asked says so."""
+    return [
+        teacher_job(
+            card, index=j, seed=seeds.derive(world.seed, r, "recover", j),
+            values={} if card.access == "weights" else {"asked": True},
+        )
+        for j, card in enumerate(_drawn(cfg, world, r))
+    ]  # fmt: skip
+
+
+def _drawn(cfg: Config, world: World, r: int) -> list[TeacherCard]:
+    """The teachers of round r, which are drawn with replacement."""
     rng = seeds.rng(world.seed, r, "plan")
     picks = torch.randint(len(world.cards), (cfg.teachers_per_round,), generator=rng).tolist()
-    return [
-        teacher_job(world.cards[i], index=j, seed=seeds.derive(world.seed, r, "recover", j), values={})
-        for j, i in enumerate(picks)
-    ]
+    return [world.cards[i] for i in picks]
+
+
+def queries(cfg: Config, world: World) -> dict[str, int]:
+    """Id of each teacher that is asked -> the images that the whole training asks it about, two sets a visit."""
+    found = {card.id: 0 for card in world.cards if card.access != "weights"}
+    for r in range(cfg.rounds) if found else ():
+        for card in _drawn(cfg, world, r):
+            if card.id in found:
+                found[card.id] += 2 * asked.set_queries(cfg, world.way)
+    return found
 
 
 def shared(cfg: Config, world: World, state: State, r: int) -> Arrays:
@@ -160,7 +188,23 @@ def recover(shard: Shard, jobs: Sequence[Job], shared: Arrays) -> list[Arrays]:
         finite = [math.isfinite(s["loss_last"] + q["loss_last"]) for s, q in zip(support, query, strict=True)]
         return [{"support": s, "query": q} if fine else None for s, q, fine in zip(support, query, finite, strict=True)]
 
-    return recovery.recover(shard, jobs, invert)
+    def ask(job: Job) -> Arrays:
+        def one_set(stream: str, judge: Judge | None) -> Arrays:
+            one = asked.Asking(cfg, service, shape, way, job.seed, stream=stream, device=device)
+            if cfg.images != (GENERATOR,):
+                return one.from_sources(judge)
+            return one.generated(generator(shape, cfg.latent, cfg.width, _classes(cfg, way)), judge)
+
+        try:
+            service = shard.service(str(job.teacher))
+            support = one_set("support", None)
+            judge = _task_models(cfg, learner, theta, [support], mean, std, False) if shared["boundary"] else None
+            return {"support": support, "query": one_set("query", judge)}
+        except RejectedError as error:
+            return {"rejected": str(error)}
+
+    opened = iter(recovery.recover(shard, [job for job in jobs if not job.values.get("asked")], invert))
+    return [ask(job) if job.values.get("asked") else next(opened) for job in jobs]
 
 
 def _task_models(
@@ -240,10 +284,9 @@ def learn(cfg: Config, world: World, state: State, r: int, results: list[Arrays]
     if not results:
         return state, metrics
     for kind in ("support", "query"):
-        metrics |= {
-            f"recover/{kind}_{name}": sum(result[kind][name] for result in results) / len(results)
-            for name in ("loss_first", "loss_last", "ce", "accuracy", "spread")
-        }
+        for name in ("loss_first", "loss_last", "ce", "accuracy", "spread", "balance"):
+            known = [result[kind][name] for result in results if name in result[kind]]
+            metrics |= {f"recover/{kind}_{name}": sum(known) / len(known)} if known else {}
     bank = state["bank"]
     for result in results:
         for kind in ("support", "query"):
@@ -280,19 +323,24 @@ PROBES = (1, 4)
 
 
 def cost(cfg: Config, world: World, shard: Shard) -> Cost:
-    """Time short jobs on a mean teacher: both inversions, and the inner distillation between them."""
+    """Time short jobs on a mean teacher: both inversions, and the inner distillation between them.
+
+    Recovery from services takes what they take, and is not counted.
+    """
 
     def one_job(card: TeacherCard) -> float:
         first, second = (_job_seconds(cfg.model_copy(update={"iterations": n}), world, shard, card) for n in PROBES)
         each = max(second - first, 0.0) / (PROBES[1] - PROBES[0])
         return first + (cfg.iterations - PROBES[0]) * each
 
+    open_cards = tuple(card for card in world.cards if card.access == "weights")
     jobs = cfg.rounds * cfg.teachers_per_round
+    inverted = jobs * len(open_cards) / len(world.cards)
     replayed = (cfg.generate_every - 1,) * 2 if cfg.generate_every else cost_of.until_plateau(cfg.replay)
     least, most = (cfg.rounds * (1 + n) for n in replayed)
     return Cost(
         images=2 * jobs * cfg.images_per_class * world.way,
-        recovery=jobs * cost_of.of_mean_teacher(world, one_job),
+        recovery=inverted * cost_of.of_mean_teacher(replace(world, cards=open_cards), one_job) if open_cards else 0.0,
         least=least,
         most=most,
         meta=cfg.replay,
@@ -318,6 +366,8 @@ METHOD = Method(
     profiles=PROFILES,
     presets=PRESETS,
     cost=cost,
+    access=LEVELS,
+    queries=queries,
     panels=(
         Panel("Teachers on their recovered images", "accuracy, %",
               "Share of recovered images to which the teacher gives the intended class.",
