@@ -85,6 +85,8 @@ CHANGES: dict[tuple[str, str], dict[str, Any]] = {
         "method.kl_clamp": 1e9,
         "method.crop_pad": 0,
         "method.flip": "off",
+        "method.zero_order.directions": 100,
+        "method.zero_order.mu": 0.005,
         "method.replay.mix_data": True,
     },
     ("bidf-mkd", "code"): {
@@ -96,6 +98,8 @@ CHANGES: dict[tuple[str, str], dict[str, Any]] = {
         "method.boundary_after": 4000,
         "method.distill": "probdot",
         "method.generate_every": 0,
+        "method.zero_order.directions": 100,
+        "method.zero_order.mu": 0.005,
         "method.replay.reduction": "sum",
         "method.replay.max_updates": 60_000,
         "method.replay.mix_data": True,

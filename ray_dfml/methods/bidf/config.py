@@ -61,7 +61,9 @@ class Config(InversionConfig):
         min_length=1,
         description=f"What services are asked about, in equal parts: {', '.join(IMAGES)}.",
     )
-    zero_order: ZeroOrderConfig = ZeroOrderConfig()
+    zero_order: ZeroOrderConfig = Field(
+        default=ZeroOrderConfig(), description="How the gradients of services are estimated."
+    )
     bank_capacity: int = Field(default=600, ge=1, description="Images kept per class, first in first out.")
     bank_key: BankKey = Field(
         default="class",
