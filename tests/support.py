@@ -25,7 +25,7 @@ from ray_dfml.methods.icfil import IcfilConfig
 from ray_dfml.methods.ideal.config import Config as IdealConfig
 from ray_dfml.methods.purer import method as purer
 from ray_dfml.ops import OPS
-from ray_dfml.types import Arrays, ImageSpec, Job, TeacherCard
+from ray_dfml.types import Access, Arrays, ImageSpec, Job, TeacherCard
 
 torch.set_num_threads(1)
 
@@ -254,6 +254,12 @@ def mixed_world(way: int = 2) -> World:
         TeacherCard(id="colour", arch="conv4-64", image=colour, classes=("toy/d", "toy/a", "toy/c")),
     )
     return World(cards=pool, arch="conv4", image=image_spec(3, 20), way=way, seed=0)
+
+
+def only_asked(world: World, *levels: Access) -> World:
+    """The world whose teachers give the levels of access, in turn."""
+    cards = [replace(card, access=levels[i % len(levels)]) for i, card in enumerate(world.cards)]
+    return replace(world, cards=tuple(cards))
 
 
 def unique_images(n: int, shape: tuple[int, int, int], first: int = 0) -> np.ndarray:

@@ -29,6 +29,7 @@ from tests.support import (
     card,
     image_spec,
     mixed_world,
+    only_asked,
     random_bank,
     small_bidf,
     small_config,
@@ -83,6 +84,8 @@ SETTINGS: dict[str, list[tuple[World, Any]]] = {
         (small_world(), small_bidf()),
         (mixed_world(), small_bidf(conditional=False, bn_weight=0.1, distill="probdot")),
         (large_world(), small_bidf(iterations=2)),
+        (only_asked(mixed_world(), "probs", "weights"), small_bidf(zero_order={"directions": 2}, tv_weight=0.1)),
+        (only_asked(small_world(), "label"), small_bidf(images=("dip",))),
     ],
     "ideal": [
         (small_world(), small_ideal(images=NAMES)), (small_world(), small_ideal(reset=False, warp=0.0, crop_pad=2)),

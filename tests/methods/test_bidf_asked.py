@@ -16,13 +16,7 @@ from ray_dfml.methods.base import World
 from ray_dfml.methods.bidf import asked
 from ray_dfml.methods.bidf import method as bidf
 from ray_dfml.types import Access, Job
-from tests.support import CPU, FakeService, FakeShard, mixed_world, play, same, small_bidf, small_world
-
-
-def only_asked(world: World, *levels: Access) -> World:
-    """The world whose teachers give the levels of access, in turn."""
-    cards = [replace(card, access=levels[i % len(levels)]) for i, card in enumerate(world.cards)]
-    return replace(world, cards=tuple(cards))
+from tests.support import CPU, FakeService, FakeShard, mixed_world, only_asked, play, same, small_bidf, small_world
 
 
 def stripped(world: World) -> World:
