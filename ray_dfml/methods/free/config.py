@@ -28,10 +28,14 @@ class SurrogateConfig(BaseModel):
     images: tuple[str, ...] = Field(
         default=("dip", "dipw"), min_length=1, description="Sources of these images, as `images` of `ideal`."
     )
+    invert: bool = Field(default=False, description="Whether dark and light of these sources change places.")
     lam: float = Field(default=5.0, ge=0, description="lambda of IDEAL, for images of the source `generator`.")
     generator_steps: int = Field(default=10, ge=0, description="E_G of IDEAL, for the same images.")
     student: str = Field(
         default="teacher", description="Architecture of the surrogates; `teacher` is the service's own, if it is known."
+    )
+    last_steps: int = Field(
+        default=800, ge=0, description="Steps of a surrogate after its last queries, with cosine decay to 0."
     )
     answers: Literal["hard", "soft"] = Field(
         default="soft", description="What is learned of an answer: its best class, or probabilities if they are given."
@@ -52,7 +56,8 @@ class SurrogateConfig(BaseModel):
     @property
     def distillation(self) -> DistilConfig:
         """The settings of the distillation of a service. Raises ValueError for what it cannot take."""
-        own = self.model_dump(exclude={"labels"}) | {"budget": max(self.budget, LEAST)}
+        budget = max(self.budget, LEAST)
+        own = self.model_dump(exclude={"labels"}) | {"budget": budget, "first": min(DistilConfig().first, budget // 2)}
         return DistilConfig.model_validate(own)
 
 

@@ -16,11 +16,11 @@ from torch import Tensor
 
 from ray_dfml.core.images import fit, to_bytes, to_pixels
 from ray_dfml.core.net import Net, net
-from ray_dfml.core.sources import SOURCES
 from ray_dfml.methods.base import State, World
 from ray_dfml.methods.free.config import Config
 from ray_dfml.methods.students import loop
 from ray_dfml.methods.students.config import DistilConfig, architecture
+from ray_dfml.methods.students.distil import notes as distil_notes
 from ray_dfml.methods.students.distil import work
 from ray_dfml.methods.students.training import labels_of, learnable
 from ray_dfml.types import Arrays, Job, Service, Shard, TeacherCard
@@ -52,9 +52,8 @@ def notes(cfg: Config, world: World) -> list[str]:
             f"free: {len(found)} of {len(world.cards)} teachers give no weights and are left out: {found[0].id} gives "
             f"{found[0].access}; method.surrogate.budget=1500 would distil each into a surrogate"
         ]
-    said = [f"assumes {SOURCES[name].assumption}" if name in SOURCES else "follows it" for name in cfg.surrogate.images]
-    images = ", ".join(f"{name} ({what})" for name, what in zip(cfg.surrogate.images, said, strict=True))
-    return [f"free: {len(found)} of {len(world.cards)} teachers are inverted as surrogates, from images of {images}"]
+    said = f"free: {len(found)} of {len(world.cards)} teachers are asked, and inverted as surrogates"
+    return [said, *distil_notes(cfg.surrogate.distillation)]
 
 
 def plan(cfg: Config, world: World, state: State, r: int) -> list[Job]:

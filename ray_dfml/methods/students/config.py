@@ -101,6 +101,9 @@ class DistilConfig(GeneratorConfig):
         min_length=1,
         description="Sources of the images that are asked about, in equal parts but for mutants.",
     )
+    invert: bool = Field(
+        default=False, description="Whether dark and light of the sources change places; not those of `generator`."
+    )
     mutants: float = Field(
         default=0.25, gt=0, lt=1, description="Share of mutants after the first round, if `images` names them."
     )

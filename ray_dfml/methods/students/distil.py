@@ -28,7 +28,12 @@ def notes(cfg: DistilConfig) -> list[str]:
     """Lines that say what the image sources assume about the data."""
     said = {GENERATOR: "nothing about the data: it follows the student"}
     said |= {name: f"assumes {source.assumption}" for name, source in SOURCES.items()}
-    return [f"images of {name}: {said[name]}" for name in cfg.images]
+    lines = [f"images of {name}: {said[name]}" for name in cfg.images]
+    if cfg.invert:
+        lines.append(
+            "dark and light of the images changed places: this is knowledge of the domain, which no teacher gave"
+        )
+    return lines
 
 
 def work(cfg: DistilConfig, study: Study) -> Metrics:
@@ -74,7 +79,7 @@ def candidates(cfg: DistilConfig, study: Study, count: int) -> Tensor:
     rest = count - copies
     parts = [_fresh(cfg, study, name, rest // len(names) + (i < rest % len(names))) for i, name in enumerate(names)]
     parents, labels = torch.tensor(study.images), torch.tensor(labels_of(study.answers))
-    fill = border(study)
+    fill = border(cfg, study)
     parts += [SOURCES[name].function(study.rng, copies, parents, labels, fill=fill) for name in changed]
     return torch.cat([part.to(study.device) for part in parts])
 
@@ -82,12 +87,13 @@ def candidates(cfg: DistilConfig, study: Study, count: int) -> Tensor:
 def _fresh(cfg: DistilConfig, study: Study, name: str, count: int) -> Tensor:
     if name == GENERATOR:
         return Stage(cfg, study, crop_pad=cfg.crop_pad, flip=mirrored(cfg, study)).images(count)
-    return SOURCES[name].function(study.rng, count, study.card.image.shape)
+    images = SOURCES[name].function(study.rng, count, study.card.image.shape)
+    return 1 - images if cfg.invert else images
 
 
-def border(study: Study) -> str:
-    """What lies outside of an image that is moved: black if the images are grey, and the repeated border in colour."""
-    return "zero" if study.card.image.channels == 1 else "edge"
+def border(cfg: DistilConfig, study: Study) -> str:
+    """What lies outside of an image that is moved: black if the images are grey and light on dark, else its border."""
+    return "zero" if study.card.image.channels == 1 and not cfg.invert else "edge"
 
 
 def mirrored(cfg: DistilConfig, study: Study) -> bool:
@@ -100,7 +106,7 @@ def look(cfg: DistilConfig, study: Study, pixels: Tensor) -> Tensor:
     flip = mirrored(cfg, study)
     if cfg.warp:
         bounds = {name: cfg.warp * bound for name, bound in WARP.items()}
-        return warp(study.rng, pixels, Warp(**bounds, mirror=flip), fill=border(study))
+        return warp(study.rng, pixels, Warp(**bounds, mirror=flip), fill=border(cfg, study))
     if not cfg.crop_pad and not flip:
         return pixels
     return view(pixels, draw_view(study.rng, pad=cfg.crop_pad, flip=flip), pad=cfg.crop_pad, fill="zero")
