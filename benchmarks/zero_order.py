@@ -39,7 +39,7 @@ from ray_dfml.scorer import Episodes, Part, accuracies
 from ray_dfml.types import Access, Arrays, Job, Labelled, TeacherCard
 
 DIRECTIONS = (1, 5, 20, 100)
-EVERY = 50_000
+EVERY = 250_000
 """Images asked about between two rows of `learner`."""
 
 
@@ -155,7 +155,7 @@ def train(given: argparse.Namespace) -> None:
         results = send("bidf-mkd.recover", jobs, bidf.shared(cfg, world, state, r))
         state, metrics = bidf.learn(cfg, world, state, r, results, send)
         r += 1
-        if shard.count >= due or r % 25 == 0:
+        if shard.count >= due or r % 100 == 0:
             row(state, metrics)
             due = shard.count + EVERY
         if r == given.rounds:
