@@ -77,6 +77,8 @@ class Gateway:
         connections = clients.session()
         try:
             made = {id: Client(one, connections, patience=self._patience) for id, one in self._asked.items() if one.api}
+            for id, client in made.items():  # so that batches begin where they began before, and have the same ids
+                client.proven = self._ledger.totals()[id].answered > 0
         except BaseException:
             await connections.close()
             raise

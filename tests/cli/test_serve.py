@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -14,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 
 from ray_dfml import student
 from ray_dfml.cli.serve import _chosen
@@ -173,6 +175,28 @@ def test_a_run_without_students_cannot_be_served(free_run: Path, command: Comman
     done = command("serve", free_run, "--access", "label")
     assert (done.code, done.out) == (2, "")
     assert done.err.endswith("holds neither a pool nor students; a few-shot learner has no classes to serve\n")
+
+
+def test_no_more_is_given_away_than_the_pool_does(toy_pool: Path, tmp_path: Path, command: Command) -> None:
+    """And a teacher that is a service already is left out."""
+    pool = Path(shutil.copytree(toy_pool, tmp_path / "pool"))
+    file = pool / "pool.yaml"
+    file.write_text(file.read_text().replace("access: weights", "access: label"))
+    first, *others = [card.id for card in Pool.open(pool).cards]
+    done = command("serve", f"{pool}:{first}", "--access", "probs")
+    assert (done.code, done.out) == (2, "")
+    assert done.err == f"ray-dfml: {first}: {pool} gives away 'label' only; serve it with --access label\n"
+    _, served = _chosen(str(pool), Gives(access="label"))
+    assert [one.id for one in served] == [first, *others]
+    content = yaml.safe_load(file.read_text())
+    api = {"url": "http://127.0.0.1:1", "adapter": "oip", "model": "m", "output": "label"}
+    gone = dict.fromkeys(("weights", "sha256", "arch", "mean", "std"))
+    content["teachers"][0] |= {"api": api, **gone}
+    file.write_text(yaml.safe_dump(content))
+    done = command("serve", f"{pool}:{first}", "--access", "label")
+    assert (done.code, "is a service already" in done.err) == (2, True)
+    _, served = _chosen(str(pool), Gives(access="label"))
+    assert [one.id for one in served] == others
 
 
 def test_damaged_weights_are_not_served(toy_pool: Path, tmp_path: Path, command: Command) -> None:

@@ -1,0 +1,350 @@
+"""A whole run of many batches against our server, while answers are spoilt and processes are killed at random.
+
+    gateway process --> front (counts, spoils, never dies) --> `ray-dfml serve` process
+
+Both processes are forked from a nursery that has imported everything, so that a new one is up in milliseconds.
+`disturbed` makes a run and returns what it counted; it raises AssertionError where a law does not hold.
+"""
+
+import asyncio
+import contextlib
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import aiohttp
+import numpy as np
+import torch
+from aiohttp import web
+
+from ray_dfml.data.pool import Pool
+from ray_dfml.data.services import Api, Asked, Terms
+from ray_dfml.services.gateway import Gateway
+from ray_dfml.services.hosting import Gives, from_pool
+from ray_dfml.services.protocol import HEADER_LENGTH, Tensor, pack, unpack
+from ray_dfml.types import Access, TeacherCard
+from tests.services.faulty import Host
+from tests.services.serving import counts
+
+ROOT = Path(__file__).parents[2]
+
+FAULTS = (
+    "429", "429-after", "500", "500-late", "truncated", "html", "nan", "classes", "stall", "reset", "kill",
+)  # fmt: skip
+"""What can happen to a request. `500-late` and those after it happen once the server has it."""
+
+NURSERY = """
+import os, signal, sys
+from pathlib import Path
+import numpy as np
+from ray_dfml.cli import main
+from ray_dfml.cli.serve import serve
+from ray_dfml.errors import RejectedError
+from ray_dfml.runtime.shard import pin
+from ray_dfml.services import client, server
+from ray_dfml.services.gateway import Gateway
+from tests.services.chaos import asked_of, images_of
+
+signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+client.FIRST_WAIT = float(sys.argv[1])
+sys.argv[1:] = []
+
+def ask(pool, url, folder, count, batch, timeout):
+    asked = asked_of(Path(pool), url, int(batch), float(timeout))
+    with Gateway(Path(folder) / "ledger.sqlite", [asked]) as gateway:
+        for first in range(0, int(count), 10 * int(batch)):
+            x = images_of(asked, int(count))[first : first + 10 * int(batch)]
+            while True:
+                try:
+                    gateway.ask(asked.card.id, x)
+                    break
+                except RejectedError as error:
+                    print(error, file=sys.stderr, flush=True)
+
+for line in sys.stdin:
+    word, *rest = line.split()
+    child = os.fork()
+    if child:
+        print(child, flush=True)
+        continue
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    try:
+        main(["serve", *rest]) if word == "serve" else ask(*rest)
+    finally:
+        os._exit(0)
+"""
+
+
+def asked_of(pool: Path, url: str, batch: int, timeout: float) -> Asked:
+    """The entry of the first teacher of a pool, served at an address as probabilities."""
+    card = Pool.open(pool).cards[0]
+    access: Access = "probs"
+    known = TeacherCard(id=card.id, arch="", image=card.image, classes=card.classes, access=access)
+    api = Api(url=url, adapter="oip", model=card.id, output="probabilities", batch=batch, timeout=timeout)
+    return Asked(card=known, terms=Terms(), api=api)
+
+
+def images_of(asked: Asked, count: int) -> np.ndarray:
+    """Different random uint8 images of a teacher's size."""
+    return np.random.default_rng(7).integers(0, 256, (count, *asked.card.image.shape), dtype=np.uint8)
+
+
+class Processes:
+    """The nursery and its living children. Everything ends with the block."""
+
+    def __init__(self, folder: Path, first_wait: float) -> None:
+        argv = [sys.executable, "-c", NURSERY, str(first_wait)]
+        self._log = (folder / "processes.log").open("a")
+        self._process = subprocess.Popen(
+            argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, text=True, cwd=ROOT
+        )
+        self._started: list[int] = []
+
+    def start(self, *words: object) -> int:
+        """The number of a new process."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(" ".join(map(str, words)) + "\n")
+        self._process.stdin.flush()
+        self._started.append(int(self._process.stdout.readline()))
+        return self._started[-1]
+
+    def close(self) -> None:
+        """Kill what lives."""
+        for number in self._started:
+            kill(number)
+        self._process.kill()
+        self._process.communicate()
+        self._log.close()
+
+
+def kill(number: int) -> bool:
+    """SIGKILL a process; whether it was alive."""
+    try:
+        os.kill(number, signal.SIGKILL)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def alive(number: int) -> bool:
+    """Whether a process lives."""
+    try:
+        os.kill(number, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+class Front:
+    """What stands between the two processes: it counts the images of every request, then perhaps spoils it.
+
+    It also keeps the server alive: after a `kill` it starts a new one and passes nothing on until that one listens.
+    """
+
+    def __init__(
+        self, processes: Processes, serve: Sequence[object], port: int, *, rate: float, stall: float, seed: int
+    ) -> None:
+        self.seen, self.at_work, self.faults = 0, 0, Counter[str]()
+        self.url = f"http://127.0.0.1:{port}"
+        self._processes, self._serve, self._port = processes, serve, port
+        self._rate, self._stall, self._rng = rate, stall, random.Random(seed)
+        self._kills = asyncio.Lock()
+        self.server = 0
+
+    async def up(self) -> None:
+        """Start a server and wait until it listens."""
+        self.server = self._processes.start("serve", *self._serve, "--port", self._port)
+        while True:
+            try:
+                _, writer = await asyncio.open_connection("127.0.0.1", self._port)
+                writer.close()
+                return
+            except OSError:
+                assert alive(self.server), "the server did not start; see processes.log"
+                await asyncio.sleep(0.01)
+
+    async def __call__(self, request: web.BaseRequest) -> web.StreamResponse:
+        self.at_work += 1
+        try:
+            return await self._answer(request)
+        finally:
+            self.at_work -= 1
+
+    async def _answer(self, request: web.BaseRequest) -> web.StreamResponse:
+        body = await request.read()
+        fault = ""
+        if request.method == "POST":
+            length = request.headers.get(HEADER_LENGTH)
+            (tensor,) = unpack("inputs", body, length and int(length)).tensors  # pyright: ignore[reportArgumentType]
+            self.seen += len(tensor.array)
+            fault = self._rng.choice(FAULTS) if self._rng.random() < self._rate else ""
+            self.faults[fault] += 1
+        if fault in ("429", "429-after"):
+            return web.Response(status=429, headers={"Retry-After": "0"} if fault == "429-after" else {})
+        if fault == "500":
+            return web.json_response({"error": "out of memory"}, status=500)
+        passed = asyncio.ensure_future(self._pass(request, body))
+        if fault == "kill":
+            await self._kill()
+        found = await passed
+        if found is None or fault in ("reset", "kill"):
+            if request.transport is not None:
+                request.transport.abort()
+            return web.Response(status=502)
+        return await self._spoilt(fault, found)
+
+    async def _kill(self) -> None:
+        async with self._kills:
+            await asyncio.sleep(self._rng.uniform(0.0, 0.02))
+            kill(self.server)
+            while alive(self.server):
+                await asyncio.sleep(0.001)
+            await self.up()
+
+    async def _pass(self, request: web.BaseRequest, body: bytes) -> web.Response | None:
+        """The server's answer; None if it died before."""
+        async with self._kills:
+            pass  # a server is up
+        names = ("Content-Type", HEADER_LENGTH)
+        headers = {name: request.headers[name] for name in names if name in request.headers}
+        try:
+            async with (
+                aiohttp.ClientSession() as session,
+                session.request(request.method, self.url + request.path, data=body, headers=headers) as reply,
+            ):
+                kept = {name: reply.headers[name] for name in names if name in reply.headers}
+                return web.Response(status=reply.status, body=await reply.read(), headers=kept)
+        except (aiohttp.ClientError, OSError):
+            return None
+
+    async def _spoilt(self, fault: str, found: web.Response) -> web.Response:
+        assert isinstance(found.body, bytes)
+        match fault:
+            case "500-late":
+                return web.json_response({"error": "lost"}, status=500)
+            case "truncated":
+                return web.Response(body=found.body[:-9], headers=found.headers)
+            case "html":
+                return web.Response(text="<!doctype html><h1>Sign in</h1>", content_type="text/html")
+            case "nan" | "classes":
+                length = found.headers.get(HEADER_LENGTH)
+                (tensor,) = unpack("outputs", found.body, length and int(length)).tensors  # pyright: ignore
+                array = tensor.array * np.float32("nan") if fault == "nan" else tensor.array[:, :-1]
+                packed = pack("outputs", {}, [Tensor(tensor.name, "FP32", array)], binary=True)
+                return web.Response(body=packed.body, headers={HEADER_LENGTH: str(packed.header_length)})
+            case "stall":
+                await asyncio.sleep(self._stall)
+        return found
+
+
+@dataclass
+class Counted:
+    """What a disturbed run counted, in images, and what happened to it."""
+
+    images: int
+    sent: int
+    """By the ledger."""
+    seen: int
+    """By the front, which never dies."""
+    received: int
+    """By the server."""
+    answered_by_server: int
+    """Of unique requests, by the server."""
+    answered: int
+    """By the ledger."""
+    client_kills: int
+    faults: Counter[str] = field(default_factory=Counter)
+    seconds: float = 0.0
+
+
+def free_port() -> int:
+    """A port that is free now."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        return free.getsockname()[1]
+
+
+@contextlib.contextmanager
+def nursery(folder: Path, first_wait: float = 0.25) -> Iterator[Processes]:
+    """The nursery; `first_wait` is the client's wait before a second attempt, in seconds."""
+    processes = Processes(folder, first_wait)
+    try:
+        yield processes
+    finally:
+        processes.close()
+
+
+def disturbed(
+    processes: Processes, folder: Path, pool: Path, *, seed: int, images: int, batch: int, rate: float,
+    client_kills: int, timeout: float, between: tuple[float, float],
+) -> Counted:  # fmt: skip
+    """Ask the first teacher of a pool about many images, each request spoilt with probability `rate`.
+
+    The asking process is killed `client_kills` times, after a time drawn from `between` in seconds, then runs to its
+    end. The laws are checked whenever nothing is on its way:
+    answered <= answered by the server <= received <= seen <= sent, and seen = sent as long as no client was killed.
+    In the end every image has its answer, to the bit, and the server has answered no other request.
+    """
+    rng, start = random.Random(seed), time.monotonic()
+    serve = (pool, "--access", "probs", "--counter", folder / "served.sqlite")
+    front = Front(processes, serve, free_port(), rate=rate, stall=1.5 * timeout, seed=seed)
+    host = Host(front)
+    try:
+        host.run(front.up())
+        url = f"http://127.0.0.1:{host.port}"
+        asked = asked_of(pool, url, batch, timeout)
+        words = ("ask", pool, url, folder, images, batch, timeout)
+        done, killed = False, 0
+        while not done:
+            asking = processes.start(*words)
+            if killed < client_kills:
+                time.sleep(rng.uniform(*between))
+                done = not kill(asking)
+                killed += not done
+            while alive(asking) or front.at_work:
+                time.sleep(0.01)
+            done = done or (killed == client_kills and _finished(folder, asked, images))
+            found = _counted(folder, asked, front, images, killed)
+            _check(found, batch * asked.api.concurrency if asked.api else 0)
+        with Gateway(folder / "ledger.sqlite", [asked]) as gateway:
+            answers = gateway.ask(asked.card.id, images_of(asked, images))
+        assert _counted(folder, asked, front, images, killed) == found, "what is known is not asked again"
+    finally:
+        kill(front.server)
+        host.close()
+    assert found.answered == found.answered_by_server == images
+    served = from_pool(Pool.open(pool), asked.card.id, Gives(access="probs"), torch.device("cpu"))
+    wanted, _ = served.answers(images_of(asked, images).astype(np.float32) / np.float32(255))
+    assert answers.tobytes() == wanted.tobytes()
+    found.faults, found.seconds = Counter(front.faults), time.monotonic() - start
+    return found
+
+
+def _finished(folder: Path, asked: Asked, images: int) -> bool:
+    with Gateway(folder / "ledger.sqlite", [asked]) as gateway:
+        return gateway.totals()[asked.card.id].answered == images
+
+
+def _counted(folder: Path, asked: Asked, front: Front, images: int, killed: int) -> Counted:
+    received, answered_by_server = counts(front.url)
+    with Gateway(folder / "ledger.sqlite", [asked]) as gateway:
+        spent = gateway.totals()[asked.card.id]
+    return Counted(
+        images=images, sent=spent.sent, seen=front.seen, received=received, answered_by_server=answered_by_server,
+        answered=spent.answered, client_kills=killed,
+    )  # fmt: skip
+
+
+def _check(found: Counted, on_their_way: int) -> None:
+    """The laws. A killed client may have charged what it had no time to send, at most what is on its way at once."""
+    assert found.answered <= found.answered_by_server <= found.received <= found.seen <= found.sent, found
+    assert found.sent - found.seen <= found.client_kills * on_their_way, found
