@@ -244,6 +244,23 @@ def small_ideal(**changes: Any) -> IdealConfig:
     return IdealConfig.model_validate(small | changes)
 
 
+def small_distiller(name: str, **changes: Any) -> Any:
+    """One of the older methods of distillation in seconds."""
+    small: dict[str, Any] = {
+        "batch": 8,
+        "budget": 96,
+        "student": "conv4",
+        "width": 4,
+        "latent": 4,
+        "student_steps": 2,
+        "iterations": 2,
+        "steps": 2,
+        "student_batch": 4,
+    }
+    config = METHODS[name].Config
+    return config.model_validate({k: v for k, v in (small | changes).items() if k in config.model_fields})
+
+
 def mixed_world(way: int = 2) -> World:
     """A grey teacher of 16x16 images, and a wider one of 20x20 colour images that knows three classes, one of them the
     grey one's. The learner takes 20x20 colour images. Each has a normalisation of its own."""

@@ -33,6 +33,7 @@ from tests.support import (
     random_bank,
     small_bidf,
     small_config,
+    small_distiller,
     small_ideal,
     small_purer,
     small_world,
@@ -70,7 +71,10 @@ def large_world() -> World:
     return replace(small_world(), cards=tuple(replace(one, id=f"{one.id} of 3") for one in cards))
 
 
+DISTILLERS = ("dfme", "dafl", "zskt", "deepinversion", "cmi", "dast")
+
 SETTINGS: dict[str, list[tuple[World, Any]]] = {
+    **{name: [(small_world(), small_distiller(name))] for name in DISTILLERS},
     "free": [
         (small_world(), small_config()),
         (mixed_world(), small_config(bn_weight=0.1, tv_weight=0.1, adversarial_form="probdot", warmup=0)),
@@ -88,8 +92,9 @@ SETTINGS: dict[str, list[tuple[World, Any]]] = {
         (only_asked(small_world(), "label"), small_bidf(images=("dip",))),
     ],
     "ideal": [
-        (small_world(), small_ideal(images=NAMES)), (small_world(), small_ideal(reset=False, warp=0.0, crop_pad=2)),
-        (large_world(), small_ideal(requery=True, training="pass", code="fixed", optimiser="sgd", warp=0.0, flip="on")),
+        (small_world(cards=1), small_ideal(images=NAMES, budget=16)),
+        (small_world(cards=1), small_ideal(reset=False, warp=0.0, crop_pad=2, budget=16)),
+        (small_world(cards=1), small_ideal(requery=True, training="pass", code="fixed", optimiser="sgd", warp=0.0)),
         (mixed_world(), small_ideal(answers="soft", budget=16)),
     ],
 }  # fmt: skip
@@ -197,6 +202,7 @@ CASES: dict[str, Callable[[], Work]] = {
     "bidf-mkd.recover": lambda: recovery("bidf-mkd"),
     "ideal.recover": lambda: (work for part in (recovery("ideal"), second_rounds()) for work in part),
     "top1": answers,
+    **{f"{name}.recover": lambda name=name: recovery(name) for name in DISTILLERS},
 }
 
 

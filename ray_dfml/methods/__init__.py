@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from ray_dfml.methods import baselines, bidf, dro, free, ideal, no_pool, oracle, ota, purer
+from ray_dfml.methods import baselines, bidf, distillers, dro, free, ideal, no_pool, oracle, ota, purer
 from ray_dfml.methods.base import Method
 
 UNTRAINED = "random"
@@ -23,5 +23,11 @@ METHODS: dict[str, Method[Any]] = {
     "ota": ota.METHOD,
     "dro": dro.METHOD,
     "maml-oracle": oracle.METHOD,
+    "dfme": distillers.DFME,
+    "dafl": distillers.DAFL,
+    "zskt": distillers.ZSKT,
+    "deepinversion": distillers.DEEPINVERSION,
+    "cmi": distillers.CMI,
+    "dast": distillers.DAST,
 }
 """Name of a method -> the method."""

@@ -45,7 +45,6 @@ class StudentConfig(MethodConfig):
     lr: float = Field(default=4e-3, gt=0, description="Step size of the student.")
     momentum: float = Field(default=0.9, ge=0, lt=1, description="Momentum of SGD.")
     weight_decay: float = Field(default=0.0, ge=0, description="Weight decay of SGD.")
-    student_batch: int = Field(default=64, ge=2, description="Images of a step of the student.")
 
     @model_validator(mode="after")
     def _pays_for_a_batch(self) -> "StudentConfig":
@@ -125,6 +124,7 @@ class DistilConfig(GeneratorConfig):
     quota: float = Field(
         default=0.3, ge=0, le=1, description="What a class gets at least, as a multiple of its even share."
     )
+    student_batch: int = Field(default=64, ge=2, description="Images of a step of the student.")
     training: Literal["root", "pass", "batch"] = Field(
         default="root",
         description="Steps after each batch: `steps` times the root of the images known, a pass over all of them, or "

@@ -1,0 +1,163 @@
+"""The older methods of distillation: what each step does, what it asks, and what is constant in it."""
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from ray_dfml.config import resolve
+from ray_dfml.errors import UsageError
+from ray_dfml.methods.distillers import adversarial, inversion
+from ray_dfml.methods.distillers.making import LastingGenerator
+from ray_dfml.methods.students import loop
+from ray_dfml.methods.students.config import Batch
+from ray_dfml.methods.students.loop import Study
+from ray_dfml.methods.students.training import Lesson, Pupil
+from tests.support import FakeShard, normal, play, same, slope, small_distiller, small_world
+
+WORLD = small_world(way=3)
+WORLD = replace(WORLD, cards=tuple(replace(card, access="label") for card in WORLD.cards))
+NAMES = ("dfme", "dafl", "zskt", "deepinversion", "cmi", "dast")
+
+
+def study(cfg: Any, **changes: Any) -> Study:
+    service, card = FakeShard(WORLD).service(WORLD.cards[0].id), WORLD.cards[0]
+    network = loop.network(cfg, card)
+    pupil = Pupil.fresh(network, torch.Generator().manual_seed(1))
+    values: dict[str, Any] = {
+        "service": service, "lesson": Lesson(cfg, network, card.image, pupil), "device": torch.device("cpu"),
+        "rng": torch.Generator().manual_seed(0), "r": 0, "last": False, "batch": Batch(8, 10_000),
+        "images": np.zeros((0, *card.image.shape), np.uint8), "answers": np.zeros(0, np.int64), "own": {},
+    }  # fmt: skip
+    return Study(**values | changes)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_training_asks_exactly_what_it_plans_and_repeats_its_bits(name):
+    cfg, found = small_distiller(name), []
+    for _ in range(2):
+        shard = FakeShard(WORLD)
+        before, state, metrics = play(name, cfg, WORLD, rounds=cfg.total_rounds, first=0, shard=shard)
+        plan = loop.queries(cfg, WORLD)
+        assert {id: service.asked for id, service in shard.services.items()} == plan
+        assert metrics["queries"] == plan[WORLD.cards[0].id] <= 96
+        assert math.isfinite(metrics["student/loss"])
+        for id, one in state["students"].items():
+            assert not np.array_equal(one["pupil"]["theta"], before["students"][id]["pupil"]["theta"])
+        found.append(state)
+    assert same(*found)
+
+
+def test_a_round_pays_for_its_generator_and_the_last_may_be_shorter():
+    """METHODS: an iteration of DFME costs batch (m + 1 + 5) queries, with one direction m."""
+    cfg = adversarial.DfmeConfig(budget=7 * 250 * 2 + 4 * 250 + 3)
+    assert [batch.asked for batch in cfg.batches()] == [1750, 1750, 1000]
+    assert [batch.asked for batch in adversarial.DfmeConfig(budget=7 * 250 + 500).batches()] == [1750]
+    assert [batch.asked for batch in adversarial.DaflConfig(budget=1500).batches()] == [1250, 250]
+    with pytest.raises(UsageError, match="below one round"):
+        resolve("dfme", settings=["method.budget=500"])
+
+
+def test_a_centred_answer_has_the_smoothed_probabilities_and_mean_zero():
+    found = adversarial.centred(torch.tensor([2, 0]), 4, 0.03)
+    torch.testing.assert_close(found.mean(1), torch.zeros(2), atol=1e-6, rtol=0)
+    expected = torch.full((2, 4), 0.01)
+    expected[0, 2] = expected[1, 0] = 0.97
+    torch.testing.assert_close(found.softmax(-1), expected)
+
+
+@pytest.mark.parametrize("name", ["dafl", "zskt", "dast", "dfme"])
+def test_a_step_of_the_generator_leaves_the_student_alone_and_asks_what_it_costs(name):
+    cfg = small_distiller(name)
+    one = study(cfg)
+    made = LastingGenerator(one, cfg.latent, cfg.width, 3 if name == "dast" else 0)
+    before, theta = one.lesson.pupil, made.theta.clone()
+    step = {"dafl": adversarial.dafl_step, "zskt": adversarial.zskt_step, "dast": adversarial.dast_step,
+            "dfme": adversarial.dfme_step}[name]  # fmt: skip
+    step(cfg, one, made)
+    assert one.lesson.pupil is before
+    assert one.service.asked == cfg.generator_batches * cfg.batch
+    assert not torch.equal(made.theta, theta)
+
+
+def test_zskt_drives_the_student_away_from_the_teacher():
+    cfg = small_distiller("zskt", batch=32, generator_lr=0.01)
+    one = study(cfg)
+    made = LastingGenerator(one, cfg.latent, cfg.width)
+    found = [adversarial.zskt_step(cfg, one, made) for _ in range(30)]
+    assert np.mean(found[-5:]) < np.mean(found[:5])
+
+
+def test_dafl_balances_what_the_student_sees():
+    cfg = small_distiller("dafl", batch=32, generator_lr=0.01)
+    one = study(cfg)
+    made = LastingGenerator(one, cfg.latent, cfg.width)
+    found = [adversarial.dafl_step(cfg, one, made) for _ in range(20)]
+    assert found[-1] < found[0]
+    assert min(found) >= -cfg.information * math.log(3) - 1e-3
+
+
+def test_the_forward_difference_is_the_slope_in_the_direction(monkeypatch):
+    """With a student that answers linearly in the pixels and a teacher that never changes, the estimate is exact."""
+    cfg = small_distiller("dfme", batch=2, epsilon=0.01)
+    one = study(cfg)
+    made = LastingGenerator(one, cfg.latent, cfg.width)
+    weight = torch.rand(int(np.prod(WORLD.image.shape)), generator=torch.Generator().manual_seed(2))
+    monkeypatch.setattr(
+        adversarial, "_student", lambda study, x: (x.flatten(1) @ weight + 100)[:, None] * torch.tensor([1.0, 1, 1])
+    )
+    grads: list[torch.Tensor] = []
+    original = torch.autograd.grad
+
+    def spy(outputs: Any, inputs: Any, weights: Any = None, **more: Any) -> Any:
+        grads.append(weights)
+        return original(outputs, inputs, weights, **more)
+
+    monkeypatch.setattr(torch.autograd, "grad", spy)
+    adversarial.dfme_step(cfg, one, made)
+    (found,) = grads
+    for row in found:
+        u = F.normalize(row.flatten(), dim=0)
+        assert float(row.flatten() @ u) / len(u) * len(found) == pytest.approx(-float(weight @ u), rel=0.02)
+
+
+def test_deep_inversion_descends_its_loss_and_stays_in_range():
+    cfg = small_distiller("deepinversion", iterations=30)
+    one = study(cfg)
+    labels = torch.arange(8) % 3
+    images = inversion.deep_inversion(cfg, one)
+    assert 0 <= float(images.min()) <= float(images.max()) <= 1
+    noise = torch.rand(images.shape, generator=torch.Generator().manual_seed(5))
+    assert float(inversion._fit(one, images, labels, 1.0, cfg.bn_weight)) < float(
+        inversion._fit(one, noise, labels, 1.0, cfg.bn_weight)
+    )
+    assert one.service.asked == 0
+
+
+def test_the_statistics_of_the_student_have_a_gradient():
+    cfg = small_distiller("deepinversion")
+    one = study(cfg)
+    x = torch.rand(4, *WORLD.image.shape, requires_grad=True)
+    (grad,) = torch.autograd.grad(inversion._fit(one, x, torch.arange(4) % 3, 0.0, 1.0), x)
+    assert float(grad.abs().sum()) > 0
+
+
+def test_the_contrastive_term_is_low_where_views_of_an_image_agree():
+    features = torch.eye(4, 6).repeat(2, 1)
+    none = torch.zeros(0, 6)
+    assert float(inversion.contrast(features, none, 0.05)) < 1e-6
+    assert float(inversion.contrast(torch.ones(8, 6), none, 0.05)) == pytest.approx(math.log(7))
+    assert float(inversion.contrast(features, features[:1], 0.05)) == pytest.approx(math.log(2) / 4, abs=1e-6)
+
+
+def test_the_contrastive_term_has_the_gradient_of_its_formula():
+    x, other, direction = normal(6, 5), normal(3, 5, seed=3), normal(6, 5, seed=1)
+    leaf = x.clone().requires_grad_()
+    (grad,) = torch.autograd.grad(inversion.contrast(leaf, other, 0.2), leaf)
+    assert float((grad * direction).sum()) == pytest.approx(
+        slope(lambda y: inversion.contrast(y, other, 0.2), x, direction), rel=1e-6
+    )
