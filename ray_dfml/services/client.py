@@ -26,6 +26,7 @@ from ray_dfml.errors import RejectedError, UsageError
 from ray_dfml.files import shown
 from ray_dfml.services.adapters import Oip, Request, adapter
 from ray_dfml.services.checks import BadAnswer, Unreadable
+from ray_dfml.services.pace import Pace
 
 TRIES = 3
 """Attempts that may fail: errors of the server, broken connections, silence, and answers that cannot be used."""
@@ -102,18 +103,26 @@ def key_of(asked: Asked) -> str | None:
 
 
 def retry_after(headers: Mapping[str, str], now: float) -> float | None:
-    """Seconds that an answer asks to wait: `retry-after-ms`, or `Retry-After` as seconds or a date. At most 300."""
+    """Seconds that an answer asks to wait: `retry-after-ms`, or `Retry-After` as seconds or a date. At most 300.
+
+    A date is compared with the server's own `Date`, since clocks differ, or with `now` if there is none.
+    """
     found: float | None = None
     if (text := headers.get("retry-after-ms")) is not None:
         found = _number(text, 1e-3)
     if found is None and (text := headers.get("Retry-After")) is not None:
         found = _number(text, 1.0)
         if found is None:
-            try:
-                found = email.utils.parsedate_to_datetime(text).timestamp() - now
-            except (ValueError, OverflowError):
-                return None
+            until, there = _date(text), _date(headers.get("Date", ""))
+            found = None if until is None else until - (now if there is None else there)
     return None if found is None else min(max(found, 0.0), LONGEST_WAIT)
+
+
+def _date(text: str) -> float | None:
+    try:
+        return email.utils.parsedate_to_datetime(text).timestamp()
+    except (ValueError, OverflowError):
+        return None
 
 
 def _number(text: str, unit: float) -> float | None:
@@ -141,8 +150,7 @@ class Client:
         self._asked, self._id, self._api = asked, asked.card.id, asked.api
         self._connections, self._patience, self._tries = connections, patience, tries
         self._slots = asyncio.Semaphore(self.concurrency)
-        self._free_at = 0.0
-        self._quiet_until = 0.0
+        self._pace = Pace(self._api.rate)
         self._reached = False
 
     @property
@@ -213,9 +221,9 @@ class Client:
         try:
             request = self.adapter.request(images, id)
             async with self._slots:
-                await self._pace(len(images))
+                await self._turn(len(images))
                 await attempts.charge()
-                reply = await self._once("POST", request, number, attempts)
+                reply = await self._once("POST", request, number, len(images), attempts)
             try:
                 found = self.adapter.answers(reply.headers, reply.body, len(images))
             except BadAnswer as error:
@@ -227,19 +235,20 @@ class Client:
             raise
         if isinstance(self.adapter, Oip) and self.adapter.binary is None:
             self.adapter.binary = True
+        self._pace.answered(len(images))
         return found
 
-    async def _pace(self, images: int) -> None:
-        """Wait while the service asked for quiet, and for the rate: a batch goes out at once and leaves a debt."""
-        while (wait := self._quiet_until - time.monotonic()) > 0:
+    async def _turn(self, images: int) -> None:
+        """Wait while the service asked for quiet, and for the pace."""
+        while wait := self._pace.wait():
             await asyncio.sleep(wait)
-        if self._api.rate is not None:
-            start = max(time.monotonic(), self._free_at)
-            self._free_at = start + images / self._api.rate
-            await asyncio.sleep(start - time.monotonic())
+        await asyncio.sleep(self._pace.take(images))
 
-    async def _once(self, method: str, request: Request, number: int, attempts: Attempts | None = None) -> _Reply:
+    async def _once(
+        self, method: str, request: Request, number: int, images: int = 0, attempts: Attempts | None = None
+    ) -> _Reply:
         """One exchange, whose status is 200. Raises _Again if it may be repeated, else RejectedError."""
+        sent_at = time.monotonic()
         try:
             reply = await self._exchange(method, request)
         except aiohttp.ClientConnectorError as error:
@@ -253,7 +262,7 @@ class Client:
         except (aiohttp.ClientError, OSError) as error:
             broke = f"the connection broke ({type(error).__name__})"
             raise _Again(broke, _backoff(number), may_be_binary=True) from None
-        self._judge(reply, number)
+        self._judge(reply, number, images, sent_at)
         return reply
 
     @property
@@ -281,7 +290,7 @@ class Client:
             return {name: value.replace(KEY, key) for name, value in request.headers.items()}
         return {**request.headers, "Authorization": f"Bearer {key}"}
 
-    def _judge(self, reply: _Reply, number: int) -> None:
+    def _judge(self, reply: _Reply, number: int, images: int, sent_at: float) -> None:
         """Raise _Again for a status that may pass, and RejectedError for one that will not."""
         self._reached, status = True, reply.status
         if status == 200:
@@ -290,7 +299,7 @@ class Client:
         asked_wait = retry_after(reply.headers, time.time())
         after = _backoff(number) if asked_wait is None else asked_wait + _backoff(1)
         if status == 429:
-            self._quiet_until = max(self._quiet_until, time.monotonic() + after)
+            self._pace.refused(images, sent_at, after)
             raise _Again(f"is busy (429){said}", after, free=True)
         if status >= 500 or status in _TRANSIENT:
             raise _Again(f"fails with status {status}{said}", after, may_be_binary=True)
