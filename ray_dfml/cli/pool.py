@@ -1,12 +1,17 @@
 """`ray-dfml pool build`, `pool add` and `pool check`."""
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import click
+import yaml
 
+from ray_dfml import yaml_text
 from ray_dfml.cli import options
+from ray_dfml.data.services import Adapter, Terms
 from ray_dfml.errors import RejectedError, UsageError
+from ray_dfml.types import LEVELS, Access
 
 
 @click.group()
@@ -74,40 +79,108 @@ def build(
         click.echo(f"{out}: {summary['teachers']} teachers, mean held-out accuracy {summary['accuracy_mean']:.1f} %")
 
 
-@pool.command(
-    epilog="\b\nExample:\n  ray-dfml pool add pools/mine --weights birds.safetensors --arch resnet10 --input 3x32x32"
-    " --mean 0.5,0.5,0.5 --std 0.25,0.25,0.25 --classes wren,robin,owl,jay,tit"
-)
+ADD = """\b
+Example:
+  ray-dfml pool add pools/mine --weights birds.safetensors --arch resnet10 --input 3x32x32 --mean 0.5,0.5,0.5
+  --std 0.25,0.25,0.25 --classes wren,robin,owl,jay,tit
+  ray-dfml pool add pools/mine --api https://models.example.org --adapter oip --model digits --output probabilities
+  --access probs --input 1x28x28 --classes 0,1,2,3,4,5,6,7,8,9 --authorization "J. Doe, owner" --key-env DIGITS_KEY
+"""
+
+
+@pool.command(epilog=ADD)
 @click.argument("path", metavar="POOL", type=options.PATH)
-@click.option("--weights", required=True, type=options.PATH, help="safetensors, or what torch.save wrote, of tensors.")
-@click.option("--arch", required=True, help="Architecture: one of ours, torchvision:NAME or timm:NAME.")
+@click.option("--weights", type=options.PATH, help="safetensors, or what torch.save wrote, of tensors.")
+@click.option("--api", metavar="URL", help="Instead of weights: a prediction service. It is asked once, charged.")
+@click.option("--arch", help="Architecture of the weights: one of ours, torchvision:NAME or timm:NAME.")
 @click.option("--input", "size", required=True, help="Channels x height x width, such as 3x32x32.")
 @click.option("--classes", help="Class names in the order of the outputs, with commas; DATASET/NAME if known.")
 @click.option("--classes-file", type=options.PATH, help="A UTF-8 text with one class name a line instead.")
-@click.option("--mean", help="Per channel, for pixels in [0, 1]; default 0.")
+@click.option("--mean", help="Per channel, for pixels in [0, 1]; default 0. A service normalises unless it is given.")
 @click.option("--std", help="Per channel; default 1.")
-@click.option("--id", "id", help="Name in the pool; default: the file's name.")
+@click.option("--id", "id", help="Name in the pool; default: the file's or the model's name.")
 @click.option("--accuracy", type=click.FloatRange(0, 100), help="Accuracy the owner reports, percent.")
-@click.option("--source", default="", help="Where the weights come from.")
-@click.option("--authorization", default="", help="Who permits their use.")
+@click.option("--source", default="", help="Where the teacher comes from.")
+@click.option("--authorization", default="", help="Who permits its use; required with --api.")
+@click.option(
+    "--access", type=click.Choice(LEVELS), help="What is given away; weights are given whole by default."
+)  # fmt: skip
+@click.option("--decimals", type=int, help="Decimals to which probabilities are rounded.")
+@click.option("--top-k", type=int, help="How many of the largest probabilities are given.")
+@click.option("--price", type=float, help="Money for one image.")
+@click.option("--budget", type=int, help="Most images that a run may send.")
+@click.option("--money", type=float, help="Most that a run may spend.")
+@click.option("--adapter", type=click.Choice(get_args(Adapter)), help="How the service is asked.")
+@click.option("--model", help="Name of the model at the service.")
+@click.option("--output", help="Name of the tensor of answers (oip).")
+@click.option("--template", type=options.PATH, help="YAML of the request of adapter json.")
+@click.option("--key-env", metavar="NAME", help="Environment variable that holds the key; never the key itself.")
+@click.option("--rate", type=float, help="Most images a second.")
+@click.option("--concurrency", type=int, help="Most requests at a time.")
+@click.option("--batch", type=int, help="Most images in a request.")
 @options.as_json
 def add(
-    path: Path, weights: Path, size: str, classes: str | None, classes_file: Path | None, mean: str | None,
-    std: str | None, json_out: bool, **rest: Any,
+    path: Path, weights: Path | None, api: str | None, arch: str | None, size: str, classes: str | None,
+    classes_file: Path | None, mean: str | None, std: str | None, access: Access | None, json_out: bool, **rest: Any,
 ) -> None:  # fmt: skip
-    """Add your own weights to POOL, which is made if it does not exist."""
-    from ray_dfml.data.pool import Pool, add_file
+    """Add your own weights, or a service, to POOL, which is made if it does not exist."""
+    from ray_dfml.data.pool import Pool
 
-    id, notes = add_file(
-        Pool.at(path), weights, input=size, classes=_class_names(classes, classes_file),
-        mean=_numbers("--mean", mean), std=_numbers("--std", std), **rest,
-    )  # fmt: skip
-    for note in notes:
-        options.say(f"{weights}: {note}")
+    if (weights is None) == (api is None):
+        raise UsageError("name either the weights of a teacher with --weights, or a service with --api")
+    names, pool = _class_names(classes, classes_file), Pool.at(path)
+    about = {key: rest[key] for key in ("id", "accuracy", "source", "authorization")}
+    terms = {key: rest[key] for key in Terms.model_fields if rest[key] is not None}
+    reach = {key: rest[key] for key in _REACH if rest[key] is not None}
+    norm = {"mean": _numbers("--mean", mean), "std": _numbers("--std", std)}
+    if weights is not None:
+        id = _add_weights(pool, weights, arch, reach, terms, input=size, classes=names, access=access, **norm, **about)
+    else:
+        if arch is not None:
+            raise UsageError("--arch: a service tells no architecture; leave it out")
+        if access is None:
+            raise UsageError("--access: say what the service answers: logits, probs or label")
+        reach |= {"url": api} | {key: value for key, value in norm.items() if value is not None}
+        id = _add_service(pool, reach, terms, input=size, classes=names, access=access, **about)
     if json_out:
         options.print_json({"pool": str(path), "id": id})
     else:
         click.echo(f"{path}: added {id}")
+
+
+_REACH = ("adapter", "model", "output", "template", "key_env", "rate", "concurrency", "batch")
+"""Options of a service that stand in its `api` block."""
+
+
+def _add_weights(
+    pool: Any, weights: Path, arch: str | None, reach: Mapping[str, Any], terms: Mapping[str, Any], *,
+    access: Access | None, **rest: Any,
+) -> str:  # fmt: skip
+    from ray_dfml.data.manifest import terms_of
+    from ray_dfml.data.pool import add_file
+
+    if arch is None:
+        raise UsageError("--arch: name the architecture of the weights")
+    if reach:
+        raise UsageError(f"--{next(iter(reach)).replace('_', '-')}: is of services, which have --api and no --weights")
+    id, notes = add_file(pool, weights, arch=arch, access=access or "weights", terms=terms_of(terms), **rest)
+    for note in notes:
+        options.say(f"{weights}: {note}")
+    return id
+
+
+def _add_service(pool: Any, reach: dict[str, Any], terms: Mapping[str, Any], **rest: Any) -> str:
+    from ray_dfml.services.members import add_service
+
+    if (file := reach.get("template")) is not None:
+        try:
+            reach["template"] = yaml_text.load(file.read_bytes())
+        except (OSError, yaml.YAMLError, ValueError) as error:
+            raise UsageError(f"--template {file}: not YAML, or cannot be read: {str(error).splitlines()[0]}") from None
+    id, spent, notes = add_service(pool, reach, terms=terms, **rest)
+    for note in (*notes, f"the probe sent {spent.sent} image{'s' if spent.sent != 1 else ''}, cost {spent.cost:g}"):
+        options.say(f"{id}: {note}")
+    return id
 
 
 def _class_names(names: str | None, file: Path | None) -> list[str]:
@@ -134,12 +207,21 @@ def _numbers(option: str, text: str | None) -> list[float] | None:
 
 @pool.command(epilog="\b\nExample:\n  ray-dfml pool check pools/mine")
 @click.argument("path", metavar="POOL", type=options.PATH)
+@click.option("--ask", is_flag=True, help="Also ask each service about one image, which is charged.")
 @options.as_json
-def check(path: Path, json_out: bool) -> int:
-    """Load and run each teacher once, and print one line for each. The exit code is 3 if any is rejected."""
+def check(path: Path, ask: bool, json_out: bool) -> int:
+    """Load and run each teacher once, and print one line for each. The exit code is 3 if any is rejected.
+
+    A service is asked only with --ask.
+    """
     from ray_dfml.data.pool import Pool
 
-    rows = Pool.open(path).check()
+    found = Pool.open(path)
+    rows = found.check()
+    if ask:
+        from ray_dfml.services.members import check_service
+
+        rows = [check_service(found, row["id"]) if found.entry(row["id"]).api else row for row in rows]
     if json_out:
         options.print_json(rows)
     else:

@@ -153,7 +153,7 @@ class Entry(Terms, _Strict):
             raise ValueError(f"top_k: there are {len(self.classes)} classes, got {self.top_k}")
         batch = self.api.batch if self.api is not None and self.api.adapter != "hf-image-classification" else 1
         if self.budget is not None and self.budget < batch:
-            raise ValueError(f"budget: {self.budget} is below one batch of {batch} images; lower api.batch")
+            raise ValueError(f"budget: {self.budget} is below one batch of {batch} images; lower api.batch (--batch)")
         return self
 
     @field_validator("mean", "std")
@@ -271,6 +271,14 @@ def make_entry(
     }
     entry = checked(fields)
     return entry.model_copy(update={"weights": f"weights/{id}.safetensors"})
+
+
+def terms_of(fields: Mapping[str, Any]) -> Terms:
+    """The terms that `fields` describe. Raises UsageError with the first fault."""
+    try:
+        return Terms.model_validate(fields)
+    except ValidationError as error:
+        raise UsageError(_first_fault(error)) from None
 
 
 def checked(fields: Mapping[str, Any]) -> Entry:

@@ -160,6 +160,15 @@ class Pool:
         entry = make_entry(id, arch, image, classes, accuracy, source, authorization, access, terms)
         self._add(entry, tensors)
 
+    def check_free(self, id: str) -> None:
+        """Raise UsageError if a teacher of the pool has this id."""
+        if id in self._entries:
+            raise UsageError(f"id {id!r} is taken in {self.path}; choose another one")
+
+    def add_entry(self, entry: Entry) -> None:
+        """Add a service, which has no weights. `cards` then shows what is on disk. Raises UsageError for a taken id."""
+        self._write(entry, None)
+
     def _add(self, entry: Entry, tensors: Mapping[str, Tensor], *, run: bool = False) -> None:
         id = entry.id
         try:
@@ -199,7 +208,7 @@ class Pool:
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
     def check(self) -> list[dict[str, Any]]:
-        """Load each teacher and run it on noise of random brightness.
+        """Load each teacher and run it on noise of random brightness. A service is not asked.
 
         Returns `{"id", "ok", "reason"}` for each, in file order. `reason` says why a teacher cannot be used, or, if
         `ok` is true, what is odd about it; otherwise it is empty. A bad teacher raises no error.
@@ -207,6 +216,9 @@ class Pool:
         first: dict[str, str] = {}
         results = []
         for entry in self._entries.values():
+            if entry.api is not None:
+                results.append({"id": entry.id, "ok": True, "reason": "a service, which was not asked"})
+                continue
             try:
                 notes = _probe(entry, self._tensors(entry)) + _odd_accuracy(entry)
                 twin = first.setdefault(entry.sha256 or "", entry.id)
@@ -280,6 +292,22 @@ def _probe(entry: Entry, tensors: Mapping[str, Tensor]) -> list[str]:
     return [f"constant output for {', '.join(dead[:5])}{' ..' if len(dead) > 5 else ''}"] if dead else []
 
 
+def size_of(text: str) -> tuple[int, int, int]:
+    """Channels, height and width of a text such as `3x32x32`. Raises UsageError for any other text."""
+    size = re.fullmatch(r"(\d{1,4})x(\d{1,4})x(\d{1,4})", text)
+    if not size:
+        raise UsageError(f"input {text!r}: expected CHANNELSxHEIGHTxWIDTH, such as 3x32x32")
+    channels, height, width = (int(number) for number in size.groups())
+    return channels, height, width
+
+
+def percent(accuracy: float | None) -> dict[str, float | None]:
+    """An accuracy in percent as an entry reports it. Raises UsageError for what looks like a fraction."""
+    if accuracy is not None and 0 < accuracy <= 1:
+        raise UsageError(f"accuracy {accuracy:g}: give percent, {100 * accuracy:g} if this is a fraction")
+    return {} if accuracy is None else {"reported": float(accuracy)}
+
+
 class Added(NamedTuple):
     """The id of a teacher that `add_file` added, and notes on how its weights were found in the file."""
 
@@ -310,12 +338,8 @@ def add_file(
     that do not fit the file or each other, and RejectedError for a bad file.
     """
     weights = resolved(weights)
-    size = re.fullmatch(r"(\d{1,4})x(\d{1,4})x(\d{1,4})", input)
-    if not size:
-        raise UsageError(f"input {input!r}: expected CHANNELSxHEIGHTxWIDTH, such as 3x32x32")
-    if accuracy is not None and 0 < accuracy <= 1:
-        raise UsageError(f"accuracy {accuracy:g}: give percent, {100 * accuracy:g} if this is a fraction")
-    channels, height, width = (int(number) for number in size.groups())
+    channels, height, width = size_of(input)
+    reported = percent(accuracy)
     image = ImageSpec(
         channels=channels,
         height=height,
@@ -323,7 +347,6 @@ def add_file(
         mean=tuple(mean) if mean is not None else (0.0,) * channels,
         std=tuple(std) if std is not None else (1.0,) * channels,
     )
-    reported = {} if accuracy is None else {"reported": float(accuracy)}
     id = _id_of(weights) if id is None else id
     entry = make_entry(id, arch, image, classes, reported, source, authorization, access, terms)
     found = foreign.read(weights, arch, image, len(classes))
