@@ -217,14 +217,24 @@ def _timm(name: str, shape: tuple[int, int, int], ways: int) -> nn.Module:
 def _fill_tables(model: nn.Module) -> None:
     """Compute the tables that modules of timm leave empty until they are asked to fill them.
 
-    Raises ValueError for tables that only a file has.
+    Some ask a weight where it is, so the weights get memory, which nothing touches, until the tables are there. Raises
+    ValueError for tables that only a file has.
     """
-    for place, module in model.named_modules():
-        empty = {name: table for name, table in module.named_buffers(recurse=False) if table.is_meta}
-        if not empty:
-            continue
-        if empty.keys() - module._non_persistent_buffers_set or not hasattr(module, "init_non_persistent_buffers"):
-            raise ValueError(f"{place}.{next(iter(empty))} is neither a weight nor computed")
-        for name, table in empty.items():
-            setattr(module, name, torch.empty_like(table, device="cpu"))
-        module.init_non_persistent_buffers()  # pyright: ignore[reportCallIssue]
+    tables = [
+        (f"{place}.{name}".strip("."), part, name) for place, part in model.named_modules() for name in _empty(part)
+    ]
+    for place, part, name in tables:
+        if name not in part._non_persistent_buffers_set or not hasattr(part, "init_non_persistent_buffers"):
+            raise ValueError(f"{place} is neither a weight nor computed")
+    if not tables:
+        return
+    model._apply(lambda tensor: torch.empty_like(tensor, device="cpu") if tensor.is_meta else tensor)
+    for part in {id(part): part for _, part, _ in tables}.values():
+        part.init_non_persistent_buffers()  # pyright: ignore[reportCallIssue]
+    for part in model.modules():
+        for name, weight in part.named_parameters(recurse=False):
+            setattr(part, name, nn.Parameter(weight.to("meta"), requires_grad=False))
+
+
+def _empty(part: nn.Module) -> list[str]:
+    return [name for name, table in part.named_buffers(recurse=False) if table.is_meta]
