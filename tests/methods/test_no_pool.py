@@ -9,6 +9,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
+from ray_dfml.config import resolve
 from ray_dfml.core import seeds
 from ray_dfml.core.images import to_bytes
 from ray_dfml.core.sources import SOURCES
@@ -168,6 +169,21 @@ def test_the_assumption_and_the_knowledge_are_said() -> None:
         "no-pool: the pool gives the learner's input and number of classes, and nothing else",
     ]
     assert len(no_pool.notes(small(images=("dip", "dipc")), world)) == 2
+
+
+@pytest.mark.parametrize(("preset", "shape"), [("no-pool-characters", (1, 28, 28)), ("no-pool-colour", (3, 32, 32))])
+def test_a_preset_makes_tasks_of_its_domain(preset: str, shape: tuple[int, int, int]) -> None:
+    """Dark strokes on a light page, or colours that differ within a class as views of an image do."""
+    cfg = resolve("no-pool", preset=preset, settings=["method.classes=40"]).method
+    assert isinstance(cfg, Config)
+    bank = np.stack(list(classes(cfg, shape, rng()).values())) / 255
+    assert bank.shape == (40, 20, *shape)
+    if shape[0] == 1:
+        assert np.median(bank) > 0.95
+        assert 0.7 < bank.mean() < 0.97
+    else:
+        assert 0.35 < bank.mean() < 0.65
+        assert bank.mean((2, 3, 4)).std(1).mean() > 0.03
 
 
 def test_it_is_the_control_that_reports_look_for() -> None:
