@@ -1,7 +1,7 @@
 """Runs that distil: the students that they leave, their top-1 scores, and how they are loaded, used and evaluated."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -19,20 +19,10 @@ from ray_dfml.runtime import driver, estimate
 from ray_dfml.runtime.local import LocalSession
 from ray_dfml.runtime.progress import Progress
 from ray_dfml.runtime.rundir import RunFolder
-from ray_dfml.runtime.shard import Shard
 from ray_dfml.types import Labelled
 from tests.runtime import toy
-from tests.support import FakeService
 
 CLASSES = 3
-
-
-@pytest.fixture(scope="module", autouse=True)
-def asked() -> Iterator[None]:
-    """Shards answer for the teachers that they host, without a ledger."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Shard, "service", lambda shard, id: FakeService(shard.teacher(id).card, shard.teacher(id)))
-        yield
 
 
 @pytest.fixture(scope="module")
