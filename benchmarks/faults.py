@@ -9,8 +9,13 @@ teacher's. OUT is a new folder for ledgers and counts; the table goes to stdout.
 import argparse
 from pathlib import Path
 
-from tests.services.chaos import FAULTS, Counted, disturbed, nursery
+from tests.services.chaos import FAULTS, Counted, disturbed, disturbed_training, nursery
 
+SETTINGS = (
+    "method.budget=800", "method.batch=50", "method.first=50", "method.growth=0", "method.student=lenet",
+    "method.steps=1", "method.last_steps=20", "method.images=[dip,mutants]",
+)  # fmt: skip
+"""Of the trainings: sixteen rounds of one batch."""
 RATE = 0.3
 """Share of requests that are spoilt."""
 COLUMNS = ("seed", "kills of the asker", "requests", "spoilt", "sent", "proxy", "received", "unique", "answered", "s")
@@ -36,8 +41,14 @@ def main() -> None:
     options.add_argument("--batch", type=int, default=50)
     given = options.parse_args()
     given.out.mkdir(parents=True)
-    print("|", " | ".join(COLUMNS), "|\n" + "|---" * len(COLUMNS) + "|", flush=True)
     faults = dict.fromkeys(FAULTS, 0)
+
+    def show(seed: int, found: Counted) -> None:
+        for fault in FAULTS:
+            faults[fault] += found.faults[fault]
+        print(row(seed, found), flush=True)
+
+    print("|", " | ".join(COLUMNS), "|\n" + "|---" * len(COLUMNS) + "|", flush=True)
     with nursery(given.out) as processes:
         for client_kills in (0, 5):
             for seed in range(given.seeds):
@@ -47,10 +58,20 @@ def main() -> None:
                     processes, folder.resolve(), given.pool.resolve(), seed=seed, images=given.images,
                     batch=given.batch, rate=RATE, client_kills=client_kills, timeout=3.0, between=(0.2, 4.0),
                 )  # fmt: skip
-                for fault in FAULTS:
-                    faults[fault] += found.faults[fault]
-                print(row(seed, found), flush=True)
+                show(seed, found)
+        print("\ntrainings of `ideal`, the first one undisturbed", flush=True)
+        students: set[bytes] = set()
+        for seed in range(-1, given.seeds):
+            folder = given.out / f"training-{seed}"
+            folder.mkdir()
+            found, student = disturbed_training(
+                processes, folder.resolve(), given.pool.resolve(), seed=seed, batch=50, rate=RATE if seed >= 0 else 0,
+                kills=4 if seed >= 0 else 0, timeout=3.0, between=(0.5, 6.0), settings=SETTINGS,
+            )  # fmt: skip
+            students.add(student)
+            show(seed, found)
     print("\nspoilt requests:", ", ".join(f"{name} {count}" for name, count in faults.items()))
+    print("different students:", len(students))
 
 
 if __name__ == "__main__":

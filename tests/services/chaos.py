@@ -8,6 +8,7 @@ Both processes are forked from a nursery that has imported everything, so that a
 
 import asyncio
 import contextlib
+import json
 import os
 import random
 import signal
@@ -23,6 +24,7 @@ from pathlib import Path
 import aiohttp
 import numpy as np
 import torch
+import yaml
 from aiohttp import web
 
 from ray_dfml.data.pool import Pool
@@ -78,7 +80,7 @@ for line in sys.stdin:
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     try:
-        main(["serve", *rest]) if word == "serve" else ask(*rest)
+        ask(*rest) if word == "ask" else main([word, *rest])
     finally:
         os._exit(0)
 """
@@ -251,7 +253,6 @@ class Front:
 class Counted:
     """What a disturbed run counted, in images, and what happened to it."""
 
-    images: int
     sent: int
     """By the ledger."""
     seen: int
@@ -263,6 +264,8 @@ class Counted:
     answered: int
     """By the ledger."""
     client_kills: int
+    images: int = 0
+    """Different images that were asked about."""
     faults: Counter[str] = field(default_factory=Counter)
     seconds: float = 0.0
 
@@ -283,6 +286,22 @@ def nursery(folder: Path, first_wait: float = 0.25) -> Iterator[Processes]:
         processes.close()
 
 
+@contextlib.contextmanager
+def _served(
+    processes: Processes, folder: Path, pool: Path, rate: float, timeout: float, seed: int
+) -> Iterator[tuple[Front, str]]:
+    """The teachers of a pool, served behind a front, and the address of the front."""
+    serve = (pool, "--access", "probs", "--counter", folder / "served.sqlite")
+    front = Front(processes, serve, free_port(), rate=rate, stall=1.5 * timeout, seed=seed)
+    host = Host(front)
+    try:
+        host.run(front.up())
+        yield front, f"http://127.0.0.1:{host.port}"
+    finally:
+        kill(front.server)
+        host.close()
+
+
 def disturbed(
     processes: Processes, folder: Path, pool: Path, *, seed: int, images: int, batch: int, rate: float,
     client_kills: int, timeout: float, between: tuple[float, float],
@@ -295,12 +314,7 @@ def disturbed(
     In the end every image has its answer, to the bit, and the server has answered no other request.
     """
     rng, start = random.Random(seed), time.monotonic()
-    serve = (pool, "--access", "probs", "--counter", folder / "served.sqlite")
-    front = Front(processes, serve, free_port(), rate=rate, stall=1.5 * timeout, seed=seed)
-    host = Host(front)
-    try:
-        host.run(front.up())
-        url = f"http://127.0.0.1:{host.port}"
+    with _served(processes, folder, pool, rate, timeout, seed) as (front, url):
         asked = asked_of(pool, url, batch, timeout)
         words = ("ask", pool, url, folder, images, batch, timeout)
         done, killed = False, 0
@@ -312,34 +326,67 @@ def disturbed(
                 killed += not done
             while alive(asking) or front.at_work:
                 time.sleep(0.01)
-            done = done or (killed == client_kills and _finished(folder, asked, images))
-            found = _counted(folder, asked, front, images, killed)
+            found = _counted(folder, asked, front, killed)
+            done = done or (killed == client_kills and found.answered == images)
             _check(found, batch * asked.api.concurrency if asked.api else 0)
         with Gateway(folder / "ledger.sqlite", [asked]) as gateway:
             answers = gateway.ask(asked.card.id, images_of(asked, images))
-        assert _counted(folder, asked, front, images, killed) == found, "what is known is not asked again"
-    finally:
-        kill(front.server)
-        host.close()
+        assert _counted(folder, asked, front, killed) == found, "what is known is not asked again"
     assert found.answered == found.answered_by_server == images
     served = from_pool(Pool.open(pool), asked.card.id, Gives(access="probs"), torch.device("cpu"))
     wanted, _ = served.answers(images_of(asked, images).astype(np.float32) / np.float32(255))
     assert answers.tobytes() == wanted.tobytes()
-    found.faults, found.seconds = Counter(front.faults), time.monotonic() - start
+    found.images, found.faults, found.seconds = images, Counter(front.faults), time.monotonic() - start
     return found
 
 
-def _finished(folder: Path, asked: Asked, images: int) -> bool:
-    with Gateway(folder / "ledger.sqlite", [asked]) as gateway:
-        return gateway.totals()[asked.card.id].answered == images
+def disturbed_training(
+    processes: Processes, folder: Path, pool: Path, *, seed: int, batch: int, rate: float, kills: int, timeout: float,
+    between: tuple[float, float], settings: Sequence[str],
+) -> tuple[Counted, bytes]:  # fmt: skip
+    """Train `ideal` on the first teacher of a pool, which is served, and return the counts and the student's file.
+
+    The run is one process, which is killed `kills` times and resumed. Requests are spoilt and the laws checked as in
+    `disturbed`; a run that ends because its service failed three times in a row is resumed too.
+    """
+    rng, run, killed = random.Random(seed), folder / "run", 0
+    start = time.monotonic()
+    with _served(processes, folder, pool, rate, timeout, seed) as (front, url):
+        asked = asked_of(pool, url, batch, timeout)
+        card, api = asked.card, asked.api
+        assert api is not None
+        entry = {
+            "id": card.id, "access": card.access, "api": api.model_dump(exclude_defaults=True),
+            "input": {"channels": card.image.channels, "height": card.image.height, "width": card.image.width},
+            "classes": list(card.classes),
+        }  # fmt: skip
+        (folder / "pool").mkdir()
+        (folder / "pool" / "pool.yaml").write_text(yaml.safe_dump({"version": 1, "teachers": [entry]}))
+        first = ("--pool", folder / "pool", *(word for one in settings for word in ("--set", one)))
+        while True:
+            more = ("--resume",) if (run / "config.yaml").exists() else first
+            training = processes.start("train", "ideal", "--run-dir", run, "--backend", "local", *more)
+            if killed < kills:
+                time.sleep(rng.uniform(*between))
+                killed += kill(training)
+            while alive(training) or front.at_work:
+                time.sleep(0.01)
+            if (run / "ledger.sqlite").exists():
+                found = _counted(run, asked, front, killed)
+                _check(found, batch * api.concurrency)
+                if json.loads((run / "status.json").read_text())["state"] == "done":
+                    break
+    assert found.answered == found.answered_by_server
+    found.images, found.faults, found.seconds = found.answered, Counter(front.faults), time.monotonic() - start
+    return found, (run / "learner.safetensors").read_bytes()
 
 
-def _counted(folder: Path, asked: Asked, front: Front, images: int, killed: int) -> Counted:
+def _counted(folder: Path, asked: Asked, front: Front, killed: int) -> Counted:
     received, answered_by_server = counts(front.url)
     with Gateway(folder / "ledger.sqlite", [asked]) as gateway:
         spent = gateway.totals()[asked.card.id]
     return Counted(
-        images=images, sent=spent.sent, seen=front.seen, received=received, answered_by_server=answered_by_server,
+        sent=spent.sent, seen=front.seen, received=received, answered_by_server=answered_by_server,
         answered=spent.answered, client_kills=killed,
     )  # fmt: skip
 

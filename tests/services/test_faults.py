@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.services.chaos import Processes, disturbed, nursery
+from tests.services.chaos import Processes, disturbed, disturbed_training, nursery
 
 
 @pytest.fixture(scope="module")
@@ -19,10 +19,31 @@ def test_the_counts_agree_whatever_happens(
     seed: int, client_kills: int, processes: Processes, toy_pool: Path, tmp_path: Path
 ) -> None:
     found = disturbed(
-        processes, tmp_path, toy_pool, seed=seed, images=240, batch=6, rate=0.4, client_kills=client_kills,
+        processes, tmp_path, toy_pool, seed=seed, images=180, batch=6, rate=0.4, client_kills=client_kills,
         timeout=0.7, between=(0.05, 0.4),
     )  # fmt: skip
     assert found.sent > found.images
     assert found.client_kills == client_kills
     assert client_kills or found.sent == found.seen
     assert sum(found.faults.values()) - found.faults[""] >= 10
+
+
+SETTINGS = (
+    "method.budget=96", "method.batch=8", "method.first=8", "method.growth=0", "method.student=conv4",
+    "method.student_batch=4", "method.steps=1", "method.last_steps=2", "method.images=[dip,mutants]",
+)  # fmt: skip
+
+
+def test_a_student_has_the_same_bits_whatever_happens(processes: Processes, toy_pool: Path, tmp_path: Path) -> None:
+    students = []
+    for rate, kills in ((0.0, 0), (0.4, 2)):
+        folder = tmp_path / str(kills)
+        folder.mkdir()
+        found, student = disturbed_training(
+            processes, folder, toy_pool, seed=0, batch=8, rate=rate, kills=kills, timeout=0.7, between=(0.2, 1.0),
+            settings=SETTINGS,
+        )  # fmt: skip
+        assert found.images == 96
+        assert (found.sent > 96) == (rate > 0)
+        students.append(student)
+    assert students[0] == students[1]
