@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import gzip
 import threading
 from collections.abc import Callable, Coroutine, Iterable, Iterator
 from typing import Any
@@ -102,6 +103,7 @@ class FaultyService:
         self.callers: list[Any] = []
         self.at_once = self.most_at_once = 0
         self.deaths = 0
+        self.elsewhere = "https://user:pw@elsewhere.example/v2?sig=1"
         self.die: Callable[[], Coroutine[Any, Any, None]]
         self.delay = 0.0
         self.description: dict[str, Any] = {
@@ -190,8 +192,10 @@ class FaultyService:
                 return good
             case "401":
                 return web.json_response({"error": f"bad key {request.headers.get('Authorization')}"}, status=401)
+            case "bomb":
+                return web.Response(body=gzip.compress(bytes(8 << 20)), headers={"Content-Encoding": "gzip"})
             case "redirect":
-                return web.Response(status=307, headers={"Location": "https://user:pw@elsewhere.example/v2?sig=1"})
+                return web.Response(status=307, headers={"Location": self.elsewhere})
             case _:
                 return web.json_response({"error": "no"}, status=int(fault))
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from ray_dfml.data.services import Asked, Budget, Terms
-from ray_dfml.errors import BudgetReached, RejectedError, UsageError
+from ray_dfml.errors import BudgetReached, Interrupted, RejectedError, UsageError
 from ray_dfml.services import client
 from ray_dfml.services.gateway import Gateway
 from tests.services.faulty import KEY, SIDE, FaultyService, Recorder, served, service, truth
@@ -321,6 +321,49 @@ def test_images_of_another_size_or_type_are_a_defect(scene: Scene, bad: np.ndarr
         with pytest.raises(ValueError, match=r"pixels must be in \[0, 1\]"):
             gateway.ask("svc", images(2).astype(np.float32) * np.nan)
         assert scene.proxy.seen == 0
+
+
+def test_a_redirect_takes_neither_images_nor_key_to_another_host(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("THE_KEY", KEY)
+    other = FaultyService()
+    with served(other) as elsewhere, scene.gateway(service(scene.url, key_env="THE_KEY")) as gateway:
+        scene.server.elsewhere = f"{elsewhere}/v2/models/m/infer"
+        scene.server.faults = iter(["redirect"] * 9)
+        with pytest.raises(RejectedError, match=f"redirect to {elsewhere}, which is not followed"):
+            gateway.ask("svc", images(1))
+        assert (other.received, other.headers, scene.server.received) == (0, [], 1)
+
+
+def test_an_answer_without_end_is_not_read_to_its_end(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client, "ANSWER_BYTES", 1 << 20)
+    scene.server.faults = iter(["bomb"])
+    with scene.gateway(service(scene.url)) as gateway:
+        with pytest.raises(RejectedError, match="svc: answers more than 1 MiB"):
+            gateway.ask("svc", images(1))
+        scene.laws(gateway)
+
+
+def test_closing_lets_what_is_on_its_way_arrive_and_sends_nothing_more(scene: Scene) -> None:
+    scene.server.delay = 0.1
+    gateway = scene.gateway(service(scene.url, concurrency=2))
+    raised: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            gateway.ask("svc", images(400))
+        except Interrupted as error:
+            raised.append(error)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    while scene.server.received < 9:
+        time.sleep(0.01)
+    gateway.close()
+    thread.join()
+    assert [str(error) for error in raised] == ["svc: the run ends; what was answered is kept"]
+    with scene.gateway() as again:
+        spent = again.totals()["svc"]
+        assert 9 <= spent.answered == spent.sent == scene.server.received < 400
 
 
 @pytest.mark.parametrize("seed", range(5))
