@@ -108,7 +108,13 @@ def test_the_generator_follows_the_estimated_gradients() -> None:
     seen = view(to_pixels(task["images"]), task["view"], pad=1, fill=cfg.crop_fill)
     answers = one.service.query(seen.numpy())
     np.testing.assert_allclose(torch.tensor(task["logits"]).softmax(1), answers[:, one.units], atol=1e-5)
-    assert task["labels"].tolist() == [0, 1] * cfg.images_per_class
+    assert task["labels"].tolist() == answers[:, one.units].argmax(1).tolist()
+    assert (
+        asking(cfg.model_copy(update={"relabel": False}), world)
+        .generated(bidf.generator(world.image.shape, cfg.latent, cfg.width, 2), None)["labels"]
+        .tolist()
+        == [0, 1] * cfg.images_per_class
+    )
 
 
 def test_images_of_sources_bear_the_labels_of_their_answers() -> None:

@@ -149,7 +149,7 @@ class Asking:
                 z, adam_z = optim.adam_step(z, grads[1], adam_z, lr=cfg.lr_generator, betas=BETAS)
         assert kept is not None
         wished = self.units[self.labels]
-        return self._task(kept[0], self.labels) | {
+        return self._task(kept[0], None if cfg.relabel else self.labels) | {
             "loss_first": first,
             "loss_last": best,
             "ce": float(F.cross_entropy(kept[1], wished)),
@@ -172,9 +172,7 @@ class Asking:
             with torch.no_grad():
                 best = judge(drawn[None])[0].softmax(-1).topk(2, -1).values
             drawn = drawn[(best[:, 0] - best[:, 1]).argsort(stable=True)[:count]]
-        task = self._task(drawn, None)
-        shares = np.bincount(task["labels"], minlength=self.way) / count
-        return task | {"balance": 100.0 * float(np.minimum(shares, 1 / self.way).sum())}
+        return self._task(drawn, None)
 
     def _drawn(self, count: int) -> Tensor:
         """Images of the sources [count c h w] of the learner's size. The first sources make those left over."""
@@ -191,13 +189,16 @@ class Asking:
         stored, offsets = to_bytes(images), self._offsets()
         soft = self.answers(fit(self._view(to_pixels(stored, self.device), offsets), self.image.shape))[:, self.units]
         card = self.service.card
+        found = (soft.argmax(-1) if labels is None else labels).cpu().numpy()
+        shares = np.bincount(found, minlength=self.way) / len(found)
         return {
             "teacher": card.id,
             "classes": [card.classes[u] for u in self.units.tolist()],
             "images": stored,
-            "labels": (soft.argmax(-1) if labels is None else labels).cpu().numpy(),
+            "labels": found,
             "view": offsets,
             "logits": soft.cpu().numpy(),
+            "balance": 100.0 * float(np.minimum(shares, 1 / self.way).sum()),
         }
 
 

@@ -61,6 +61,10 @@ class Config(InversionConfig):
         min_length=1,
         description=f"What services are asked about, in equal parts: {', '.join(IMAGES)}.",
     )
+    relabel: bool = Field(
+        default=True,
+        description="Whether images of services enter the bank under the class of the answer, not the wished one.",
+    )
     zero_order: ZeroOrderConfig = Field(
         default=ZeroOrderConfig(), description="How the gradients of services are estimated."
     )
@@ -91,6 +95,7 @@ PROFILES: dict[str, Values] = {
             "kl_clamp": 1e9,
             "crop_pad": 0,
             "flip": "off",
+            "relabel": False,
             "zero_order": {"directions": 100, "mu": 0.005},
             "replay": {"mix_data": True},
         }
@@ -105,6 +110,7 @@ PROFILES: dict[str, Values] = {
             "boundary_after": 4000,
             "distill": "probdot",
             "generate_every": 0,
+            "relabel": False,
             "zero_order": {"directions": 100, "mu": 0.005},
             "replay": {"reduction": "sum", "max_updates": 60_000, "mix_data": True},
         }
