@@ -1,6 +1,5 @@
 """`ray-dfml train`."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -88,11 +87,14 @@ def train(
 
 def _kept(run_dir: Path, json_out: bool, run: Callable[[], list[dict[str, Any]]]) -> list[dict[str, Any]]:
     """The scores of a run. If a budget ends it, what it kept is shown before BudgetReached goes on."""
+    from ray_dfml.runtime.rundir import RunFolder
+
     try:
         return run()
     except BudgetReached:
-        if (run_dir / "learner.json").exists():
-            _show(run_dir, json.loads((run_dir / "scores.json").read_bytes()), json_out)
+        folder = RunFolder(run_dir)
+        if folder.read_status().get("round"):
+            _show(run_dir, folder.read_scores(), json_out)
         raise
 
 
