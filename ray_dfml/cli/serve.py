@@ -69,14 +69,15 @@ def serve(
 
 
 def _chosen(model: str, gives: "Gives") -> "tuple[Path, list[Served]]":
-    """The folder that a user names, and the classifiers in it that are meant."""
+    """The folder that a user names, or that of a file, and the classifiers in it that are meant."""
     from ray_dfml.data.manifest import MANIFEST
 
     name, colon, id = model.rpartition(":")
     one = bool(colon) and not resolved(model).exists()
     folder = resolved(name if one else model)
     of_pool = (folder / MANIFEST).exists() or not folder.exists()
-    return folder, (_teachers if of_pool else _students)(folder, id if one else None, gives)
+    served = (_teachers if of_pool else _students)(folder, id if one else None, gives)
+    return folder.parent if folder.is_file() else folder, served
 
 
 def _teachers(folder: Path, id: str | None, gives: "Gives") -> "list[Served]":

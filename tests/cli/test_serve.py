@@ -149,6 +149,8 @@ def test_what_students_give_is_theirs(tmp_path: Path, command: Command) -> None:
     assert np.abs(found - student.Student.load(tmp_path, teacher="a").predict_proba(x)).max() > 1e-3
     assert good.all()
     assert [one.id for one in _chosen(str(tmp_path), Gives(access="probs", top_k=2))[1]] == ["a", "b"]
+    folder, (only,) = _chosen(str(tmp_path / "students" / "a.safetensors"), Gives(access="label"))
+    assert (folder, only.id) == (tmp_path / "students", "a")
     done = command("serve", tmp_path, "--access", "probs", "--top-k", "3")
     assert done.err == "ray-dfml: a: top_k is 3, and there are 2 classes\n"
     done = command("serve", f"{tmp_path}:c", "--access", "label")

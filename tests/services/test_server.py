@@ -19,10 +19,12 @@ from hypothesis import strategies as st
 
 from ray_dfml.core.answers import answers
 from ray_dfml.core.images import normalise
+from ray_dfml.data.services import Api, Asked
 from ray_dfml.services import hosting, server
+from ray_dfml.services.gateway import Gateway
 from ray_dfml.services.hosting import OUTPUTS
 from ray_dfml.services.protocol import HEADER_LENGTH, Tensor, pack, unpack
-from ray_dfml.types import Access
+from ray_dfml.types import Access, TeacherCard
 from tests.services.serving import (
     SHAPE,
     TEACHER,
@@ -335,3 +337,19 @@ def test_a_token_is_asked_for_and_never_shown(tmp_path: Path) -> None:
 def test_a_page_in_a_browser_cannot_ask(headers: dict[str, str], label: Running) -> None:
     assert post(label.url, request_of(images(1)), **headers).status == 403
     assert get(label.url, "/v2/health/live", **headers).status == 200
+
+
+def test_our_client_keeps_to_the_rate_that_the_server_asks_for(tmp_path: Path) -> None:
+    """What was refused for now is asked again, counted as sent by the client, and not as received by the server."""
+    known = TeacherCard(id="t", arch="", image=TEACHER.card.image, classes=TEACHER.card.classes, access="label")
+    x = np.random.default_rng(0).integers(0, 256, (60, *SHAPE), dtype=np.uint8)
+    with running([served("label")], tmp_path, rate=20.0) as (url, _):
+        api = Api(url=url, adapter="oip", model="t", output="label", batch=30, concurrency=1)
+        start = time.monotonic()
+        with Gateway(tmp_path / "ledger.sqlite", [Asked(card=known, api=api)]) as gateway:
+            found = gateway.ask("t", x)
+            spent = gateway.totals()["t"]
+        assert counts(url) == (60, 60)
+    assert time.monotonic() - start > 0.5, "31 leave a debt of 11, at 20 a second"
+    assert spent.answered == 60 < spent.sent
+    np.testing.assert_array_equal(found, wanted(x.astype(np.float32) / 255, "label"))
