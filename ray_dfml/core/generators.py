@@ -1,11 +1,13 @@
 """Image generators, which turn latent codes into pixels in [0, 1].
 
-[Wei2024] FREE, arXiv 2405.00984, Table 6: FREE, BiDf-MKD and the release of IDEAL use this generator ("G-std").
+[Wei2024] FREE, arXiv 2405.00984, Table 6: FREE, BiDf-MKD and the release of IDEAL use one generator, here `standard`.
+[Radford2016] Unsupervised Representation Learning with Deep Convolutional GANs, arXiv 1511.06434 (`dcgan`).
 """
 
 import functools
 import math
-from typing import Any
+from itertools import pairwise
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -91,17 +93,55 @@ class StandardGenerator:
         return torch.sigmoid(F.conv2d(x, weight, bias, padding=1))
 
 
+class DcganGenerator:
+    """Linear d -> channels at a small grid, transposed convolutions 4x4 that double it, conv 3x3 to c, sigmoid.
+
+    The grid is doubled as often as the size allows, at most four times. Before the last doubling there are twice as
+    many channels as `width`, and so on backwards up to 8 x width; each doubling ends in batch norm (of the batch) and
+    LeakyReLU 0.2 ([Radford2016], with a last convolution as in IDEAL's table 6).
+    """
+
+    def __init__(self, shape: tuple[int, int, int], latent: int, width: int) -> None:
+        channels, height, breadth = shape
+        self.doublings = max(k for k in range(5) if height % 2**k == 0 and breadth % 2**k == 0)
+        self.widths = [width * min(2**k, 8) for k in range(self.doublings, 0, -1)] + [width]
+        self.grid = (self.widths[0], height >> self.doublings, breadth >> self.doublings)
+        self.parameters = linear_shapes("project", latent, math.prod(self.grid)) | norm_shapes("norm0", self.widths[0])
+        for i, (before, after) in enumerate(pairwise(self.widths), 1):
+            self.parameters |= conv_shapes(f"up{i}", before, after, 4) | norm_shapes(f"norm{i}", after)
+        self.parameters |= conv_shapes("last", width, channels, 3, bias=True)
+
+    def images(self, layers: Layers, z: Tensor) -> Tensor:
+        """Images [n c h w] in [0, 1] of codes [n d]."""
+        x = layers.norm("norm0", layers.laid_out(layers.linear("project", z).view(-1, *self.grid)))
+        for i in range(1, self.doublings + 1):
+            weight = layers.tensors[f"up{i}.weight"].transpose(0, 1)
+            x = F.conv_transpose2d(F.leaky_relu(x, 0.2), weight, stride=2, padding=1)
+            x = layers.norm(f"norm{i}", layers.laid_out(x))
+        x = F.leaky_relu(x, 0.2)
+        return torch.sigmoid(F.conv2d(x, layers.tensors["last.weight"], layers.tensors["last.bias"], padding=1))
+
+
+Kind = Literal["standard", "dcgan"]
+"""Architectures of generators."""
+
+
 class Generator:
     """The generator as a function of (flat weights [p], latent codes [n d]) -> pixels [n c h w] in [0, 1].
 
     With `classes` the codes are [n d + classes] and end in a one-hot label.
     """
 
-    def __init__(self, shape: tuple[int, int, int], latent: int, width: int, classes: int = 0) -> None:
+    def __init__(
+        self, shape: tuple[int, int, int], latent: int, width: int, classes: int = 0, kind: Kind = "standard"
+    ) -> None:
+        if kind == "dcgan" and classes:
+            raise ValueError("a dcgan generator is not told the label")
         if shape[1] % 4 or shape[2] % 4:
             raise ValueError(f"the generator needs height and width divisible by 4, got {shape[1]}x{shape[2]}")
         self.shape, self.latent, self.classes = shape, latent, classes
-        self._network = StandardGenerator(shape, latent, width, classes)
+        network = DcganGenerator(shape, latent, width) if kind == "dcgan" else None
+        self._network = network or StandardGenerator(shape, latent, width, classes)
         self.layout = Layout(self._network.parameters)
 
     def __call__(self, theta: Tensor, z: Tensor, *, first_order: bool = False) -> Tensor:
@@ -138,6 +178,8 @@ class Generator:
 
 
 @functools.lru_cache(maxsize=16)
-def generator(shape: tuple[int, int, int], latent: int, width: int, classes: int = 0) -> Generator:
+def generator(
+    shape: tuple[int, int, int], latent: int, width: int, classes: int = 0, kind: Kind = "standard"
+) -> Generator:
     """The generator of a shape, built once per process. Raises ValueError for a size not divisible by 4."""
-    return Generator(shape, latent, width, classes)
+    return Generator(shape, latent, width, classes, kind)

@@ -201,3 +201,33 @@ def test_calls_from_eight_threads_equal_those_from_one(device):
         warnings.filterwarnings("ignore", "Attempting to run cuBLAS")  # the first product of a thread of its own
         for i, images in enumerate(pool.map(lambda i: net_g(thetas[i % 8], z), range(160))):
             assert torch.equal(images, alone[i % 8])
+
+
+@pytest.mark.parametrize(
+    ("shape", "doublings"), [((1, 28, 28), 2), ((3, 32, 32), 4), ((3, 84, 84), 2), ((3, 64, 32), 4)]
+)
+def test_a_dcgan_doubles_its_grid_as_often_as_the_size_allows(shape, doublings):
+    net_g = Generator(shape, 8, 4, kind="dcgan")
+    assert sum(name.startswith("up") for name in net_g.layout.shapes) == doublings
+    assert net_g.layout.shapes["project.weight"][0] == min(4 * 2**doublings, 32) * (
+        shape[1] * shape[2] >> 2 * doublings
+    )
+    theta = net_g.reset(torch.Generator().manual_seed(0))
+    images = net_g(theta, torch.randn(3, 8, generator=torch.Generator().manual_seed(1)))
+    assert tuple(images.shape) == (3, *shape)
+    assert 0 < float(images.min().detach()) < float(images.max().detach()) < 1
+
+
+def test_a_dcgan_has_the_gradient_of_finite_differences_and_one_value_in_both_ways():
+    net_g = Generator((1, 8, 8), 3, 2, kind="dcgan")
+    theta = net_g.init(torch.Generator().manual_seed(0)).double().requires_grad_()
+    z = torch.randn(4, 3, generator=torch.Generator().manual_seed(1)).double()
+    direction = torch.randn(len(theta), generator=torch.Generator().manual_seed(2)).double()
+    (grad,) = torch.autograd.grad(net_g(theta, z).square().sum(), theta)
+    eps = 1e-6
+    with torch.no_grad():
+        rise = net_g(theta + eps * direction, z).square().sum() - net_g(theta - eps * direction, z).square().sum()
+    assert float(grad @ direction) == pytest.approx(float(rise) / (2 * eps), rel=1e-4)
+    torch.testing.assert_close(net_g(theta, z, first_order=True), net_g(theta, z))
+    with pytest.raises(ValueError, match="not told the label"):
+        Generator((1, 8, 8), 3, 2, 2, kind="dcgan")

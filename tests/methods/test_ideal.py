@@ -101,11 +101,12 @@ def test_stage_1_changes_neither_student_nor_teacher_and_asks_nothing():
     assert one.service.asked == one.asked == 0
 
 
-def test_the_generator_learns_to_please_the_student():
+@pytest.mark.parametrize("kind", ["standard", "dcgan"])
+def test_the_generator_learns_to_please_the_student(kind):
     """After more steps the student sees more of the wished classes in the images of fixed codes."""
     found = []
     for steps in (1, 30):
-        one = study(small_ideal(code="fixed", generator_steps=steps, generator_lr=0.01, lam=0.0))
+        one = study(small_ideal(generator=kind, code="fixed", generator_steps=steps, generator_lr=0.01, lam=0.0))
         images = Stage(one.lesson.cfg, one).images(8)
         logits = one.lesson.logits(to_bytes(images))
         found.append(float(torch.nn.functional.cross_entropy(logits, torch.arange(8) % 3)))

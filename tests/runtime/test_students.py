@@ -15,6 +15,7 @@ from ray_dfml.core import seeds
 from ray_dfml.core.images import normalise, to_pixels
 from ray_dfml.data import datasets
 from ray_dfml.errors import Interrupted, RejectedError, UsageError
+from ray_dfml.methods import METHODS
 from ray_dfml.runtime import driver, estimate
 from ray_dfml.runtime.local import LocalSession
 from ray_dfml.runtime.progress import Progress
@@ -210,3 +211,15 @@ def test_the_untrained_student_is_the_one_that_the_run_began_with(run: Path, spl
     student = Student.load(run)
     drawn = student.weights.net.init(seeds.rng(0, "student", student.card.teacher))
     assert torch.equal(untrained(student).theta, drawn)
+
+
+@pytest.mark.parametrize("method", ["dfme", "dafl", "zskt", "dast", "deepinversion", "cmi"])
+def test_the_older_methods_run_and_leave_students(method: str, tmp_path: Path, single: Path, split_data: str) -> None:
+    config = toy.config(method, single, split_data)
+    rows = toy.train(config, tmp_path / "run")
+    assert [row["method"] for row in rows] == [method, "random"]
+    card = Student.load(tmp_path / "run").card
+    lines = [json.loads(line) for line in (tmp_path / "run" / "ledger.jsonl").read_text().splitlines()]
+    planned = sum(METHODS[method].queries(config.method, driver.read_inputs(config).world).values())
+    assert (card.method, card.queries) == (method, planned)
+    assert sum(line["answered"] for line in lines) <= sum(line["sent"] for line in lines) <= planned

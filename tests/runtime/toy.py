@@ -62,6 +62,9 @@ NO_POOL = (
     "method.replay.shot=1", "method.replay.query=3", "method.replay.tasks=3", "method.replay.inner_steps=2",
 )  # fmt: skip
 
+DISTILLER = ("method.budget=56", "method.batch=8", "method.student=conv4", "eval.every=1")
+INVERTER = (*DISTILLER, "method.iterations=2", "method.steps=2", "method.student_batch=4")
+
 IDEAL = (
     "method.budget=24", "method.batch=8", "method.first=8", "method.growth=0", "method.student=conv4",
     "method.student_batch=4", "method.steps=1", "method.last_steps=2", "method.images=[dip,mutants]",
@@ -71,6 +74,7 @@ IDEAL = (
 SETTINGS: dict[str, tuple[str, ...]] = {
     "free": FREE + EVAL, "maml-oracle": ORACLE + EVAL, "purer": PURER + EVAL, "bidf-mkd": BIDF + EVAL,
     "dro": DRO + EVAL, "no-pool": NO_POOL + EVAL, "ideal": IDEAL,
+    **dict.fromkeys(("dfme", "dafl", "zskt", "dast"), DISTILLER), **dict.fromkeys(("deepinversion", "cmi"), INVERTER),
 }  # fmt: skip
 """Method -> its small settings; the baselines have only those of the test."""
 

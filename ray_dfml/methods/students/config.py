@@ -6,6 +6,7 @@ from typing import Annotated, Literal, NamedTuple
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from ray_dfml.core.backbones import BACKBONES, known_arch
+from ray_dfml.core.generators import Kind
 from ray_dfml.core.sources import SOURCES
 from ray_dfml.errors import did_you_mean
 from ray_dfml.methods.base import MethodConfig
@@ -73,7 +74,7 @@ class StudentConfig(MethodConfig):
 class GeneratorConfig(StudentConfig):
     """Settings of the generator that is trained on the student ([Zhang2023] section 3.2, stage 1)."""
 
-    generator: Literal["standard"] = Field(default="standard", description="Architecture of the generator.")
+    generator: Kind = Field(default="standard", description="Architecture of the generator: standard or dcgan.")
     latent: int = Field(default=256, ge=1, description="d_z: length of a latent code.")
     width: int = Field(default=64, ge=4, description="Channels of the generator's last hidden layer.")
     generator_steps: int = Field(default=10, ge=0, description="E_G: Adam steps of the generator in a round.")

@@ -44,7 +44,7 @@ class Stage:
 
     def __init__(self, cfg: GeneratorConfig, study: Study, *, crop_pad: int = 0, flip: bool = False) -> None:
         self._cfg, self._study, self._pad, self._flip = cfg, study, crop_pad, flip
-        self._net: Generator = generator(study.card.image.shape, cfg.latent, cfg.width)
+        self._net: Generator = generator(study.card.image.shape, cfg.latent, cfg.width, kind=cfg.generator)
 
     def images(self, count: int) -> Tensor:
         """Pixels [n c h w] in [0, 1], in batches of at most `batch`, each from a generator trained for it."""
