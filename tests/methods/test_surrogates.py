@@ -280,3 +280,15 @@ def test_the_surrogate_is_what_is_inverted(monkeypatch: pytest.MonkeyPatch) -> N
     assert (one.card.arch, one.net.layout.numel) == ("mlp", len(kept["theta"]))
     assert torch.equal(one.theta, kept["theta"])
     assert torch.equal(one.stats, kept["stats"])
+
+
+def test_teachers_and_surrogates_of_one_architecture_are_inverted_together_where_the_shard_batches() -> None:
+    """As on a GPU, and up to rounding with the images of one after another."""
+    world, cfg = world_of(*MIXED), small(surrogate={"student": "conv4", "labels": "keep"})
+    _, state, _ = play("free", cfg, world, rounds=2, first=0, shard=NoWeights(world))
+    jobs, shared = free.plan(cfg, world, state, 2), free.shared(cfg, world, state, 2)
+    looped, batched = (free.recover(NoWeights(world, batched=how), jobs, shared) for how in (False, True))
+    for one, other in zip(looped, batched, strict=True):
+        assert one["teacher"] == other["teacher"]
+        assert np.abs(one["images"].astype(int) - other["images"].astype(int)).mean() < 0.5
+        assert ("agreement" in one) == ("agreement" in other) == (one["teacher"] != "conv4-0")
