@@ -202,7 +202,7 @@ def test_a_score_does_not_depend_on_who_asks_for_which_part() -> None:
     assert other.tolist() != whole.tolist()
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [name for name, one in METHODS.items() if one.students is None])
 def test_a_row_has_the_keys_of_the_contract(method: str) -> None:
     rows = [as_row(score, "fixed") for score in toy.scores_of(trainer(method), "last")]
     names = [row["method"] for row in rows]

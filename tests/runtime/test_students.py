@@ -20,6 +20,7 @@ from ray_dfml.runtime import driver, estimate
 from ray_dfml.runtime.local import LocalSession
 from ray_dfml.runtime.progress import Progress
 from ray_dfml.runtime.rundir import RunFolder
+from ray_dfml.scores import KEYS
 from ray_dfml.types import Labelled
 from tests.runtime import toy
 
@@ -97,6 +98,7 @@ def test_scores_are_top1_with_the_interval_of_a_proportion_beside_the_untrained_
     own, fresh = scores(run)
     assert (own["method"], fresh["method"]) == ("ideal", "random")
     for row in (own, fresh):
+        assert tuple(row) == KEYS
         assert (row["way"], row["shot"], row["episodes"]) == (None, None, None)
         assert (row["split"], row["bn"], row["selection"]) == ("test", "running", "last")
         p, n = row["mean"] / 100, 8 * CLASSES
