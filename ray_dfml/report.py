@@ -25,6 +25,9 @@ from ray_dfml.errors import DfmlError, RejectedError, UsageError
 from ray_dfml.methods import METHODS, UNTRAINED
 from ray_dfml.plots import number
 
+SPENT = ("answered", "sent", "cost")
+"""Keys of a line of `ledger.jsonl` that are added up."""
+
 
 @dataclass(frozen=True)
 class Record:
@@ -39,8 +42,8 @@ class Record:
     """One per round, in order of rounds."""
     unread: int
     """How many lines of `metrics.jsonl` are no JSON objects."""
-    queries: dict[str, int]
-    """Teacher -> images sent to it, from `ledger.jsonl`."""
+    queries: dict[str, dict[str, float]]
+    """Teacher -> images `answered` and `sent`, and their `cost`, from `ledger.jsonl`; empty if nobody was asked."""
     learner: dict[str, Any]
     """`learner.json`, which describes the exported weights; empty if there are none yet."""
 
@@ -83,9 +86,11 @@ def read(run: Path) -> Record:
         raise RejectedError(f"{run / 'config.yaml'}: expected a mapping; restore the file")
     lines, unread = _lines(run / "metrics.jsonl")
     by_round = {line["round"]: line for line in lines if isinstance(line.get("round"), int)}
-    queries: Counter[str] = Counter()
+    queries: dict[str, dict[str, float]] = {}
     for line in _lines(run / "ledger.jsonl")[0]:
-        queries[str(line.get("teacher"))] += int(number(line.get("sent")) or 0)
+        one = queries.setdefault(str(line.get("teacher")), dict.fromkeys(SPENT, 0))
+        for key in SPENT:
+            one[key] += number(line.get(key)) or 0
     return Record(
         path=run,
         config=config,
@@ -94,7 +99,7 @@ def read(run: Path) -> Record:
         scores=[row for row in _json(run / "scores.json", list) or [] if isinstance(row, dict)],
         metrics=[by_round[r] for r in sorted(by_round)],
         unread=unread,
-        queries=dict(queries),
+        queries=queries,
         learner=_json(run / "learner.json", dict) or {},
     )
 
@@ -227,6 +232,13 @@ def _duration(seconds: float | None) -> str:
     return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"
 
 
+def _queries(record: Record) -> list[tuple[str, int, int, str]]:
+    """Each teacher that was asked, then all: images answered, images sent, money."""
+    total = {key: sum(one[key] for one in record.queries.values()) for key in SPENT}
+    rows = [*sorted(record.queries.items()), ("in all", total)] if record.queries else []
+    return [(id, int(one["answered"]), int(one["sent"]), f"{round(one['cost'], 9):g}") for id, one in rows]
+
+
 def _facts(value: object, prefix: str = "") -> list[tuple[str, str]]:
     """A nested mapping as (dotted key, text) pairs."""
     if isinstance(value, dict) and value:
@@ -273,7 +285,7 @@ def _values(record: Record) -> dict[str, Any]:
         "table": _table(record),
         "stages": [(name, _duration(seconds), 100 * seconds / total) for name, seconds in spent.items()],
         "unread": record.unread,
-        "queries": sorted(record.queries.items()),
+        "queries": _queries(record),
         "pools": _pools(record),
         "data": dicts(record.manifest.get("data")),
         "learner": learner,

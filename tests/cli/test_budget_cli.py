@@ -53,7 +53,8 @@ def test_a_budget_ends_with_4_and_a_raised_one_goes_on(tmp_path: Path, pool: Pat
     assert last.startswith("ray-dfml: the budget of the run is 70 images: 64 are sent and 8 more are asked")
     assert f"run: {run}" in done.out
     assert toy.status(run)["state"] == "budget"
-    assert (run / "report.html").is_file()
+    page = " ".join((run / "report.html").read_text().split())
+    assert "<td>in all</td><td>64</td><td>64</td><td>8.8</td>" in page
     refused = command(*words, "--resume", "--set", "method.batch=4")
     assert (refused.code, refused.err.count("\n")) == (2, 1)
     again = command(*words, "--resume", "--set", "budget.queries=96")
