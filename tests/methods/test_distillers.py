@@ -53,13 +53,26 @@ def test_a_training_asks_exactly_what_it_plans_and_repeats_its_bits(name):
 
 
 def test_a_round_pays_for_its_generator_and_the_last_may_be_shorter():
-    """METHODS: an iteration of DFME costs batch (m + 1 + 5) queries, with one direction m."""
+    """An iteration of DFME costs batch (m + 1 + 5) queries, with one direction m."""
     cfg = adversarial.DfmeConfig(budget=7 * 250 * 2 + 4 * 250 + 3)
     assert [batch.asked for batch in cfg.batches()] == [1750, 1750, 1000]
     assert [batch.asked for batch in adversarial.DfmeConfig(budget=7 * 250 + 500).batches()] == [1750]
     assert [batch.asked for batch in adversarial.DaflConfig(budget=1500).batches()] == [1250, 250]
     with pytest.raises(UsageError, match="below one round"):
         resolve("dfme", settings=["method.budget=500"])
+
+
+@pytest.mark.parametrize("name", ["dfme", "dafl", "zskt", "dast"])
+def test_methods_that_learn_a_named_class_refuse_probabilities(name):
+    with pytest.raises(UsageError, match=r"leave method.answers at hard"):
+        resolve(name, settings=["method.answers=soft"])
+    assert resolve("cmi", settings=["method.answers=soft"]).method.answers == "soft"
+
+
+def test_the_weight_decay_of_a_student_is_that_of_the_releases():
+    """DFME 5e-4; DAFL and ZSKT, in CMI's release, 1e-4."""
+    found = {name: resolve(name).method.weight_decay for name in ("dfme", "dafl", "zskt")}
+    assert found == {"dfme": 5e-4, "dafl": 1e-4, "zskt": 1e-4}
 
 
 def test_a_centred_answer_has_the_smoothed_probabilities_and_mean_zero():
@@ -101,8 +114,12 @@ def test_dafl_balances_what_the_student_sees():
     assert min(found) >= -cfg.information * math.log(3) - 1e-3
 
 
-def test_the_forward_difference_is_the_slope_in_the_direction(monkeypatch):
-    """With a student that answers linearly in the pixels and a teacher that never changes, the estimate is exact."""
+@pytest.mark.parametrize("black", [False, True])
+def test_the_forward_difference_is_the_slope_in_the_direction(monkeypatch, black):
+    """With a student that answers linearly in the pixels and a teacher that never changes, the estimate is exact.
+
+    In black images only half of the pixels can be displaced, and the direction is what is left of it.
+    """
     cfg = small_distiller("dfme", batch=2, epsilon=0.01)
     one = study(cfg)
     made = LastingGenerator(one, cfg.latent, cfg.width)
@@ -110,6 +127,10 @@ def test_the_forward_difference_is_the_slope_in_the_direction(monkeypatch):
     monkeypatch.setattr(
         adversarial, "_student", lambda study, x: (x.flatten(1) @ weight + 100)[:, None] * torch.tensor([1.0, 1, 1])
     )
+    if black:
+        monkeypatch.setattr(
+            type(made.net), "__call__", lambda net, theta, z, **_: 0 * theta.sum() * z.new_ones(2, *WORLD.image.shape)
+        )
     grads: list[torch.Tensor] = []
     original = torch.autograd.grad
 
@@ -120,9 +141,10 @@ def test_the_forward_difference_is_the_slope_in_the_direction(monkeypatch):
     monkeypatch.setattr(torch.autograd, "grad", spy)
     adversarial.dfme_step(cfg, one, made)
     (found,) = grads
-    for row in found:
-        u = F.normalize(row.flatten(), dim=0)
-        assert float(row.flatten() @ u) / len(u) * len(found) == pytest.approx(-float(weight @ u), rel=0.02)
+    for row in found.flatten(1):
+        assert 0.4 < float((row != 0).float().mean()) < 0.6 if black else bool((row != 0).all())
+        u = F.normalize(row, dim=0)
+        assert float(row @ u) / len(u) * len(found) == pytest.approx(-float(weight @ u), rel=0.02)
 
 
 def test_deep_inversion_descends_its_loss_and_stays_in_range():

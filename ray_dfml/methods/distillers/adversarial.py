@@ -11,9 +11,10 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
+from ray_dfml.core import zero_order
 from ray_dfml.core.images import to_bytes, to_pixels
 from ray_dfml.methods.base import Metrics
 from ray_dfml.methods.distillers.making import LastingGenerator, method_of
@@ -40,6 +41,13 @@ class AdversarialConfig(StudentConfig):
         """Batches that a step of the generator asks about."""
         return 0
 
+    @field_validator("answers")
+    @classmethod
+    def _named_class(cls, answers: str) -> str:
+        if answers != "hard":
+            raise ValueError("these methods learn the class that a teacher names; leave method.answers at hard")
+        return answers
+
     @model_validator(mode="after")
     def _pays_for_a_round(self) -> "AdversarialConfig":
         if self.budget < self.batch * (self.generator_batches + 1):
@@ -57,6 +65,7 @@ class AdversarialConfig(StudentConfig):
 class DaflConfig(AdversarialConfig):
     """DAFL: the generator seeks batches in which the student sees as much of every class."""
 
+    weight_decay: float = Field(default=1e-4, ge=0, description="Weight decay of SGD.")
     latent: int = Field(default=512, ge=1, description="d_z: length of a latent code.")
     information: float = Field(default=20.0, ge=0, description="Weight of sum_c q_c log q_c, of the student's mean q.")
 
@@ -64,13 +73,15 @@ class DaflConfig(AdversarialConfig):
 class ZsktConfig(AdversarialConfig):
     """ZSKT: the generator seeks images on which the student is not of the teacher's opinion."""
 
+    weight_decay: float = Field(default=1e-4, ge=0, description="Weight decay of SGD.")
+
     @property
     def generator_batches(self) -> int:
         """One: what the student should have said."""
         return 1
 
 
-class DfmeConfig(ZsktConfig):
+class DfmeConfig(AdversarialConfig):
     """DFME: as ZSKT, with an L1 loss whose gradient in the pixels is estimated by a forward difference."""
 
     generator_lr: float = Field(default=1e-4, gt=0, description="Adam step size of the generator.")
@@ -83,10 +94,15 @@ class DfmeConfig(ZsktConfig):
         return 2
 
 
-class DastConfig(ZsktConfig):
+class DastConfig(AdversarialConfig):
     """DaST: the generator is told the label, and seeks images of this label on which the student is wrong."""
 
     control: float = Field(default=1.0, ge=0, description="Weight of the student's cross-entropy on the wished label.")
+
+    @property
+    def generator_batches(self) -> int:
+        """One: what the student should have said."""
+        return 1
 
 
 GeneratorStep = Callable[[AdversarialConfig, Study, LastingGenerator], float]
@@ -175,25 +191,21 @@ def dfme_step(cfg: AdversarialConfig, study: Study, made: LastingGenerator) -> f
     """[Truong2021]: ascent of |student - teacher|_1 along a forward difference in one direction per image.
 
     The displacement is of the pixels in [0, 1], not of what comes before a tanh, and is asked about in float32: in
-    bytes it would vanish.
+    bytes it would vanish. It counts as it is after clamping to [0, 1] (`core.zero_order`).
     """
     assert isinstance(cfg, DfmeConfig)
     leaf = made.theta.detach().requires_grad_()
     images = made.net(leaf, made.codes(cfg.batch)[0], first_order=True)
-    at, d = images.detach(), images[0].numel()
-    direction = torch.randn(at.shape, generator=study.rng).to(study.device)
-    direction = direction / direction.flatten(1).norm(dim=1)[:, None, None, None]
 
-    def losses(x: Tensor) -> Tensor:
-        x = x.clamp(0, 1)
+    def losses(displaced: Tensor) -> Tensor:
+        x = displaced.flatten(0, 1)
         told = torch.tensor(labels_of(study.ask(x.cpu().numpy())), device=study.device)
         with torch.no_grad():
             logits = _student(study, x)
-        return (logits - centred(told, logits.shape[1], cfg.smoothing)).abs().mean(-1)
+        return (logits - centred(told, logits.shape[1], cfg.smoothing)).abs().mean(-1).view(displaced.shape[:2])
 
-    here = losses(at)
-    slope = d * (losses(at + cfg.epsilon * direction) - here) / cfg.epsilon
-    (grad,) = torch.autograd.grad(images, leaf, -slope[:, None, None, None] * direction / len(at))
+    here, slope = zero_order.gradient(losses, images, rng=study.rng, directions=1, mu=cfg.epsilon)
+    (grad,) = torch.autograd.grad(images, leaf, -slope / len(images))
     made.step(grad, cfg.generator_lr)
     return -float(here.mean())
 
