@@ -80,6 +80,7 @@ def test_a_killed_gateway_loses_no_answer_and_never_pays_twice_for_one(
         time.sleep(rng.uniform(0.02, 0.12))
         os.kill(pid, signal.SIGKILL)
         kills += nursery.say() == -signal.SIGKILL
+        wait_for_silence(server, proxy)
         before, numbers = server.received, list(server.numbers)
         with Gateway(path, [asked]) as gateway:
             spent = gateway.totals()["svc"]
@@ -103,6 +104,15 @@ def test_a_killed_gateway_loses_no_answer_and_never_pays_twice_for_one(
     lines = [json.loads(line) for line in (tmp_path / "ledger.jsonl").read_text().splitlines()]
     assert sum(line["answered"] for line in lines) == COUNT
     assert sum(line["sent"] for line in lines) == spent.sent
+
+
+def wait_for_silence(server: FaultyService, proxy: Recorder) -> None:
+    """Until what the dead process had sent is through: the proxy and the server have counted the same for a while."""
+    quiet, last = 0, -1
+    while quiet < 5:
+        time.sleep(0.02)
+        still = server.received == proxy.seen == last and not server.at_once
+        quiet, last = (quiet + 1 if still else 0), proxy.seen
 
 
 def one(number: int) -> np.ndarray:
