@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from ray_dfml.data.services import Asked, Budget
+from ray_dfml.errors import UsageError
+from ray_dfml.services.client import missing_keys
 from ray_dfml.services.gateway import Gateway
 from ray_dfml.services.ledger import Ledger
 from ray_dfml.types import Spent
@@ -26,11 +28,21 @@ class Accounts:
     run: Budget = NO_BUDGET
     each: Budget = NO_BUDGET
     pools: Mapping[str, Budget] = field(default_factory=dict)
+    planned: Mapping[str, int] = field(default_factory=dict)
+    """Teacher id -> the images that a whole training asks it about."""
 
     @property
     def by_id(self) -> dict[str, Asked]:
         """Teacher id -> the teacher."""
         return {one.card.id: one for one in self.asked}
+
+    def check_keys(self) -> None:
+        """Raise UsageError, which names the variable, unless the key of each service of the plan is in this process.
+
+        So no service is paid before another one turns out to have no key.
+        """
+        if lines := missing_keys(one for one in self.asked if self.planned.get(one.card.id)):
+            raise UsageError(lines[0] + (f" ({len(lines) - 1} more services lack theirs)" if lines[1:] else ""))
 
     def gateway(self, folder: Path) -> Gateway:
         """The gateway of the run in `folder`, with the ledger that lies there, or a new one."""

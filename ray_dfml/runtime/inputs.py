@@ -84,7 +84,7 @@ def read_inputs(config: RunConfig) -> Inputs:
     """Open pools and data, and check every teacher once.
 
     Raises RejectedError if no teacher is usable, and UsageError if pools, data, method and settings do not fit each
-    other.
+    other, or if the key of a service that will be asked is missing.
     """
     _check_once(config.data)
     members, rejected, pools = _open(config)
@@ -141,7 +141,8 @@ def read_inputs(config: RunConfig) -> Inputs:
         for spec, one in loaded.items()
     ]
     notes += method.notes(config.method, world)
-    accounts = _accounts(config, members, set(method.queries(config.method, world)))
+    accounts = _accounts(config, members, method.queries(config.method, world))
+    accounts.check_keys()
     return Inputs(world, sets, Teachers(members), rejected, pools, data, notes, _bytes(state), accounts)
 
 
@@ -198,17 +199,20 @@ def _open(config: RunConfig) -> tuple[dict[str, tuple[Entry, Pool]], dict[str, s
     return members, rejected, pools
 
 
-def _accounts(config: RunConfig, members: Mapping[str, tuple[Entry, Pool]], asked: set[str]) -> Accounts:
+def _accounts(
+    config: RunConfig, members: Mapping[str, tuple[Entry, Pool]], planned: Mapping[str, int]
+) -> Accounts:  # fmt: skip
     """The accounts of a run. It asks the teachers that give no weights, and those that the method says it asks."""
     cfg = config.budget
     return Accounts(
         asked=[
             Asked(card=replace(entry.card, id=id), terms=entry.terms, api=entry.api, pool=str(pool.path))
-            for id, (entry, pool) in members.items() if entry.access != "weights" or id in asked
+            for id, (entry, pool) in members.items() if entry.access != "weights" or id in planned
         ],
         run=Budget(queries=cfg.queries, money=cfg.money),
         each=Budget(queries=cfg.per_teacher),
         pools={str(pool.path): pool.budget for _, pool in members.values() if pool.budget is not None},
+        planned=planned,
     )  # fmt: skip
 
 

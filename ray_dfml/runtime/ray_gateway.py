@@ -30,6 +30,8 @@ class GatewayActor:
     """A gateway in a process of its own."""
 
     def __init__(self, accounts: Accounts, folder: Path) -> None:
+        """Raises UsageError if a key is missing here: a cluster that runs already has an environment of its own."""
+        accounts.check_keys()
         self._gateway = accounts.gateway(folder)
 
     def call(self, name: str, *args: Any) -> Any:

@@ -1,0 +1,80 @@
+"""A run with services looks for their keys, and at its budgets, before it sends anything."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from ray_dfml.errors import UsageError
+from ray_dfml.runtime.driver import read_inputs
+from tests.runtime import toy
+from tests.runtime.test_accounts import ids, pool_with
+from tests.services.faulty import KEY, FaultyService, served
+
+Command = Callable[..., toy.Done]
+HERE = ("--backend", "local")
+
+
+@pytest.fixture
+def server() -> FaultyService:
+    return FaultyService()
+
+
+@pytest.fixture
+def url(server: FaultyService) -> Iterator[str]:
+    with served(server) as address:
+        yield address
+
+
+def services(toy_pool: Path, path: Path, url: str, *changes: dict[str, Any]) -> Path:
+    """A copy of the toy pool whose first teachers are services, each with changes of its `api`."""
+    pool = pool_with(toy_pool, path)
+    content = yaml.safe_load((pool / "pool.yaml").read_text())
+    for entry, change in zip(content["teachers"], changes, strict=False):
+        for name in ("weights", "sha256", "arch", "mean", "std"):
+            entry.pop(name, None)
+        entry["access"] = "probs"
+        entry["api"] = {"url": url, "adapter": "oip", "model": "m", "output": "answer"} | change
+    (pool / "pool.yaml").write_text(yaml.safe_dump(content))
+    return pool
+
+
+@pytest.mark.parametrize("more", [(), ("--dry-run",)])
+def test_a_key_that_is_missing_ends_a_run_before_another_service_is_paid(
+    tmp_path: Path, toy_pool: Path, server: FaultyService, url: str, command: Command,
+    monkeypatch: pytest.MonkeyPatch, more: tuple[str, ...],
+) -> None:  # fmt: skip
+    monkeypatch.setenv("FIRST_KEY", KEY)
+    monkeypatch.delenv("SECOND_KEY", raising=False)
+    pool, run = services(toy_pool, tmp_path / "pool", url, {"key_env": "FIRST_KEY"}, {"key_env": "SECOND_KEY"}), "run"
+    done = command("train", "ideal", "--pool", pool, "--run-dir", tmp_path / run, *HERE, *toy.flags("ideal"), *more)
+    wanted = f"{ids(pool)[1]}: the environment variable SECOND_KEY is not set; it must hold the key"
+    assert (done.code, done.err) == (2, f"ray-dfml: {wanted}\n")
+    assert (server.received, (tmp_path / run).exists()) == (0, False)
+
+
+def test_the_number_of_missing_keys_is_said(tmp_path: Path, toy_pool: Path, url: str) -> None:
+    pool = services(toy_pool, tmp_path / "pool", url, *[{"key_env": f"NO_SUCH_{n}"} for n in range(4)])
+    with pytest.raises(UsageError, match=r"NO_SUCH_0 is not set; .* \(3 more services lack theirs\)"):
+        read_inputs(toy.config("ideal", pool, None))
+
+
+def test_a_service_that_is_not_asked_needs_no_key(tmp_path: Path, toy_pool: Path, url: str) -> None:
+    """FREE without surrogates leaves services out."""
+    pool = services(toy_pool, tmp_path / "pool", url, {"key_env": "NO_SUCH_KEY"})
+    assert [one.card.id for one in read_inputs(toy.config("free", pool, None)).accounts.asked] == ids(pool)[:1]
+
+
+def test_the_gateway_of_a_cluster_looks_for_the_keys_in_its_own_environment(
+    tmp_path: Path, toy_pool: Path, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ray_gateway = pytest.importorskip("ray_dfml.runtime.ray_gateway")
+    monkeypatch.setenv("THE_KEY", KEY)
+    pool = services(toy_pool, tmp_path / "pool", url, {"key_env": "THE_KEY"})
+    accounts = read_inputs(toy.config("ideal", pool, None)).accounts
+    monkeypatch.delenv("THE_KEY")
+    with pytest.raises(UsageError, match="THE_KEY is not set"):
+        ray_gateway.GatewayActor(accounts, tmp_path)
+    assert not (tmp_path / "ledger.sqlite").exists()
