@@ -71,20 +71,24 @@ class Counter:
                 f"{add} ON CONFLICT (model) DO UPDATE SET received = received + excluded.received", (model, images)
             )
 
-    def answer(self, model: str, requests: Sequence[tuple[bytes, int]]) -> None:
-        """Count requests, by key and number of images, whose answers are there. A known key is not counted again."""
+    def answer(self, model: str, requests: Sequence[tuple[bytes | None, int]]) -> None:
+        """Count requests, by key and number of images, whose answers are there.
+
+        A known key is not counted again; a request without a key always counts, and nothing is kept of it.
+        """
         with self._named():
             self._writer.execute("BEGIN IMMEDIATE")
             try:
-                new = sum(
-                    images * self._writer.execute("INSERT OR IGNORE INTO requests VALUES (?, ?)", (model, key)).rowcount
-                    for key, images in requests
-                )
+                new = sum(images for key, images in requests if key is None or self._is_new(model, key))
                 self._writer.execute("UPDATE counts SET answered = answered + ? WHERE model = ?", (new, model))
                 self._writer.execute("COMMIT")
             except BaseException:
                 self._writer.execute("ROLLBACK")
                 raise
+
+    def _is_new(self, model: str, key: bytes) -> bool:
+        """Remember a request, and return whether it was not known."""
+        return self._writer.execute("INSERT OR IGNORE INTO requests VALUES (?, ?)", (model, key)).rowcount > 0
 
     def counts(self, models: Sequence[str]) -> dict[str, Counts]:
         """Model -> its counts so far, in any thread."""

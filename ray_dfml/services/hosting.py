@@ -4,7 +4,7 @@ import asyncio
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Executor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -14,6 +14,7 @@ from ray_dfml.core.answers import answers
 from ray_dfml.core.net import Net, net
 from ray_dfml.core.steady import steady_logits
 from ray_dfml.data.pool import Pool
+from ray_dfml.data.services import Terms
 from ray_dfml.errors import UsageError
 from ray_dfml.services.counter import Counter
 from ray_dfml.types import LEVELS, Access, ImageSpec
@@ -51,6 +52,17 @@ class Gives:
         if self.top_k is not None and self.top_k > classes:
             raise UsageError(f"{id}: top_k is {self.top_k}, and there are {classes} classes")
 
+    def within(self, id: str, terms: Terms) -> "Gives":
+        """The same, as coarse as the terms of the pool's entry where it says less. Raises UsageError if it is finer."""
+        if self.access != "probs":
+            return self
+        for name in ("decimals", "top_k"):
+            wanted, most = getattr(self, name), getattr(terms, name)
+            if wanted is not None and most is not None and wanted > most:
+                raise UsageError(f"{id}: its pool gives away {name} {most} and no more, got {wanted}")
+        decimals = terms.decimals if self.decimals is None else self.decimals
+        return replace(self, decimals=decimals, top_k=terms.top_k if self.top_k is None else self.top_k)
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Served:
@@ -77,7 +89,7 @@ class Served:
 
 
 def from_pool(pool: Pool, id: str, gives: Gives, device: torch.device) -> Served:
-    """A teacher of a pool, to be served on a device.
+    """A teacher of a pool, to be served on a device, no finer than its entry says.
 
     Raises UsageError for a service, for more than the pool's entry gives away, and for what does not fit it, and
     RejectedError for weights that cannot be used.
@@ -89,6 +101,7 @@ def from_pool(pool: Pool, id: str, gives: Gives, device: torch.device) -> Served
     if LEVELS.index(gives.access) < LEVELS.index(card.access):
         raise UsageError(f"{id}: {pool.path} gives away {card.access!r} only; serve it with --access {card.access}")
     gives.check(id, len(card.classes))
+    gives = gives.within(id, entry.terms)
     theta, stats = (torch.tensor(part, device=device) for part in pool.load(id))
     network = net(card.arch, card.image.shape, len(card.classes))
     return Served(id=id, image=card.image, classes=card.classes, gives=gives, net=network, theta=theta, stats=stats)
@@ -97,7 +110,7 @@ def from_pool(pool: Pool, id: str, gives: Gives, device: torch.device) -> Served
 @dataclass(frozen=True, eq=False)
 class _Waiting:
     images: np.ndarray
-    key: bytes
+    key: bytes | None
     answer: asyncio.Future[np.ndarray]
 
 
@@ -110,8 +123,8 @@ class Batcher:
         self._waiting: deque[_Waiting] = deque()
         self._worker: asyncio.Task[None] | None = None
 
-    async def ask(self, images: np.ndarray, key: bytes) -> np.ndarray:
-        """The answers to float32 images [n c h w] in [0, 1], counted under `key`.
+    async def ask(self, images: np.ndarray, key: bytes | None) -> np.ndarray:
+        """The answers to float32 images [n c h w] in [0, 1], counted under `key`, if there is one.
 
         Raises NotFinite, and ResourceError if they cannot be counted.
         """

@@ -201,6 +201,28 @@ def test_no_more_is_given_away_than_the_pool_does(toy_pool: Path, tmp_path: Path
     assert [one.id for one in served] == others
 
 
+def test_probabilities_are_no_finer_than_the_pools(toy_pool: Path, tmp_path: Path, command: Command) -> None:
+    """What the entry says is the default; more is refused, less and labels are given."""
+    pool = Path(shutil.copytree(toy_pool, tmp_path / "pool"))
+    file = pool / "pool.yaml"
+    content = yaml.safe_load(file.read_text())
+    content["teachers"][0] |= {"access": "probs", "decimals": 2, "top_k": 1}
+    file.write_text(yaml.safe_dump(content))
+    model = f"{pool}:{content['teachers'][0]['id']}"
+
+    def gives(**wanted: int) -> Gives:
+        (served,) = _chosen(model, Gives(access="probs", **wanted))[1]
+        return served.gives
+
+    assert gives() == Gives(access="probs", decimals=2, top_k=1)
+    assert gives(decimals=0) == Gives(access="probs", decimals=0, top_k=1)
+    assert _chosen(model, Gives(access="label"))[1][0].gives == Gives(access="label")
+    for option, value in (("decimals", 3), ("top-k", 2)):
+        done = command("serve", model, "--access", "probs", f"--{option}", value)
+        said = f"its pool gives away {option.replace('-', '_')} {value - 1} and no more, got {value}\n"
+        assert (done.code, done.out, done.err.endswith(said)) == (2, "", True), done.err
+
+
 def test_damaged_weights_are_not_served(toy_pool: Path, tmp_path: Path, command: Command) -> None:
     id = toy.damage(toy_pool, tmp_path / "pool", 1, float("nan"))
     done = command("serve", tmp_path / "pool", "--access", "label")

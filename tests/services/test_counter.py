@@ -34,6 +34,16 @@ def test_counts_are_kept_for_each_model(tmp_path: Path) -> None:
     other.close()
 
 
+def test_a_request_without_a_key_counts_each_time_and_leaves_no_row(tmp_path: Path) -> None:
+    counter = Counter(tmp_path / "counts")
+    counter.receive("a", 7)
+    counter.answer("a", [(None, 3), (b"1", 1), (None, 3)])
+    assert counter.counts(["a"]) == {"a": Counts(7, 7)}
+    counter.close()
+    with contextlib.closing(sqlite3.connect(counter.file)) as read:
+        assert read.execute("SELECT key FROM requests").fetchall() == [(b"1",)]
+
+
 WORK = """
 import sys
 from pathlib import Path

@@ -226,6 +226,16 @@ def test_what_waits_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         assert counts(url) == (0, 0)
 
 
+def test_a_compressed_body_waits_for_as_much_as_it_may_become(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    small = gzip.compress(request_of(images(1)).body)
+    with running([served("label")], tmp_path) as (url, _):
+        assert post(url, small, **{"Content-Encoding": "gzip"}).status == 200
+        monkeypatch.setattr(server, "MOST_WAITING", server.MOST_BYTES - 1)
+        reply = post(url, small, **{"Content-Encoding": "gzip"})
+        assert (reply.status, reply.headers["Retry-After"]) == (429, "1")
+        assert post(url, request_of(images(1))).status == 200
+
+
 def test_a_body_that_does_not_arrive_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(server, "BODY_SECONDS", 0.1)
     with running([served("label")], tmp_path) as (url, _):
