@@ -12,6 +12,7 @@ import orjson
 
 from ray_dfml.data.services import Asked
 from ray_dfml.errors import first_of
+from ray_dfml.services.protocol import kinds
 from ray_dfml.types import size_text
 
 
@@ -46,7 +47,8 @@ class Checked:
         """The answers in an array or in nested lists: vectors, or labels if the access is `label`."""
         if isinstance(values, list):
             try:
-                values = np.array(values)
+                # NumPy would make every element as long as the longest text
+                values = np.array(values, object if str in kinds(values) else None)
             except (ValueError, OverflowError):
                 raise BadAnswer("answers rows of different lengths") from None
         return self.labels(values, n) if self.asked.card.access == "label" else self.vectors(values, n)

@@ -4,6 +4,7 @@ Clients and servers use the same two functions: `pack` makes the body of a messa
 read is trusted: shapes, types, sizes and numbers are checked, and a fault is named in one line.
 """
 
+import itertools
 import math
 import struct
 from collections.abc import Mapping, Sequence
@@ -126,12 +127,24 @@ def _is_size(value: object) -> bool:
     return type(value) is int and 0 <= value < 2**40
 
 
+def kinds(data: list[Any]) -> set[type]:
+    """The types of what a list and the lists in it hold. It is cheap, however long the texts in them are."""
+    found: set[type] = set()
+    while data:
+        here = set(map(type, data))
+        found |= here - {list}
+        data = list(itertools.chain.from_iterable(item for item in data if type(item) is list)) if list in here else []
+    return found
+
+
 def _from_json(data: object, datatype: str, where: str) -> np.ndarray:
     """An array of a flat or nested list."""
     if not isinstance(data, list):
         raise Malformed(f"{where}: no list of data, and no binary_data_size")
     if datatype == "BYTES":
         return _texts(data, where)
+    if not kinds(data) <= {bool, int, float}:  # NumPy would make every element as long as the longest text
+        raise Malformed(f"{where}: its data are not all numbers of {datatype}")
     try:
         found = np.array(data) if data else np.zeros(0)
     except (ValueError, OverflowError):
@@ -139,8 +152,7 @@ def _from_json(data: object, datatype: str, where: str) -> np.ndarray:
     wanted = np.dtype(DATATYPES[datatype])
     if found.size == 0:
         return found.astype(wanted)
-    kinds = {"f": "iuf", "b": "b"}.get(wanted.kind, "iu")
-    if found.dtype.kind not in kinds:
+    if found.dtype.kind not in {"f": "iuf", "b": "b"}.get(wanted.kind, "iu"):
         raise Malformed(f"{where}: its data are not all numbers of {datatype}")
     if wanted.kind in "iu":
         limits = np.iinfo(wanted)

@@ -206,6 +206,14 @@ def test_a_length_of_a_header_that_cannot_be_is_no_answer(length: str) -> None:
         adapter(asked()).answers({protocol.HEADER_LENGTH: length}, b"{}", 1)
 
 
+@pytest.mark.parametrize("access", ["label", "probs"])
+def test_long_texts_take_no_memory(access: Access) -> None:
+    """NumPy would make all of a million elements as long as the longest one: 400 GB."""
+    values = ["x" * 100_000] + ["cat"] * 999_999
+    with pytest.raises(BadAnswer):
+        Checked(asked(access)).of(values, len(values))
+
+
 def test_a_name_that_two_classes_share_is_no_answer() -> None:
     classes = ("a/cat", "b/cat", "c/dog")
     checked = Checked(asked("label", classes=classes))

@@ -5,6 +5,7 @@ import struct
 from typing import Any
 
 import numpy as np
+import orjson
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -131,6 +132,14 @@ def test_malformed_bytes_are_named(size: int, rest: bytes, length: int | None, s
     head = message(data=None, parameters={"binary_data_size": size})
     with pytest.raises(Malformed, match=said):
         unpack("inputs", head + rest, len(head) if length is None else length)
+
+
+def test_long_texts_in_place_of_numbers_take_no_memory() -> None:
+    """NumPy would make all of a million elements as long as the longest one: 400 GB."""
+    data = [["x" * 100_000], *[["y"]] * 999_999]
+    form = {"name": "y", "shape": [len(data), 1], "datatype": "FP32", "data": data}
+    with pytest.raises(Malformed, match="its data are not all numbers of FP32"):
+        unpack("outputs", orjson.dumps({"outputs": [form]}))
 
 
 def test_texts_are_read() -> None:
