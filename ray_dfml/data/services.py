@@ -31,7 +31,7 @@ PLACEHOLDERS = ("$nested", "$flat", "$png_b64")
 """What stands in the body of `json` where an image goes: nested lists, a flat list, or a PNG in base64."""
 
 KEY = "$KEY"
-"""What stands in a header of `json` where the key goes."""
+"""What stands in a header or in a text of the body of `json` where the key goes."""
 
 _ANSWERING = {"url", "adapter", "model", "output", "layout", "mean", "std", "template"}
 """Fields of an Api on which answers depend."""
@@ -100,12 +100,19 @@ def _model(name: str) -> str:
 
 def places(body: Any) -> Iterator[str]:
     """The placeholders in a body of `json`, in order."""
+    yield from (text for _, text in _texts(body) if text in PLACEHOLDERS)
+
+
+def _texts(body: Any, below: str = "") -> Iterator[tuple[str, str]]:
+    """The texts in a body of `json`, in order, each with the name above it that a secret may have, or an empty one."""
     if isinstance(body, str):
-        if body in PLACEHOLDERS:
-            yield body
-    elif isinstance(body, dict | list):
-        for value in body.values() if isinstance(body, dict) else body:
-            yield from places(value)
+        yield below, body
+    elif isinstance(body, dict):
+        for name, value in body.items():
+            yield from _texts(value, name if _SECRET.search(name) else below)
+    elif isinstance(body, list):
+        for value in body:
+            yield from _texts(value, below)
 
 
 def repeats(body: Any) -> bool:
@@ -137,6 +144,25 @@ class Template(_Strict):
     def repeats(self) -> bool:
         """Whether a request can hold several images."""
         return repeats(self.body)
+
+    @property
+    def holds_key(self) -> bool:
+        """Whether a header or the body says where the key goes."""
+        return any(KEY in text for text in self.headers.values()) or self.body_holds_key
+
+    @property
+    def body_holds_key(self) -> bool:
+        """Whether the body says where the key goes."""
+        return any(KEY in text for _, text in _texts(self.body))
+
+    @model_validator(mode="after")
+    def _no_secret(self) -> Self:
+        for name, text in _texts(self.body):
+            if name and text and KEY not in text and text not in PLACEHOLDERS:
+                raise ValueError(
+                    f"body: {name}: a key never stands here; write {KEY}, and name its variable as key_env"
+                )
+        return self
 
     @model_validator(mode="after")
     def _one_place(self) -> Self:
@@ -191,8 +217,8 @@ class Api(_Strict):
             raise ValueError("adapter oip needs model and output, the name of the tensor that holds the answers")
         if (self.adapter == "json") != (self.template is not None):
             raise ValueError("adapter json needs a template, and no other adapter takes one")
-        if self.template and KEY in "".join(self.template.headers.values()) and not self.key_env:
-            raise ValueError(f"a header holds {KEY}, and key_env names no variable")
+        if self.template and self.template.holds_key and not self.key_env:
+            raise ValueError(f"the template holds {KEY}, and key_env names no variable")
         return self
 
 

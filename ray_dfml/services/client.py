@@ -193,7 +193,7 @@ class Client:
             if not isinstance(error, _Again):
                 return True
             failures += not error.free
-            patience = self._patience if self._reached else min(self._patience, FIRST_PATIENCE)
+            patience = self._patience if self._reached or self.proven else min(self._patience, FIRST_PATIENCE)
             late = (state.seconds_since_start or 0) + error.after > patience
             return failures >= self._tries or (late and error.after > 0)
 
@@ -218,6 +218,7 @@ class Client:
         raise AssertionError("tenacity returns or raises")
 
     async def _attempt(self, images: np.ndarray, id: str, number: int, attempts: Attempts) -> np.ndarray:
+        trying = isinstance(self.adapter, Oip) and self.adapter.binary is None
         try:
             request = self.adapter.request(images, id)
             async with self._slots:
@@ -229,11 +230,12 @@ class Client:
             except BadAnswer as error:
                 raise _Again(str(error), _backoff(number), may_be_binary=isinstance(error, Unreadable)) from None
         except (_Again, _Refused) as error:
-            if isinstance(self.adapter, Oip) and self.adapter.binary is None and error.may_be_binary:
+            # Several requests may try bytes at once; each learns from its own answer, and none after one has worked.
+            if isinstance(self.adapter, Oip) and trying and not self.adapter.binary and error.may_be_binary:
                 self.adapter.binary = False
                 raise _Again(f"does not take binary tensors ({error}); JSON is used", 0.0, free=True) from None
             raise
-        if isinstance(self.adapter, Oip) and self.adapter.binary is None:
+        if isinstance(self.adapter, Oip) and trying:
             self.adapter.binary = True
         self._pace.answered(len(images))
         return found
@@ -260,8 +262,7 @@ class Client:
         except TimeoutError:
             raise _Again(f"no answer in {self._api.timeout:g} s", _backoff(number)) from None
         except (aiohttp.ClientError, OSError) as error:
-            broke = f"the connection broke ({type(error).__name__})"
-            raise _Again(broke, _backoff(number), may_be_binary=True) from None
+            raise _Again(f"the connection broke ({type(error).__name__})", _backoff(number)) from None
         self._judge(reply, number, images, sent_at)
         return reply
 
@@ -272,7 +273,7 @@ class Client:
     async def _exchange(self, method: str, request: Request) -> _Reply:
         timeout = aiohttp.ClientTimeout(total=self._api.timeout, sock_connect=CONNECT_SECONDS)
         async with self._connections.request(
-            method, self._api.url + request.path, data=request.body or None, headers=self._headers(request),
+            method, self._api.url + request.path, data=self._body(request), headers=self._headers(request),
             allow_redirects=False, timeout=timeout,
         ) as response:  # fmt: skip
             body = bytearray()
@@ -286,9 +287,16 @@ class Client:
         key = key_of(self._asked)
         if key is None:
             return dict(request.headers)
-        if any(KEY in value for value in request.headers.values()):
+        if self._api.template and self._api.template.holds_key:
             return {name: value.replace(KEY, key) for name, value in request.headers.items()}
         return {**request.headers, "Authorization": f"Bearer {key}"}
+
+    def _body(self, request: Request) -> bytes | None:
+        """The body, with the key where the template says."""
+        key, template = key_of(self._asked), self._api.template
+        if key is None or template is None or not template.body_holds_key:
+            return request.body or None
+        return request.body.replace(KEY.encode(), orjson.dumps(key)[1:-1])
 
     def _judge(self, reply: _Reply, number: int, images: int, sent_at: float) -> None:
         """Raise _Again for a status that may pass, and RejectedError for one that will not."""
@@ -302,7 +310,7 @@ class Client:
             self._pace.refused(images, sent_at, after)
             raise _Again(f"is busy (429){said}", after, free=True)
         if status >= 500 or status in _TRANSIENT:
-            raise _Again(f"fails with status {status}{said}", after, may_be_binary=True)
+            raise _Again(f"fails with status {status}{said}", after, may_be_binary=status in (500, 501))
         raise _Refused(f"{self._id}: {self._refusal(reply)}{said}", status)
 
     def _refusal(self, reply: _Reply) -> str:

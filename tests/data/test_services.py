@@ -72,6 +72,8 @@ def test_an_entry_that_cannot_be_carried_out_is_refused_without_its_secret(chang
         ({"body": ["$nested", "$flat"]}, "once, got 2"),
         ({"headers": {"Authorization": f"Bearer {SECRET}"}}, "Authorization: a key never stands here; write $KEY"),
         ({"headers": {"x-api-key": SECRET}}, "x-api-key: a key never stands here"),
+        ({"body": {"api_key": SECRET, "x": ["$nested"]}}, "body: api_key: a key never stands here; write $KEY"),
+        ({"body": [{"auth": {"value": [SECRET]}}, ["$flat"]]}, "body: auth: a key never stands here"),
         ({"headers": {"X-A": "one\r\nX-B: two"}}, "is not a header of one line"),
         ({"path": "//evil.example/x"}, "begins with one '/'"),
         ({"path": "@evil.example"}, "begins with one '/'"),
@@ -92,6 +94,15 @@ def test_a_key_in_a_header_needs_the_name_of_its_variable() -> None:
     template = Template(**BODY | {"headers": {"x-api-key": "$KEY"}, "path": "/v1?api-version=3"})
     json = {"url": "https://h", "adapter": "json", "template": template}
     with pytest.raises(ValidationError, match="key_env names no variable"):
+        Api.model_validate(json)
+    assert Api.model_validate(json | {"key_env": "K"}).template == template
+
+
+def test_a_key_in_a_body_needs_the_name_of_its_variable_and_other_names_hold_anything() -> None:
+    body = {"auth": {"token": "Bearer $KEY"}, "key": "$png_b64", "maxTokens": 5, "monkey": True}
+    template = Template(**BODY | {"body": body})
+    json = {"url": "https://h", "adapter": "json", "template": template}
+    with pytest.raises(ValidationError, match=r"the template holds \$KEY, and key_env names no variable"):
         Api.model_validate(json)
     assert Api.model_validate(json | {"key_env": "K"}).template == template
 
