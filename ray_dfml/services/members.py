@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from ray_dfml.data.manifest import Entry, checked
 from ray_dfml.data.pool import Pool, percent, size_of
 from ray_dfml.data.services import Asked
-from ray_dfml.errors import DfmlError, UsageError
+from ray_dfml.errors import DfmlError, ResourceError, UsageError
 from ray_dfml.services.ledger import Ledger
 from ray_dfml.services.probe import Probed, probe
 from ray_dfml.types import Access, Spent
@@ -79,8 +79,8 @@ def _probe(pool: Pool, entry: Entry) -> Probed:
     asked = Asked(card=entry.card, terms=entry.terms, api=entry.api)
     try:
         return probe(asked, ledger)
-    except DfmlError:
-        if new:
+    except DfmlError as error:
+        if new and not isinstance(error, ResourceError):  # the ledger itself may be what cannot be opened
             _forget(ledger, asked)
         raise
 
