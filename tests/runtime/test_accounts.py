@@ -90,11 +90,11 @@ def test_a_run_that_asks_nobody_has_no_ledger(free_run: Path) -> None:
 
 
 def test_other_teachers_are_left_out(mixed: Path) -> None:
-    inputs = read_inputs(toy.config("free", mixed, None))
+    inputs = read_inputs(toy.config("average", mixed, None))
     known = ids(mixed)
     assert [card.id for card in inputs.world.cards] == known[:1]
     assert inputs.rejected == {
-        id: f"gives {access}, and free takes weights"
+        id: f"gives {access}, and average takes weights"
         for id, access in zip(known[1:], ("probs", "label", "logits"), strict=True)
     }
     assert not inputs.accounts.asked
@@ -102,16 +102,16 @@ def test_other_teachers_are_left_out(mixed: Path) -> None:
 
 def test_a_run_without_a_usable_level_is_refused(tmp_path: Path, toy_pool: Path, command: Command) -> None:
     pool = pool_with(toy_pool, tmp_path / "pool", *[{"access": "label"}] * 4)
-    done = command("train", "free", "--pool", pool, "--run-dir", tmp_path / "run", "--backend", "local")
+    done = command("train", "average", "--pool", pool, "--run-dir", tmp_path / "run", "--backend", "local")
     assert (done.code, done.err.count("\n")) == (2, 1)
-    assert f"{ids(pool)[0]} gives label, and free takes weights" in done.err
+    assert f"{ids(pool)[0]} gives label, and average takes weights" in done.err
     assert not (tmp_path / "run").exists()
 
 
 def test_a_bad_file_is_the_pools_fault(tmp_path: Path, toy_pool: Path) -> None:
     pool = pool_with(toy_pool, tmp_path / "pool", {"sha256": "0" * 64}, *[{"access": "label"}] * 3)
     with pytest.raises(RejectedError, match="no usable teacher"):
-        read_inputs(toy.config("free", pool, None))
+        read_inputs(toy.config("average", pool, None))
 
 
 @pytest.mark.parametrize(
