@@ -72,12 +72,20 @@ def _chosen(model: str, gives: "Gives") -> "tuple[Path, list[Served]]":
     """The folder that a user names, or that of a file, and the classifiers in it that are meant."""
     from ray_dfml.data.manifest import MANIFEST
 
-    name, colon, id = model.rpartition(":")
-    one = bool(colon) and not resolved(model).exists()
-    folder = resolved(name if one else model)
+    folder, id = _named(model)
     of_pool = (folder / MANIFEST).exists() or not folder.exists()
-    served = (_teachers if of_pool else _students)(folder, id if one else None, gives)
+    served = (_teachers if of_pool else _students)(folder, id, gives)
     return folder.parent if folder.is_file() else folder, served
+
+
+def _named(model: str) -> tuple[Path, str | None]:
+    """The folder or file that a user names, and the id behind it. Paths and ids may hold colons themselves."""
+    if resolved(model).exists():
+        return resolved(model), None
+    parts = model.split(":")
+    splits = [(resolved(":".join(parts[:n])), ":".join(parts[n:])) for n in range(1, len(parts)) if parts[0]]
+    there = [split for split in splits if split[0].exists()]
+    return (there or splits or [(resolved(model), None)])[0]
 
 
 def _teachers(folder: Path, id: str | None, gives: "Gives") -> "list[Served]":

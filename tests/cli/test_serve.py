@@ -157,6 +157,19 @@ def test_what_students_give_is_theirs(tmp_path: Path, command: Command) -> None:
     assert (done.code, "no such student" in done.err) == (2, True)
 
 
+def test_a_student_of_several_pools_has_a_colon_in_its_id(tmp_path: Path) -> None:
+    run, teachers = tmp_path / "run:1", ("0:a", "1:a")
+    run.mkdir()
+    for id in teachers:
+        student.export(
+            student.file_of(run, id, teachers), student_weights(id), method="ideal", teacher=id, classes=("x", "y"),
+            queries=0, profile="fixed", seed=0,
+        )  # fmt: skip
+    for model, wanted in ((f"{run}", [*teachers]), (f"{run}:1:a", ["1:a"])):
+        folder, served = _chosen(model, Gives(access="label"))
+        assert (folder, [one.id for one in served]) == (run, wanted)
+
+
 def student_weights(id: str) -> LearnerWeights:
     """Random weights of a student of grey images of 16x16 pixels and two classes."""
     teacher = random_teacher(card(0, channels=1, way=2))
