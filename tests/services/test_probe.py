@@ -7,8 +7,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ray_dfml.data.services import Terms
-from ray_dfml.errors import BudgetReached, RejectedError, UsageError
+from ray_dfml.data.pool import Pool
+from ray_dfml.data.services import Asked, Terms
+from ray_dfml.errors import BudgetReached, RejectedError, ResourceError, UsageError
+from ray_dfml.services import ledger, members
+from ray_dfml.services.ledger import Ledger
+from ray_dfml.services.probe import Probed
 from ray_dfml.services.probe import probe as probed
 from tests.services.faulty import FaultyService, served, service
 
@@ -90,6 +94,30 @@ def test_a_spent_budget_and_a_server_that_is_not_there(tmp_path: Path, url: str)
         probed(once, tmp_path / "l.sqlite")
     with pytest.raises(RejectedError, match=r"svc: 127\.0\.0\.1:9 cannot be reached: Connection refused"):
         probed(service("http://127.0.0.1:9"), tmp_path / "l.sqlite")
+
+
+def test_a_ledger_that_another_process_has_open_is_waited_for_once(
+    tmp_path: Path, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two commands add a service to the same new pool."""
+    monkeypatch.setattr(ledger, "LOCK_SECONDS", 0.1)
+    forgotten: list[Path] = []
+    monkeypatch.setattr(members, "_forget", lambda path, asked: forgotten.append(path))
+    held: list[Ledger] = []
+
+    def late(asked: Asked, path: Path) -> Probed:
+        held.append(Ledger(path, []))
+        return probed(asked, path)
+
+    monkeypatch.setattr(members, "probe", late)
+    api = {"url": url, "adapter": "oip", "model": "m", "output": "answer"}
+    with pytest.raises(ResourceError, match="another process has this ledger open"):
+        members.add_service(
+            Pool.at(tmp_path / "pool"), api, access="probs", input="1x4x4", classes=("a", "b", "c"),
+            authorization="J. Doe", terms={},
+        )  # fmt: skip
+    held[0].close()
+    assert forgotten == []
 
 
 def test_noise_of_a_probe_is_never_the_same(tmp_path: Path, server: FaultyService, url: str) -> None:
