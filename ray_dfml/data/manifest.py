@@ -151,7 +151,7 @@ class Entry(Terms, _Strict):
                 raise ValueError(f"{name}: for access 'probs' only; access is {self.access!r}")
         if self.top_k is not None and self.top_k > len(self.classes):
             raise ValueError(f"top_k: there are {len(self.classes)} classes, got {self.top_k}")
-        batch = self.api.batch if self.api is not None and self.api.adapter != "hf-image-classification" else 1
+        batch = self.api.images if self.api is not None else 1
         if self.budget is not None and self.budget < batch:
             raise ValueError(f"budget: {self.budget} is below one batch of {batch} images; lower api.batch (--batch)")
         return self
@@ -321,8 +321,11 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Replace the manifest of a folder in one step."""
+    """Replace the manifest of a folder in one step. What a service leaves at its default is not written."""
     content = manifest.model_dump(mode="json", exclude=None if manifest.budget else {"budget"})
+    content["teachers"] = [
+        entry.model_dump(mode="json", exclude_defaults=entry.api is not None) for entry in manifest.teachers
+    ]
     weights_file.write_bytes(folder / MANIFEST, yaml_text.dump(content).encode())
 
 

@@ -16,7 +16,7 @@ from urllib.parse import parse_qsl, urlsplit
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
-from ray_dfml.types import TeacherCard
+from ray_dfml.types import ImageSpec, TeacherCard
 
 Adapter = Literal["oip", "hf-image-classification", "json"]
 """Open Inference Protocol v2, the task of Hugging Face endpoints, or a request of the user's own making."""
@@ -199,11 +199,17 @@ class Api(_Strict):
     concurrency: int = Field(default=4, ge=1, le=256)
     """most requests at a time"""
     batch: int = Field(default=250, ge=1, le=65_536)
-    """most images in a request; `hf-image-classification` always sends one"""
+    """most images in a request, for protocols that take several"""
     timeout: float = Field(default=60.0, gt=0, le=3600, allow_inf_nan=False)
     """seconds until an answer is given up"""
     template: Template | None = None
     """of adapter `json`"""
+
+    @property
+    def images(self) -> int:
+        """Most images in a request: `batch`, or 1 if the protocol or the template takes no more."""
+        one = self.adapter == "hf-image-classification" or (self.template is not None and not self.template.repeats)
+        return 1 if one else self.batch
 
     @model_validator(mode="after")
     def _fits_the_adapter(self) -> Self:
@@ -257,12 +263,14 @@ class Asked:
     """None for a local model, whose shard computes the answers itself."""
     pool: str = ""
     """Name of the pool whose budget the teacher shares."""
+    image: ImageSpec | None = None
+    """How a local model normalises images, where its card does not say it."""
 
     @property
     def identity(self) -> bytes:
         """sha256 of all that an answer depends on but the image; limits, prices and the key's name do not count."""
         api = self.api and self.api.model_dump(include=_ANSWERING)
-        image = self.card.image.values()
+        image = (self.image or self.card.image).values()
         parts = [self.card.id, self.card.sha256, self.card.access, self.card.classes, image, api]
         text = json.dumps([*parts, self.terms.decimals, self.terms.top_k], sort_keys=True)
         return hashlib.sha256(text.encode()).digest()

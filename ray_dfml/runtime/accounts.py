@@ -44,6 +44,17 @@ class Accounts:
         if lines := missing_keys(one for one in self.asked if self.planned.get(one.card.id)):
             raise UsageError(lines[0] + (f" ({len(lines) - 1} more services lack theirs)" if lines[1:] else ""))
 
+    def check_budgets(self) -> None:
+        """Raise UsageError if what the run may spend is below one request to a service of the plan."""
+        for name, most in (("queries", self.run.queries), ("per_teacher", self.each.queries)):
+            for one in self.asked:
+                batch = min(one.api.images, self.planned.get(one.card.id, 0)) if one.api else 0
+                if most is not None and most < batch:
+                    raise UsageError(
+                        f"budget.{name}: {most} is below one batch of {batch} images to {one.card.id}; raise it, or "
+                        "lower api.batch of its entry"
+                    )
+
     def gateway(self, folder: Path) -> Gateway:
         """The gateway of the run in `folder`, with the ledger that lies there, or a new one."""
         return Gateway(folder / LEDGER, self.asked, run=self.run, each=self.each, pools=self.pools)

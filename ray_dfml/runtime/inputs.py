@@ -84,7 +84,7 @@ def read_inputs(config: RunConfig) -> Inputs:
     """Open pools and data, and check every teacher once.
 
     Raises RejectedError if no teacher is usable, and UsageError if pools, data, method and settings do not fit each
-    other, or if the key of a service that will be asked is missing.
+    other, if the key of a service that will be asked is missing, or if a budget is below one request to it.
     """
     _check_once(config.data)
     members, rejected, pools = _open(config)
@@ -143,6 +143,7 @@ def read_inputs(config: RunConfig) -> Inputs:
     notes += method.notes(config.method, world)
     accounts = _accounts(config, members, method.queries(config.method, world))
     accounts.check_keys()
+    accounts.check_budgets()
     return Inputs(world, sets, Teachers(members), rejected, pools, data, notes, _bytes(state), accounts)
 
 
@@ -206,7 +207,10 @@ def _accounts(
     cfg = config.budget
     return Accounts(
         asked=[
-            Asked(card=replace(entry.card, id=id), terms=entry.terms, api=entry.api, pool=str(pool.path))
+            Asked(
+                card=replace(entry.card, id=id), terms=entry.terms, api=entry.api, pool=str(pool.path),
+                image=None if entry.api else entry.image,
+            )
             for id, (entry, pool) in members.items() if entry.access != "weights" or id in planned
         ],
         run=Budget(queries=cfg.queries, money=cfg.money),

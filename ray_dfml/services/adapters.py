@@ -123,7 +123,7 @@ class Oip:
     @property
     def batch(self) -> int:
         """See Adapter."""
-        return self._api.batch
+        return self._api.images
 
     @property
     def metadata_path(self) -> str:
@@ -255,7 +255,7 @@ class Json:
     @property
     def batch(self) -> int:
         """See Adapter."""
-        return self._api.batch if self._template.repeats else 1
+        return self._api.images
 
     def request(self, images: np.ndarray, id: str) -> Request:
         """See Adapter."""

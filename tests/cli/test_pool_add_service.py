@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import yaml
 
 from ray_dfml.data.pool import Pool
 from tests.data.pools import two_teachers
@@ -48,6 +49,24 @@ def test_a_service_joins_after_one_probe(tmp_path: Path, server: FaultyService, 
     assert (entry.access, entry.price, entry.budget, entry.authorization) == ("probs", 0.25, 1000, "J. Doe, owner")
     assert entry.api is not None
     assert (entry.api.input, entry.api.binary, entry.api.rate, entry.api.concurrency) == ("pixels", "on", 50, 2)
+
+
+def test_the_file_says_what_was_said_and_found_out_and_nothing_else(
+    tmp_path: Path, url: str, command: Command
+) -> None:  # fmt: skip
+    pool = tmp_path / "pool"
+    assert command(*words(pool, url, price=0.25)).code == 0
+    assert yaml.safe_load((pool / "pool.yaml").read_text())["teachers"] == [{
+        "id": "m", "access": "probs", "input": {"channels": 1, "height": 4, "width": 4}, "classes": ["a", "b", "c"],
+        "authorization": "J. Doe, owner", "price": 0.25,
+        "api": {
+            "url": url, "adapter": "oip", "model": "m", "output": "answer", "input": "pixels", "datatype": "FP32",
+            "binary": "on",
+        },
+    }]  # fmt: skip
+    before = Pool.open(pool).entry("m")
+    assert command(*words(pool, url, id="n", batch=7)).code == 0
+    assert Pool.open(pool).entry("m") == before
 
 
 def test_a_key_is_sent_and_stands_nowhere(

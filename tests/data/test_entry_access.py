@@ -35,6 +35,12 @@ def test_a_wrapped_model_shows_neither_architecture_nor_normalisation(pool: Pool
     assert found.load("c")[0].ndim == 1
 
 
+def test_a_budget_may_be_one_image_where_a_request_holds_one(pool: Pool) -> None:
+    template = {"body": {"x": "$nested"}, "answer": "scores", "form": "vector"}
+    edit(pool, 1, **SERVICE | {"api": {"url": "https://host", "adapter": "json", "template": template}, "budget": 1})
+    assert Pool.open(pool.path).entry("b").budget == 1
+
+
 def test_a_service_is_listed_and_has_no_weights(pool: Pool) -> None:
     edit(pool, 1, **SERVICE)
     found = Pool.open(pool.path)

@@ -1,5 +1,6 @@
 """What a pool may say of a service, and that no key comes into the file or into a message."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -124,3 +125,20 @@ def test_an_identity_changes_with_what_answers_depend_on_and_with_nothing_else()
     other = [{"url": "https://b"}, {"model": "n"}, {"output": "o"}, {"layout": "nhwc"}, {"mean": [0.1], "std": [1.0]}]
     found = [identity({}, **change) for change in other] + [identity({"decimals": 2}), identity({"top_k": 1})]
     assert len({base, *found}) == len(found) + 1
+
+
+def test_the_answers_of_closed_weights_depend_on_how_they_normalise_images() -> None:
+    """Their card does not say it."""
+    one = card(0)
+    own = [None, one.image, replace(one.image, mean=(0.25,) * one.image.channels)]
+    first, second, third = (Asked(card=one, image=image).identity for image in own)
+    assert first == second != third
+
+
+@pytest.mark.parametrize(
+    ("change", "images"),
+    [({}, 9), ({"adapter": "hf-image-classification"}, 1), ({"adapter": "json", "template": Template(**BODY)}, 9),
+     ({"adapter": "json", "template": Template(**BODY | {"body": {"x": "$nested"}})}, 1)],
+)  # fmt: skip
+def test_a_request_holds_as_many_images_as_its_protocol_takes(change: dict[str, Any], images: int) -> None:
+    assert Api(**GOOD | {"batch": 9} | change).images == images

@@ -67,6 +67,19 @@ def test_a_service_that_is_not_asked_needs_no_key(tmp_path: Path, toy_pool: Path
     assert [one.card.id for one in read_inputs(toy.config("free", pool, None)).accounts.asked] == ids(pool)[:1]
 
 
+@pytest.mark.parametrize(("name", "value"), [("queries", 7), ("per_teacher", 3)])
+def test_a_budget_below_one_request_is_refused_before_anything_is_sent(
+    tmp_path: Path, toy_pool: Path, server: FaultyService, url: str, command: Command, name: str, value: int
+) -> None:
+    pool, run = services(toy_pool, tmp_path / "pool", url, {"batch": 8}), tmp_path / "run"
+    words = ("train", "ideal", "--pool", pool, "--run-dir", run, *HERE, *toy.flags("ideal", f"budget.{name}={value}"))
+    done = command(*words)
+    wanted = f"budget.{name}: {value} is below one batch of 8 images to {ids(pool)[0]}; raise it, or lower api.batch"
+    assert (done.code, done.err) == (2, f"ray-dfml: {wanted} of its entry\n")
+    assert (server.received, run.exists()) == (0, False)
+    read_inputs(toy.config("ideal", pool, None, f"budget.{name}=8"))
+
+
 def test_the_gateway_of_a_cluster_looks_for_the_keys_in_its_own_environment(
     tmp_path: Path, toy_pool: Path, url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
