@@ -5,6 +5,7 @@ A message is one line that says what is wrong, where, and what to do.
 
 import difflib
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 
 def first_of(names: Sequence[str], most: int = 5) -> str:
@@ -35,6 +36,19 @@ class RejectedError(DfmlError):
     """A pool or a data source was read and cannot be used. Exit code 3."""
 
     exit_code = 3
+
+
+class ServiceAway(RejectedError):
+    """A service does not answer now, and may later: it cannot be reached, is busy, or fails."""
+
+
+class NobodyLeft(RejectedError):
+    """Every teacher of a run is left out. What is done is kept."""
+
+
+def rejection(error: RejectedError) -> dict[str, Any]:
+    """The result of a job whose teacher cannot be used; it says whether the teacher is only away."""
+    return {"rejected": str(error)} | ({"away": True} if isinstance(error, ServiceAway) else {})
 
 
 class BudgetReached(DfmlError):

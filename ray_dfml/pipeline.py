@@ -16,7 +16,7 @@ import numpy as np
 
 from ray_dfml import top1
 from ray_dfml.config import RunConfig, build
-from ray_dfml.errors import DfmlError, RejectedError
+from ray_dfml.errors import DfmlError, NobodyLeft, RejectedError
 from ray_dfml.methods import METHODS, UNTRAINED
 from ray_dfml.methods.base import Metrics, State, Student, World, learner_weights
 from ray_dfml.methods.baselines import untrained
@@ -35,7 +35,8 @@ class Trainer:
     """A run in progress: its configuration, its state, and the backend that does its work.
 
     `round` and `keep` change the state, and `score` answers what a `Scorer` asks about the weights. A checkpoint holds
-    `state` and nothing else, and a Trainer made from a checkpoint goes on with the same bits.
+    `state` and nothing else, and a Trainer made from a checkpoint goes on with the same bits. Services that are away
+    are not in the state, so that the next Trainer asks them again.
     """
 
     def __init__(
@@ -47,6 +48,7 @@ class Trainer:
         self._sets = sets
         self._backend = backend
         self._known: dict[str, LearnerWeights] = {}
+        self._away: dict[str, str] = {}
         self.state: State = state or self._begin()
 
     def _begin(self) -> State:
@@ -56,12 +58,15 @@ class Trainer:
 
     @property
     def world(self) -> World:
-        """The world of the run, without the teachers found bad so far."""
-        rejected = self.state["rejected"]
-        return replace(self._world, cards=tuple(c for c in self._world.cards if c.id not in rejected))
+        """The world of the run, without the teachers found bad or away so far."""
+        out = self._reasons
+        return replace(self._world, cards=tuple(c for c in self._world.cards if c.id not in out))
 
     def round(self, r: int) -> Metrics:
-        """Run round `r`, and return its numbers. Teachers that failed are in `state["rejected"]` from then on."""
+        """Run round `r`, and return its numbers. Teachers that failed are in `state["rejected"]` from then on.
+
+        Services that are away are left out by this Trainer only. Raises NobodyLeft if no teacher is left.
+        """
         seconds: dict[str, float] = {}
         started = time.perf_counter()
 
@@ -80,9 +85,9 @@ class Trainer:
         try:
             state, metrics = self.method.learn(cfg, self.world, self.state, r, results, send)
         except RejectedError as error:
-            if not self.world.cards or not self.state["rejected"]:
+            if not self.world.cards or not self._reasons:
                 raise
-            raise RejectedError(f"{error} (rejected: {self._reasons()})") from None
+            raise RejectedError(f"{error} (rejected: {self._said()})") from None
         self.state = state | {name: self.state[name] for name in KEPT}
         total = time.perf_counter() - started
         metrics |= {f"seconds/{op}": spent for op, spent in seconds.items()}
@@ -93,14 +98,29 @@ class Trainer:
             if "rejected" in result:
                 if job.teacher is None:
                     raise DfmlError(f"a job without a teacher failed: {result['rejected']}")
-                known = self.state["rejected"] | {job.teacher: str(result["rejected"])}
-                self.state = {**self.state, "rejected": known}
+                found = {job.teacher: str(result["rejected"])}
+                if result.get("away"):
+                    self._away |= found
+                else:
+                    self.state = {**self.state, "rejected": self.state["rejected"] | found}
         if self._world.cards and not self.world.cards:
-            raise RejectedError(f"every teacher was rejected ({self._reasons()}); run `ray-dfml pool check`")
+            later = ", then --resume, which asks again those that are away" if self._away else ""
+            raise NobodyLeft(f"every teacher was rejected ({self._said()}); run `ray-dfml pool check`{later}")
 
-    def _reasons(self) -> str:
-        """Why each rejected teacher was rejected."""
-        return "; ".join(f"{id}: {why}" for id, why in self.state["rejected"].items())
+    @property
+    def _reasons(self) -> dict[str, str]:
+        return self.state["rejected"] | self._away
+
+    def _said(self) -> str:
+        return "; ".join(f"{id}: {why.removeprefix(f'{id}: ')}" for id, why in self._reasons.items())
+
+    def rejected(self) -> dict[str, str]:
+        """Id of each teacher that is left out -> why, and what is kept of it."""
+        kept = self.students() if self._reasons else {}
+        return {
+            id: f"{why}; its student of {kept[id]} images is kept" if id in kept else why
+            for id, why in self._reasons.items()
+        }
 
     def weights(self, selection: str) -> LearnerWeights:
         """The weights of a selection: `last`, `val`, `test-best`, or `random` for a fresh learner.
@@ -144,9 +164,12 @@ class Trainer:
             self.state = {**self.state, KEYS[selection]: kept}
 
     def students(self) -> dict[str, int]:
-        """Id of each usable teacher -> how many images it was asked about for its student. Others have no student."""
+        """Id of each teacher that has a student -> how many images it was asked about.
+
+        A teacher that is left out has one if it was asked before.
+        """
         found = {} if self.method.students is None else self._students(self.state)
-        return {id: student.asked for id, student in found.items()}
+        return {id: one.asked for id, one in found.items() if one.asked or id not in self._reasons}
 
     def student(self, id: str, *, fresh: bool = False) -> LearnerWeights:
         """The weights of a teacher's student: the last ones, or those that the run began with."""
@@ -165,7 +188,7 @@ class Trainer:
 
     def _students(self, state: State) -> Mapping[str, Student]:
         assert self.method.students is not None
-        return self.method.students(self.config.method, self.world, state)
+        return self.method.students(self.config.method, self._world, state)
 
     @cached_property
     def _untrained(self) -> Mapping[str, Student]:

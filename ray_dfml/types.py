@@ -104,7 +104,8 @@ class Backend(Protocol):
     def map(self, op: str, jobs: Sequence[Job], shared: Arrays) -> list[Arrays]:
         """Run `op` on every job with the same `shared` values. Results are in job order, whoever ran or re-ran them.
 
-        If a teacher cannot be used (bad values, or two processes died on it), the result is `{"rejected": reason}`.
+        If a teacher cannot be used (bad values, or two processes died on it), the result is `{"rejected": reason}`,
+        with `"away": True` beside it if it is a service that may be used later.
         """
         ...
 

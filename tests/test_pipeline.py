@@ -13,6 +13,7 @@ from ray_dfml.errors import DfmlError, RejectedError
 from ray_dfml.methods import METHODS
 from ray_dfml.pipeline import KEPT, KEYS, Trainer
 from ray_dfml.runtime.local import LocalBackend
+from ray_dfml.runtime.shard import Shard
 from ray_dfml.scorer import Episodes, Part
 from ray_dfml.scores import KEYS as KEYS_OF_A_ROW
 from ray_dfml.scores import as_row
@@ -84,6 +85,43 @@ def test_the_last_teacher_lost_ends_the_run() -> None:
     bad: dict[int, Arrays] = {i: {"rejected": "no use"} for i in range(len(WORLD.cards))}
     with pytest.raises(RejectedError, match=r"every teacher was rejected \(conv4-0: no use; .*pool check"):
         trainer("purer", spoil={"purer.recover": bad}).round(0)
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shards whose teachers can be asked without a ledger."""
+    monkeypatch.setattr(Shard, "service", lambda shard, id: FakeShard(WORLD).service(id))
+
+
+@pytest.mark.usefixtures("asked")
+def test_a_service_that_is_away_is_left_out_by_this_trainer_and_asked_again_by_the_next() -> None:
+    away: dict[int, Arrays] = {0: {"rejected": "its server is down", "away": True}, 1: {"rejected": "no use"}}
+    one = trainer("ideal", spoil={})
+    one.round(0)
+    one._backend = Spoiled({"ideal.recover": away})
+    one.round(1)
+    first, second = WORLD.cards[:2]
+    assert [card.id for card in one.world.cards] == [card.id for card in WORLD.cards[2:]]
+    assert one.rejected() == {
+        second.id: "no use; its student of 8 images is kept",
+        first.id: "its server is down; its student of 8 images is kept",
+    }
+    counts = one.students()
+    assert (counts[first.id], counts[WORLD.cards[2].id]) == (8, 16)
+    assert torch.isfinite(one.student(first.id).theta).all()
+    assert not torch.equal(one.student(first.id).theta, one.student(first.id, fresh=True).theta)
+    after = Trainer(one.config.model_dump(mode="json"), WORLD, [], Spoiled({}), one.state)
+    assert [card.id for card in after.world.cards] == [card.id for card in WORLD.cards if card.id != second.id]
+    after.round(2)
+    assert (after.students()[first.id], after.students()[second.id]) == (16, 8)
+
+
+@pytest.mark.usefixtures("asked")
+def test_a_teacher_that_was_never_asked_leaves_no_student() -> None:
+    one = trainer("ideal", spoil={"ideal.recover": {0: {"rejected": "no use"}}})
+    one.round(0)
+    assert WORLD.cards[0].id not in one.students()
+    assert one.rejected() == {WORLD.cards[0].id: "no use"}
 
 
 def test_a_run_that_too_few_teachers_end_says_why_the_others_are_out() -> None:

@@ -8,7 +8,7 @@ import click
 
 from ray_dfml.cli import options
 from ray_dfml.config import PROFILES, RunConfig, presets, resolve
-from ray_dfml.errors import BudgetReached, UsageError
+from ray_dfml.errors import BudgetReached, NobodyLeft, UsageError
 from ray_dfml.methods import METHODS
 
 EPILOG = """\b
@@ -86,12 +86,12 @@ def train(
 
 
 def _kept(run_dir: Path, json_out: bool, run: Callable[[], list[dict[str, Any]]]) -> list[dict[str, Any]]:
-    """The scores of a run. If a budget ends it, what it kept is shown before BudgetReached goes on."""
+    """The scores of a run. What it kept is shown before an error goes on that ended it early."""
     from ray_dfml.runtime.rundir import RunFolder
 
     try:
         return run()
-    except BudgetReached:
+    except (BudgetReached, NobodyLeft):
         folder = RunFolder(run_dir)
         if folder.read_status().get("round"):
             _show(run_dir, folder.read_scores(), json_out)

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 
-from ray_dfml.errors import RejectedError
+from ray_dfml.errors import RejectedError, rejection
 from ray_dfml.types import Arrays, Job, Shard, Teacher
 
 Slot = tuple[int, Job, Teacher]
@@ -28,7 +28,7 @@ def recover(
         try:
             slots.append((i, job, teacher(job) if teacher else shard.teacher(str(job.teacher))))
         except RejectedError as error:
-            results[i] = {"rejected": str(error)}
+            results[i] = rejection(error)
     for group in groups(slots, batched=shard.batched):
         found = invert([job for _, job, _ in group], [teacher for *_, teacher in group], len(group) > 1)
         for (i, *_), result in zip(group, found, strict=True):

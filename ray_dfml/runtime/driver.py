@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from ray_dfml.config import RunConfig
-from ray_dfml.errors import BudgetReached, Interrupted, LearnerLost
+from ray_dfml.errors import BudgetReached, DfmlError, Interrupted, LearnerLost, NobodyLeft
 from ray_dfml.methods import METHODS
 from ray_dfml.runtime.assess import Assessment
 from ray_dfml.runtime.assess_students import StudentAssessment
@@ -121,9 +121,10 @@ def run(
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Train to the end, from the last checkpoint if there is one; export and test. Returns the rows of `scores.json`.
 
-    With Ray the run uses `cluster`, or starts one. If a budget is reached, the rounds that are done are exported and
-    tested before BudgetReached is raised. Raises Interrupted after Ctrl-C or SIGTERM (the run can be resumed),
-    LearnerLost if the learner keeps dying, and whatever a method raises; `status.json` records it.
+    With Ray the run uses `cluster`, or starts one. If a budget is reached, or no teacher is left, the rounds that are
+    done are exported and tested before BudgetReached or NobodyLeft is raised. Raises Interrupted after Ctrl-C or
+    SIGTERM (the run can be resumed), LearnerLost if the learner keeps dying, and whatever a method raises;
+    `status.json` records it.
     """
     with folder.locked(), _interruptible():
         try:
@@ -155,7 +156,7 @@ def _run(
     try:
         done, stopped = _train(config, inputs, folder, session, assessment, progress)
         if stopped is not None:
-            _note_budget(folder, done, stopped, progress)
+            _note_end(folder, done, stopped, progress)
         folder.status(state="testing")
         progress.note("testing")
         try:
@@ -164,9 +165,10 @@ def _run(
             done = session.start()
             scores, steps = _assess(config, folder, assessment, done)
         rows = folder.write_scores(scores, config.profile)
+        ended = "done" if stopped is None else BUDGET if isinstance(stopped, BudgetReached) else "failed"
         folder.status(
-            state="done" if stopped is None else BUDGET, last_error=stopped and str(stopped),
-            rejected=inputs.rejected | done.rejected, test_step=[asdict(step) for step in steps],
+            state=ended, last_error=stopped and str(stopped),
+            rejected=inputs.rejected | session.call("rejected"), test_step=[asdict(step) for step in steps],
         )  # fmt: skip
         if stopped is not None:
             raise stopped
@@ -181,16 +183,18 @@ def _run(
 def _assess(
     config: RunConfig, folder: RunFolder, assessment: Assessment | StudentAssessment, done: Done
 ) -> tuple[list[Score], list[Step]]:
-    """Export and test. The last round is validated first if a budget ended the run after a round that was not."""
+    """Export and test. The last round is validated first if the run ended early, after a round that was not."""
     last = done.rounds - 1
     if not config.validates(last):
         assessment.validate(last)
     return assessment.finish(folder.path)
 
 
-def _note_budget(folder: RunFolder, done: Done, stopped: BudgetReached, progress: Progress) -> None:
-    """Say that a budget ended the run. Raises BudgetReached if no round is done, since nothing is learned yet."""
+def _note_end(folder: RunFolder, done: Done, stopped: DfmlError, progress: Progress) -> None:
+    """Say what ended the run early. Raises it if no round is done, since nothing is learned yet."""
     if not done.rounds:
+        if isinstance(stopped, NobodyLeft):
+            raise stopped
         folder.status(state=BUDGET, last_error=str(stopped))
         raise BudgetReached(f"{stopped}; no round is done, so there is no learner yet: raise it and --resume")
     progress.note(f"{stopped}; the learner of {done.rounds} rounds is kept")
@@ -203,8 +207,10 @@ def _train(
     session: Session,
     assessment: Assessment | StudentAssessment,
     progress: Progress,
-) -> tuple[Done, BudgetReached | None]:
-    """Run the rounds that are not done, up to the last one or to the end of a budget. Returns which it was.
+) -> tuple[Done, BudgetReached | NobodyLeft | None]:
+    """Run the rounds that are not done, up to the last one, or to the end of a budget or of the teachers.
+
+    Returns how far the run is, and what ended it early.
 
     The state is on disk after each round, so at most one round is repeated, whatever ends the run.
     """
@@ -219,7 +225,7 @@ def _train(
             row: dict[str, Any] = {"round": r} | session.call("round", r)
             row["validation"] = assessment.validate(r) if config.validates(r) else None
             done = session.save(r + 1, row)
-        except BudgetReached as error:
+        except (BudgetReached, NobodyLeft) as error:
             return done, error
         except LearnerLost as error:
             lives -= 1

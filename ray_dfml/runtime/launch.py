@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from ray_dfml import report
 from ray_dfml.config import RunConfig, resolve, with_budget
-from ray_dfml.errors import BudgetReached, UsageError, first_of
+from ray_dfml.errors import BudgetReached, NobodyLeft, UsageError, first_of
 from ray_dfml.files import resolved
 from ray_dfml.methods import METHODS
 from ray_dfml.runtime import driver, rundir
@@ -35,7 +35,8 @@ def train(
     """Do what `ray-dfml train` does, from Python. Returns the rows of `scores.json`; the rest is in `run_dir`.
 
     Raises UsageError, RejectedError, BudgetReached, ResourceError and Interrupted where the command exits with 2, 3, 4,
-    5 and 130. After BudgetReached `run_dir` holds the learner and the scores of the rounds that are done.
+    5 and 130. After BudgetReached, and after NobodyLeft, a RejectedError, `run_dir` holds the learner and the scores of
+    the rounds that are done.
     """
     pools = (pool,) if isinstance(pool, str | Path) else tuple(pool)
     specs = (data,) if isinstance(data, str) else tuple(data)
@@ -106,7 +107,7 @@ def _finish(
         progress.note(line)
     try:
         rows = driver.run(config, inputs, folder, machine, progress, cluster)
-    except BudgetReached:
+    except (BudgetReached, NobodyLeft):
         report.write(folder.path)
         raise
     report.write(folder.path)

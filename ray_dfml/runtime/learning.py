@@ -49,7 +49,7 @@ class Learning:
         found = self._checkpoints.load()
         saved, state, row = found or (None, None, {})
         self._trainer = Trainer(*self._arguments, state)
-        return Done(saved, row, self._trainer.state["rejected"])
+        return Done(saved, row, self._trainer.rejected())
 
     def call(self, name: str, *args: Any) -> Any:
         """Call a method of the trainer."""
@@ -58,4 +58,4 @@ class Learning:
     def save(self, rounds: int, row: dict[str, Any]) -> Done:
         """Write a checkpoint of the state after `rounds` rounds. `row` holds the metrics of the last round."""
         state = self._trainer.state
-        return Done(self._checkpoints.save(rounds, state, row), row, state["rejected"])
+        return Done(self._checkpoints.save(rounds, state, row), row, self._trainer.rejected())

@@ -17,7 +17,7 @@ from ray_dfml.core.answers import answers
 from ray_dfml.core.net import Net, net
 from ray_dfml.core.steady import steady_logits
 from ray_dfml.data.services import Asked
-from ray_dfml.errors import RejectedError
+from ray_dfml.errors import RejectedError, rejection
 from ray_dfml.ops import OPS
 from ray_dfml.runtime import asking
 from ray_dfml.runtime.asking import Desk
@@ -158,7 +158,7 @@ class Shard:
             return OPS[op](self, jobs, shared)
         except RejectedError as error:
             if len(jobs) == 1:
-                return [{"rejected": str(error)}]
+                return [rejection(error)]
             parts = [[job] for job in jobs]
         except torch.OutOfMemoryError:
             if len(jobs) == 1:

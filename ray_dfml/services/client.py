@@ -22,7 +22,7 @@ import orjson
 import tenacity
 
 from ray_dfml.data.services import KEY, Api, Asked
-from ray_dfml.errors import RejectedError, UsageError
+from ray_dfml.errors import RejectedError, ServiceAway, UsageError
 from ray_dfml.files import shown
 from ray_dfml.services.adapters import Oip, Request, adapter
 from ray_dfml.services.checks import BadAnswer, Unreadable
@@ -74,6 +74,10 @@ class _Again(Exception):
     def __init__(self, text: str, after: float, *, free: bool = False, may_be_binary: bool = False) -> None:
         super().__init__(text)
         self.after, self.free, self.may_be_binary = after, free, may_be_binary
+
+
+class _Useless(_Again):
+    """An answer that cannot be used."""
 
 
 class _Refused(RejectedError):
@@ -174,7 +178,8 @@ class Client:
     async def answers(self, images: np.ndarray, id: str, attempts: Attempts) -> np.ndarray:
         """The answers to a batch [n c h w]; `id` names the batch in all its attempts.
 
-        Raises UsageError without a key, RejectedError if the service cannot be used, and what `attempts` raises.
+        Raises UsageError without a key, RejectedError if the service cannot be used, which is a ServiceAway if it may
+        be later, and what `attempts` raises.
         """
         key_of(self._asked)
         if isinstance(self.adapter, Oip) and (self.adapter.input is None or self.adapter.datatype is None):
@@ -214,7 +219,8 @@ class Client:
                 with attempt:
                     return await work(attempt.retry_state.attempt_number)
         except _Again as error:
-            raise RejectedError(f"{self._id}: {error}") from None
+            kind = RejectedError if isinstance(error, _Useless) else ServiceAway
+            raise kind(f"{self._id}: {error}") from None
         raise AssertionError("tenacity returns or raises")
 
     async def _attempt(self, images: np.ndarray, id: str, number: int, attempts: Attempts) -> np.ndarray:
@@ -228,7 +234,7 @@ class Client:
             try:
                 found = self.adapter.answers(reply.headers, reply.body, len(images))
             except BadAnswer as error:
-                raise _Again(str(error), _backoff(number), may_be_binary=isinstance(error, Unreadable)) from None
+                raise _Useless(str(error), _backoff(number), may_be_binary=isinstance(error, Unreadable)) from None
         except (_Again, _Refused) as error:
             # Several requests may try bytes at once; each learns from its own answer, and none after one has worked.
             if isinstance(self.adapter, Oip) and trying and not self.adapter.binary and error.may_be_binary:

@@ -57,6 +57,8 @@ def test_a_budget_ends_with_4_and_a_raised_one_goes_on(tmp_path: Path, pool: Pat
     assert "<td>in all</td><td>64</td><td>64</td><td>8.8</td>" in page
     refused = command(*words, "--resume", "--set", "method.batch=4")
     assert (refused.code, refused.err.count("\n")) == (2, 1)
+    still = command(*words, "--resume", "--json")
+    assert (still.code, json.loads(still.out)) == (4, {"run": str(run), "scores": []})
     again = command(*words, "--resume", "--set", "budget.queries=96")
     assert again.code == 0, again.err
     assert sums(run) == dict.fromkeys(ids(pool), (PLAN, PLAN))

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from ray_dfml.core.images import to_bytes
-from ray_dfml.errors import UsageError
+from ray_dfml.errors import RejectedError, UsageError
 from ray_dfml.methods import METHODS
 from ray_dfml.methods.base import World
 from ray_dfml.methods.free import method as free
@@ -262,6 +262,16 @@ def test_no_image_may_be_left_of_a_task(monkeypatch: pytest.MonkeyPatch) -> None
     before, after, metrics = play("free", cfg, world, rounds=3, first=0, shard=NoWeights(world))
     assert torch.equal(before["theta"], after["theta"])
     assert metrics["bank/images"] == metrics["replay/updates"] == 0
+
+
+def test_a_service_that_came_back_after_the_distillation_has_no_surrogate_and_is_left_out(mixed) -> None:
+    world, cfg, _, state, _ = mixed
+    kept = {id: one for id, one in state["surrogates"].items() if id != "conv4-1"}
+    jobs = free.plan(cfg, world, state | {"surrogates": kept}, 2)
+    assert {job.teacher for job in jobs} == {"conv4-0", "conv4-2"}
+    asked = replace(world, cards=surrogates.services(world))
+    with pytest.raises(RejectedError, match="no teacher has weights or a surrogate"):
+        free.plan(cfg, asked, state | {"surrogates": {}}, 2)
 
 
 def test_the_surrogate_is_what_is_inverted(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from ray_dfml.data.services import Asked, Budget, Terms
-from ray_dfml.errors import BudgetReached, Interrupted, RejectedError, UsageError
+from ray_dfml.errors import BudgetReached, Interrupted, RejectedError, ServiceAway, UsageError
 from ray_dfml.services import client
 from ray_dfml.services.gateway import Gateway
 from tests.services.faulty import KEY, SIDE, FaultyService, Recorder, served, service, truth
@@ -154,6 +154,7 @@ def test_a_fault_that_stays_ends_after_three_tries(scene: Scene, fault: str, say
             gateway.ask("svc", images(13))
         assert str(caught.value).startswith(says)
         assert "\n" not in str(caught.value)
+        assert isinstance(caught.value, ServiceAway) == (fault in ("500", "reset"))
         assert (gateway.totals()["svc"].sent, gateway.totals()["svc"].answered) == (1 + 3 * 4, 1)
         scene.laws(gateway)
         scene.server.faults = iter([])
@@ -216,7 +217,7 @@ def test_a_service_that_is_busy_is_left_in_peace_by_all_its_requests(scene: Scen
 def test_a_service_that_stays_busy_ends_the_patience(scene: Scene) -> None:
     scene.server.faults = iter([None, *["429"] * 99])
     with scene.gateway(patience=0.2) as gateway:
-        with pytest.raises(RejectedError, match=r"svc: is busy \(429\)"):
+        with pytest.raises(ServiceAway, match=r"svc: is busy \(429\)"):
             gateway.ask("svc", images(5))
         scene.laws(gateway)
 
@@ -227,7 +228,7 @@ def test_a_refused_connection_costs_nothing(tmp_path: Path) -> None:
         port = unused.getsockname()[1]
         asked = service(f"http://127.0.0.1:{port}", input="pixels", datatype="FP32")
         with Gateway(tmp_path / "l.sqlite", [asked], patience=0.2) as gateway:
-            with pytest.raises(RejectedError, match=f"svc: 127.0.0.1:{port} cannot be reached"):
+            with pytest.raises(ServiceAway, match=f"svc: 127.0.0.1:{port} cannot be reached"):
                 gateway.ask("svc", images(5))
             assert gateway.totals()["svc"].sent == 0
             gateway.export(tmp_path / "ledger.jsonl")

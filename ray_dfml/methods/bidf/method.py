@@ -22,7 +22,7 @@ from ray_dfml.core.generators import generator
 from ray_dfml.core.images import normalise, to_pixels, view
 from ray_dfml.core.inner_loop import GradOf, Task, accuracy, adapt, adapted, graph_grad, meta_gradient, plain_grad
 from ray_dfml.core.net import Net, net
-from ray_dfml.errors import RejectedError, UsageError
+from ray_dfml.errors import RejectedError, UsageError, rejection
 from ray_dfml.methods import bank as bank_of
 from ray_dfml.methods import cost as cost_of
 from ray_dfml.methods import panels, recovery, replay
@@ -201,7 +201,7 @@ def recover(shard: Shard, jobs: Sequence[Job], shared: Arrays) -> list[Arrays]:
             judge = _task_models(cfg, learner, theta, [support], mean, std, False) if shared["boundary"] else None
             return {"support": support, "query": one_set("query", judge)}
         except RejectedError as error:
-            return {"rejected": str(error)}
+            return rejection(error)
 
     opened = iter(recovery.recover(shard, [job for job in jobs if not job.values.get("asked")], invert))
     return [ask(job) if job.values.get("asked") else next(opened) for job in jobs]

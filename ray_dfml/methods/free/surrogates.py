@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ray_dfml.core.images import fit, to_bytes, to_pixels
 from ray_dfml.core.net import Net, net
+from ray_dfml.errors import RejectedError
 from ray_dfml.methods.base import State, World
 from ray_dfml.methods.free.config import Config
 from ray_dfml.methods.students import loop
@@ -109,10 +110,19 @@ class Surrogate:
 
 
 def inverted(world: World, state: Mapping[str, Any]) -> World:
-    """The world in which each service has the architecture of its surrogate, since that is what is inverted."""
-    known = state.get("surrogates", {})
+    """The world in which each service has the architecture of its surrogate, since that is what is inverted.
+
+    Services that were away when the others were distilled have none, and are left out. Raises RejectedError if nobody
+    is left.
+    """
+    if "surrogates" not in state:
+        return world
+    known = state["surrogates"]
     cards = [replace(card, arch=known[card.id]["arch"]) if card.id in known else card for card in world.cards]
-    return replace(world, cards=tuple(cards))
+    cards = tuple(card for card in cards if card.access == "weights" or card.id in known)
+    if not cards:
+        raise RejectedError("free: no teacher has weights or a surrogate; start a new run")
+    return replace(world, cards=cards)
 
 
 def values(state: Mapping[str, Any], card: TeacherCard) -> Arrays:

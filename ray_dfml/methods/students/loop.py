@@ -14,7 +14,7 @@ import torch
 
 from ray_dfml.core import seeds
 from ray_dfml.core.net import Net, net
-from ray_dfml.errors import RejectedError
+from ray_dfml.errors import RejectedError, rejection
 from ray_dfml.methods.base import Metrics, Send, State, Student, World
 from ray_dfml.methods.students.config import Batch, StudentConfig, architecture
 from ray_dfml.methods.students.training import Lesson, Pupil, labels_of, learnable
@@ -125,7 +125,7 @@ def _one(shard: Shard, job: Job, cfg: C, work: Callable[[C, Study], Metrics]) ->
     try:
         service = shard.service(str(job.teacher))
     except RejectedError as error:
-        return {"rejected": str(error)}
+        return rejection(error)
     values, card = job.values, service.card
     lesson = Lesson(cfg, network(cfg, card), card.image, Pupil.of(values["pupil"], shard.device))
     study = Study(

@@ -1,0 +1,94 @@
+"""Services that do not answer any more: what was paid for is kept, and --resume asks them again."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ray_dfml import Student
+from ray_dfml.errors import NobodyLeft, ServiceAway
+from ray_dfml.runtime import launch
+from ray_dfml.runtime.asking import WrappedModel
+from tests.runtime import toy
+from tests.runtime.test_accounts import ids, pool_with, sums
+
+PLAN, BATCH = 24, 8
+"""Images that a whole training asks each teacher about, and how many a round does."""
+
+Leave = Callable[..., None]
+
+
+@pytest.fixture
+def pool(tmp_path: Path, toy_pool: Path) -> Path:
+    """Four teachers that are only asked."""
+    return pool_with(toy_pool, tmp_path / "pool", *[{"access": "label"}] * 4)
+
+
+@pytest.fixture
+def leave(monkeypatch: pytest.MonkeyPatch) -> Leave:
+    """Let some teachers, or none, fail to answer from their second batch on."""
+    query = WrappedModel.query
+
+    def leave(*away: str) -> None:
+        asked: dict[str, int] = {}
+
+        def answer(self: WrappedModel, images: np.ndarray) -> np.ndarray:
+            asked[self.card.id] = asked.get(self.card.id, 0) + 1
+            if self.card.id in away and asked[self.card.id] > 1:
+                raise ServiceAway(f"{self.card.id}: the server is down")
+            return query(self, images)
+
+        monkeypatch.setattr(WrappedModel, "query", answer)
+
+    return leave
+
+
+def test_a_service_that_goes_away_leaves_its_student(tmp_path: Path, pool: Path, leave: Leave) -> None:
+    run, first = tmp_path / "run", ids(pool)[0]
+    leave(first)
+    launch.new_run(toy.config("ideal", pool, None), run, toy.LOCAL, quiet=True)
+    found = toy.status(run)
+    said = f"{first}: the server is down; its student of {BATCH} images is kept"
+    assert (found["state"], found["rejected"]) == ("done", {first: said})
+    assert {id: Student.load(run, teacher=id).card.queries for id in ids(pool)} == dict.fromkeys(ids(pool), PLAN) | {
+        first: BATCH
+    }
+    assert said in (run / "report.html").read_text()
+    assert toy.last_state(run)["rejected"] == {}
+
+
+def test_a_run_whose_services_are_all_away_keeps_what_is_done_and_goes_on_later(
+    tmp_path: Path, pool: Path, leave: Leave, command: Callable[..., toy.Done]
+) -> None:
+    """Exit code 3 with the students of a round; once all are back, --resume ends with the bits of a quiet run."""
+    run, quiet = tmp_path / "run", tmp_path / "quiet"
+    toy.train(toy.config("ideal", pool, None), quiet)
+    leave(*ids(pool))
+    words = ("train", "ideal", "--run-dir", run, "--backend", "local")
+    done = command(*words, "--pool", pool, *toy.flags("ideal"), "--json")
+    assert done.code == 3, done.err
+    assert json.loads(done.out) == {"run": str(run), "scores": []}
+    assert "every teacher was rejected" in done.err.splitlines()[-1]
+    assert done.err.endswith("then --resume, which asks again those that are away\n")
+    assert toy.status(run)["state"] == "failed"
+    assert {Student.load(run, teacher=id).card.queries for id in ids(pool)} == {BATCH}
+    leave()
+    again = command(*words, "--resume")
+    assert again.code == 0, again.err
+    toy.assert_equal(toy.last_state(run), toy.last_state(quiet))
+    assert sums(run) == dict.fromkeys(ids(pool), (PLAN, PLAN))
+    assert toy.status(run)["rejected"] == {}
+
+
+def test_nothing_is_kept_of_a_run_without_a_round(tmp_path: Path, pool: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def answer(self: WrappedModel, images: np.ndarray) -> np.ndarray:
+        raise ServiceAway(f"{self.card.id}: the server is down")
+
+    monkeypatch.setattr(WrappedModel, "query", answer)
+    run = tmp_path / "run"
+    with pytest.raises(NobodyLeft, match=f"{ids(pool)[0]}: the server is down"):
+        launch.new_run(toy.config("ideal", pool, None), run, toy.LOCAL, quiet=True)
+    assert not (run / "students").exists()
+    assert toy.status(run)["state"] == "failed"
