@@ -6,6 +6,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+import timm
 import torch
 import torchvision
 from torch import Tensor, nn
@@ -179,7 +180,6 @@ def test_neither_library_is_imported_before_it_is_needed() -> None:
 def test_networks_of_timm_answer_as_its_own(name: str, shape: tuple[int, int, int]) -> None:
     """LeViT remembers its attention biases between calls, and a second teacher must not get those of the first. Swin
     makes its tables where its weights are, which is nowhere while it is built."""
-    timm = pytest.importorskip("timm")
     size = {"img_size": shape[1:]} if name.startswith(("vit", "levit", "swin")) else {}
     network = net(f"timm:{name}", shape, 4)
     x = normal(2, *shape)
@@ -191,7 +191,6 @@ def test_networks_of_timm_answer_as_its_own(name: str, shape: tuple[int, int, in
 
 
 def test_a_name_of_timm_that_would_download_is_unknown() -> None:
-    pytest.importorskip("timm")
     for bad in ("hf-hub:someone/model", "local-dir:/etc", "resnet18.a1_in1k"):
         with pytest.raises(ValueError, match=r"^timm has no classifier "):
             hub.known(f"timm:{bad}")
