@@ -10,12 +10,14 @@ from typing import Any
 
 import click
 import pytest
+import yaml
 
 from ray_dfml import errors
 from ray_dfml.cli import cli
-from ray_dfml.config import resolve
+from ray_dfml.config import BudgetConfig, resolve
 from ray_dfml.core.backbones import BACKBONES
 from ray_dfml.data import foreign, images, listing
+from ray_dfml.data.manifest import Manifest, PoolBudget
 from ray_dfml.methods import METHODS
 from ray_dfml.methods.base import MethodConfig
 from ray_dfml.methods.free.config import CHARACTERS
@@ -252,6 +254,14 @@ def test_readme_names_every_architecture() -> None:
     section = README.split("## What this is not")[1].split("\n## ")[0]
     sentence = section.split("architectures")[1].split(".\n")[0]
     assert re.findall(r"`([\w-]+)`", sentence) == list(BACKBONES)
+
+
+def test_the_page_of_services_names_every_budget() -> None:
+    section = TEXT["docs/services.md"].split("\n## Budgets\n")[1].split("\n## ")[0]
+    assert {f"budget.{name}" for name in BudgetConfig.model_fields} == set(re.findall(r"budget\.\w+", section))
+    (block,) = fences(section, "yaml")
+    assert Manifest.model_validate(yaml.safe_load(block)).budget == PoolBudget(queries=50000, money=20.0)
+    assert f"budget: {{{', '.join(PoolBudget.model_fields)}}}" in section
 
 
 def test_the_page_of_inputs_names_the_suffixes_and_splits_of_the_code():
