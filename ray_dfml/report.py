@@ -46,6 +46,8 @@ class Record:
     """Teacher -> images `answered` and `sent`, and their `cost`, from `ledger.jsonl`; empty if nobody was asked."""
     learner: dict[str, Any]
     """`learner.json`, which describes the exported weights; empty if there are none yet."""
+    students: dict[str, dict[str, Any]]
+    """Teacher -> the card of its student, in a run that distilled."""
 
     @property
     def name(self) -> str:
@@ -91,6 +93,8 @@ def read(run: Path) -> Record:
         one = queries.setdefault(str(line.get("teacher")), dict.fromkeys(SPENT, 0))
         for key in SPENT:
             one[key] += number(line.get(key)) or 0
+    learner = _json(run / "learner.json", dict) or {}
+    cards = [learner, *(_json(file, dict) for file in sorted((run / "students").glob("*.json")))]
     return Record(
         path=run,
         config=config,
@@ -100,7 +104,8 @@ def read(run: Path) -> Record:
         metrics=[by_round[r] for r in sorted(by_round)],
         unread=unread,
         queries=queries,
-        learner=_json(run / "learner.json", dict) or {},
+        learner=learner,
+        students={str(card.get("teacher")): card for card in cards if card.get("kind") == "student"},
     )
 
 

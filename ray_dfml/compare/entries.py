@@ -1,5 +1,6 @@
 """Reads the scores of run folders, each with the episodes that it was taken on."""
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -107,18 +108,30 @@ def entries_of(record: Record) -> list[Entry]:
 def _of_student(
     record: Record, about: Mapping[str, Any], score: Mapping[str, Any], known: str | None, pairs: Sequence[Any]
 ) -> Entry:
-    """A top-1 score. Two of them belong together if they are of the same images and of students of one teacher."""
+    """A top-1 score. Two of them belong together if they are of the same images, and of students of one teacher.
+
+    A teacher is known by its id and its classes; if the run has no card of its student, it is like no other.
+    """
     method, data = str(score.get("method")), known or text(score.get("data"))
     row = dict(about) if _own(record, method) else dict(about) | dict.fromkeys(_OF_TRAINING)
     row |= {key: _text(score.get(key)) for key in ("split", "selection", "bn")}
     row |= dict.fromkeys(("way", "shot", "query", "eval_seed", "episodes"))
     row |= {"method": text(method), "data": data, "mean": number(score.get("mean")), "ci95": number(score.get("ci95"))}
     row["steps"] = []
-    teacher = method.partition(":")[2]
-    where = [f"{known or 'not recorded in ' + str(record.path.resolve())} {teacher}", str(row["split"]), "top-1"]
+    here = f"not recorded in {record.path.resolve()}"
+    where = [f"{known or here} of {_taught(record, method) or here}", str(row["split"]), "top-1"]
     where += ["top-1"] * 3 + [str(len(pairs)), str(row["bn"])]
     accuracies, flaw = _checked(row, pairs)
     return Entry(row, tuple(where), _settings(record, method), {}, accuracies, flaw)
+
+
+def _taught(record: Record, method: str) -> str | None:
+    """The teacher of a student, with a hash of the names of its classes; None if the run does not say."""
+    teacher = method.partition(":")[2] or next(iter(record.students), "")
+    classes = record.students.get(teacher, {}).get("classes")
+    if not isinstance(classes, list):
+        return None
+    return f"{text(teacher)}@{hashlib.sha256(json.dumps(sorted(map(str, classes))).encode()).hexdigest()[:8]}"
 
 
 def _episodes(path: Path) -> dict[tuple[str, ...], list[tuple[int, float]]]:
