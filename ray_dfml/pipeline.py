@@ -179,8 +179,9 @@ class Trainer:
 
     def top1(self, id: str, fresh: bool, data: str, split: str, start: int, stop: int) -> np.ndarray:
         """Whether a student is right about images start..stop-1 of those in a data set whose class it knows: bool."""
-        (of,) = [one for one in self._sets if (one.data, one.split) == (data, split)]
         (card,) = [card for card in self._world.cards if card.id == id]
+        wanted = (data, split, card.image.shape)
+        (of,) = [one for one in self._sets if (one.data, one.split, one.shape) == wanted]
         rows, wanted = top1.rows_known(of, card.classes)
         shared = top1.shared(self.student(id, fresh=fresh), of.images)
         found = self._backend.map("top1", top1.jobs(rows[start:stop], wanted[start:stop]), shared)

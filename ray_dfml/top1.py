@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ray_dfml.core.images import fit, normalise, to_pixels
+from ray_dfml.core.images import normalise, to_pixels
 from ray_dfml.errors import UsageError
 from ray_dfml.types import Arrays, Job, Labelled, LearnerWeights, Shard, TeacherCard
 
@@ -76,14 +76,14 @@ def shared(weights: LearnerWeights, images: Any) -> Arrays:
 def top1(shard: Shard, jobs: Sequence[Job], shared: Arrays) -> list[Arrays]:
     """The `top1` op: for each image of a job's `rows`, whether the best output is the one in `wanted`: bool [n].
 
-    Batch norm uses the running statistics of the weights. Images of another size are brought to the classifier's.
+    Batch norm uses the running statistics of the weights. The images have the size that the classifier takes.
     """
     weights, device = LearnerWeights.of(shared["weights"]), shard.device
     theta, stats = weights.theta.to(device), weights.stats.to(device)
     mean, std = (torch.tensor(values, device=device) for values in (weights.image.mean, weights.image.std))
     results = []
     for job in jobs:
-        pixels = fit(to_pixels(shared["images"][job.values["rows"]], device), weights.image.shape)
+        pixels = to_pixels(shared["images"][job.values["rows"]], device)
         logits = weights.net(theta, normalise(pixels, mean, std), stats, first_order=True)
         results.append({"right": logits.argmax(-1).cpu().numpy() == job.values["wanted"]})
     return results

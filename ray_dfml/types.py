@@ -301,6 +301,8 @@ class Labelled:
     """int64 [n]."""
     names: tuple[str, ...] = ()
     """`data/name` of each label."""
+    shape: tuple[int, int, int] | None = None
+    """(channels, height, width) to which the images were brought; students have their own."""
 
 
 @dataclass(frozen=True, kw_only=True)

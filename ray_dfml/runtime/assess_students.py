@@ -56,11 +56,12 @@ class StudentAssessment:
             return [self._score(card, of, fresh=fresh) for fresh in (False, True) for card, of in asked], []
 
     def _pairs(self, split: str) -> Iterator[tuple[TeacherCard, Labelled]]:
-        """Each teacher with each data set of the split of which it knows a class."""
+        """Each teacher with each data set of the split of which it knows a class, in images of its student's size."""
         usable = self._call("students")
         for card in self._cards.values():
             for of in self._sets:
-                if card.id in usable and of.split == split and self._size(card, of):
+                fits = of.split == split and of.shape == card.image.shape
+                if card.id in usable and fits and self._size(card, of):
                     yield card, of
 
     def _size(self, card: TeacherCard, of: Labelled) -> int:

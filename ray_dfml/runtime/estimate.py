@@ -125,7 +125,9 @@ def _of_students(config: RunConfig, inputs: Inputs) -> tuple[float, float]:
     """Seconds of all validations and of the test, if all students are as fast as the first one."""
     world, split = inputs.world, {"val": 0, "test": 0}
     for of in inputs.sets:
-        split[of.split] += sum(len(top1.rows_known(of, card.classes)[0]) for card in world.cards)
+        split[of.split] += sum(
+            len(top1.rows_known(of, card.classes)[0]) for card in world.cards if card.image.shape == of.shape
+        )
     weights, rows = _first_student(config, world), np.arange(top1.IMAGES_PER_JOB)
     jobs = top1.jobs(rows, np.zeros(len(rows), np.int64))
     shared = top1.shared(weights, np.zeros((len(rows), *weights.image.shape), np.uint8))

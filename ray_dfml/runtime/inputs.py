@@ -105,18 +105,19 @@ def read_inputs(config: RunConfig) -> Inputs:
     method = METHODS[config.name]
     for spec, one in loaded.items():
         notes += [f"--data {spec}: {note}" for note in one.notes]
-        if one.shape != image.shape:
-            notes.append(resizing(spec, one.shape, image.shape))
+        shapes = [image.shape] if method.students is None else list({card.image.shape: None for card in cards})
+        notes += [resizing(spec, one.shape, shape) for shape in shapes if one.shape != shape]
         for split in ("val", "test"):
             part = one.subset(split)
             names = tuple(f"{one.name}/{name}" for name in part.class_names)
             if method.students is None:
                 notes += _known(spec, split, set(names), cards)
                 notes += small_classes(part, f"--data {spec}, split {split}", way, config.eval)
-            images = fitted(part.images, image.shape, f"--data {spec}")
-            sets.append(Labelled(one.identity, split, images, part.labels, names))
+            for shape in shapes:
+                images = fitted(part.images, shape, f"--data {spec}")
+                sets.append(Labelled(one.identity, split, images, part.labels, names, shape))
     if method.students is not None:
-        notes += check_known(cards, sets)
+        notes += check_known(cards, list({(one.data, one.split): one for one in sets}.values()))
     if config.eval.icfil.steps:
         notes.append("scores are with our ICFIL, a reconstruction; `adapt` and `evaluate` leave it out")
     if method.needs_real:

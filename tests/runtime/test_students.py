@@ -27,19 +27,24 @@ from tests.runtime import toy
 CLASSES = 3
 
 
-@pytest.fixture(scope="module")
-def split_data(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Three classes of 16x16 images, all of them in each split."""
-    root, rng = tmp_path_factory.mktemp("known"), np.random.default_rng(0)
+def write(root: Path, block: int, *channels: int) -> str:
+    """Three classes of images of 4x4 blocks, all of them in each split."""
+    rng = np.random.default_rng(0)
     for c in range(CLASSES):
-        pattern = np.kron(rng.integers(0, 256, (4, 4)), np.ones((4, 4)))
+        pattern = np.kron(rng.integers(0, 256, (4, 4, *channels)), np.ones((block, block, *(1 for _ in channels))))
         for split, count in {"train": 20, "val": 5, "test": 8}.items():
             folder = root / split / f"class{c}"
             folder.mkdir(parents=True)
             for i in range(count):
-                pixels = np.clip(pattern + rng.normal(0, 40, (16, 16)), 0, 255).astype(np.uint8)
+                pixels = np.clip(pattern + rng.normal(0, 40, pattern.shape), 0, 255).astype(np.uint8)
                 Image.fromarray(pixels).save(folder / f"{i:02d}.png")
     return f"folder:{root}"
+
+
+@pytest.fixture(scope="module")
+def split_data(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Images of 16x16 pixels."""
+    return write(tmp_path_factory.mktemp("known"), 4)
 
 
 @pytest.fixture(scope="module")
@@ -141,6 +146,22 @@ def test_evaluate_repeats_the_scores(
     rows = json.loads(command("evaluate", tmp_path / "run", "--data", split_data, "--json").out)
     assert rows == scores(tmp_path / "run")
     assert command("evaluate", run, "--data", split_data).code == 0
+
+
+def test_students_of_other_sizes_are_scored_as_evaluate_does(
+    tmp_path: Path, several: Path, split_data: str, command: Callable[..., toy.Done]
+) -> None:
+    """Teachers of 1x16x16 and 3x20x20 images: each student sees the data brought to its size once."""
+    large = toy.build_pool(tmp_path / "pool", write(tmp_path / "data", 5, 3), models=1, way=CLASSES)
+    config = toy.config("ideal", several, split_data).model_copy(update={"pool": (str(several), str(large))})
+    inputs = driver.read_inputs(config)
+    assert {(one.split, one.shape): one.images.shape[1:] for one in inputs.sets} == {
+        (split, shape): shape for split in ("val", "test") for shape in ((1, 16, 16), (3, 20, 20))
+    }
+    toy.train(config, tmp_path / "run")
+    rows = json.loads(command("evaluate", tmp_path / "run", "--data", split_data, "--json").out)
+    assert rows == scores(tmp_path / "run")
+    assert len(rows) == 6
 
 
 def test_reports_show_students(run: Path, command: Callable[..., toy.Done]) -> None:
