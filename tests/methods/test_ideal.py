@@ -278,6 +278,28 @@ def test_a_job_done_twice_asks_about_the_same_images():
     assert same(shard.send("ideal.recover", jobs, shared), shard.send("ideal.recover", jobs[::-1], shared)[::-1])
 
 
+def test_a_result_holds_the_new_answers_alone_unless_all_images_were_asked_about_again():
+    cfg = small_ideal()
+    _, state, _ = play("ideal", cfg, WORLD, rounds=1, first=0)
+    jobs = loop.plan(cfg, WORLD, state, 1)
+
+    def half(cfg, study):
+        """Keep half of what is asked about."""
+        images = np.zeros((4, *study.card.image.shape), np.uint8)
+        study.keep(images[:2], study.ask(images)[:2])
+        return {}
+
+    def again(cfg, study):
+        """Keep nothing new, and ask about one image less."""
+        study.renew(study.answers + study.ask(study.images[1:])[0] * 0)
+        return {}
+
+    known = len(state["students"][WORLD.cards[0].id]["answers"])
+    for work, images, answers in ((half, 2, 2), (again, 0, known)):
+        for result in loop.recover(FakeShard(WORLD), jobs, cfg, work):
+            assert (len(result["images"]), len(result["answers"])) == (images, answers)
+
+
 def test_the_paper_takes_one_step_on_the_new_images_and_the_code_a_pass_over_all():
     for training, steps in (("batch", [1, 2, 3]), ("pass", [2, 6, 12])):
         cfg = small_ideal(training=training, growth=0.0, first=8, budget=24, candidates=1.0)

@@ -12,8 +12,8 @@ from ray_dfml.core.images import to_bytes
 from ray_dfml.errors import RejectedError, UsageError
 from ray_dfml.methods import METHODS
 from ray_dfml.methods.base import World
+from ray_dfml.methods.free import bell, surrogates
 from ray_dfml.methods.free import method as free
-from ray_dfml.methods.free import surrogates
 from ray_dfml.methods.free.config import LEAST, Config, SurrogateConfig
 from ray_dfml.methods.inversion import Inversion
 from ray_dfml.types import Access, Arrays, Teacher
@@ -160,7 +160,7 @@ def test_what_cannot_be_done_is_refused(access: Sequence[Access], cfg: Config, s
 
 
 @pytest.mark.parametrize(("own", "said"), [
-    ({"budget": LEAST - 1}, "a surrogate needs 250 queries or more"),
+    ({"budget": LEAST - 1}, "a surrogate needs 500 queries or more"),
     ({"images": ("dop",)}, "unknown source 'dop'"),
     ({"images": ("mutants",)}, "name a source beside them"),
     ({"student": "conv5"}, "unknown architecture 'conv5'"),
@@ -168,6 +168,10 @@ def test_what_cannot_be_done_is_refused(access: Sequence[Access], cfg: Config, s
 def test_settings_that_distil_nothing_are_refused(own: dict[str, Any], said: str) -> None:
     with pytest.raises(ValueError, match=said):
         Config.model_validate({"surrogate": own})
+
+
+def test_the_smallest_budget_pays_for_two_whole_rounds() -> None:
+    assert small(budget=LEAST).surrogate.distillation.batches() == [(250, 250), (250, 250)]
 
 
 def test_the_distillation_has_the_settings_of_ideal() -> None:
@@ -209,14 +213,71 @@ def test_what_becomes_of_images_that_the_service_sees_otherwise(three, labels: s
     assert shard.services[id].asked == 24
 
 
-def test_a_task_of_some_classes_leaves_out_images_of_the_others(three) -> None:
-    """Wished are classes 2 and 0, in this order; images that the service gives to class 1 have no label among them."""
-    shard, id, best, classes = three
-    some = [classes[2], classes[0]]
-    _, found = task_of(shard, id, [0, 1] * 6, some, small(surrogate={"labels": "relabel"}))
-    assert found["labels"].tolist() == [{2: 0, 0: 1}[answer] for answer in best if answer != 1]
-    assert found["logits"].shape == (len(found["labels"]), 2)
+class Fixed:
+    """A service of three classes with these answers."""
+
+    def __init__(self, access: Access, answers: Sequence[Any]) -> None:
+        self.card = world_of(access, way=3).cards[0]
+        self._answers = np.array(answers, np.int64 if access == "label" else np.float32)
+
+    def query(self, images: np.ndarray) -> np.ndarray:
+        return self._answers
+
+
+def asked_about_two(service: Fixed, labels: Sequence[int], cfg: Config) -> Arrays:
+    """A task of classes 2 and 0, in this order, with the answers of the service."""
+    classes = [service.card.classes[2], service.card.classes[0]]
+    images = np.arange(len(labels), dtype=np.uint8)[:, None, None, None].repeat(3, 1).repeat(16, 2).repeat(16, 3)
+    task: Arrays = {"images": images, "labels": np.array(labels), "classes": classes, "view": (0, 0, False)}
+    return surrogates.asked_once(cfg, service, task)
+
+
+def test_a_task_of_some_classes_leaves_out_images_of_the_others() -> None:
+    """Images that the service gives to class 1 have no label among classes 2 and 0."""
+    found = asked_about_two(Fixed("label", [0, 1, 2, 1, 2]), [0, 0, 0, 1, 1], small(surrogate={"labels": "relabel"}))
+    assert found["labels"].tolist() == [1, 0, 0]
+    assert found["images"][:, 0, 0, 0].tolist() == [0, 2, 4]
     assert found["logits"].argmax(1).tolist() == found["labels"].tolist()
+
+
+def test_bell_leaves_out_images_whose_answers_say_nothing_of_the_task() -> None:
+    """The bank keeps them under the wished class, but to the learner they would say that all classes are alike."""
+    cfg = small(surrogate={"labels": "keep"})
+    found = asked_about_two(Fixed("label", [0, 1, 2, 1, 2]), [0, 0, 0, 1, 1], cfg)
+    assert found["labels"].tolist() == [0, 0, 0, 1, 1]
+    left = surrogates.told(cfg, found)
+    assert left["images"][:, 0, 0, 0].tolist() == [0, 2, 4]
+    assert left["labels"].tolist() == [0, 0, 1]
+    assert left["logits"].argmax(1).tolist() == [1, 0, 0]
+    assert surrogates.told(cfg.model_copy(update={"distill": "hard"}), found) is found
+
+
+def test_an_answer_that_gives_the_task_little_is_still_learned_from() -> None:
+    """Probabilities say nothing if all classes of the task have 0, as `top_k` can make them."""
+    cfg = small(surrogate={"labels": "keep"})
+    found = asked_about_two(Fixed("probs", [[0.1, 0.9, 0.0], [0.0, 1.0, 0.0], [0.2, 0.6, 0.2]]), [0, 1, 1], cfg)
+    left = surrogates.told(cfg, found)
+    assert left["images"][:, 0, 0, 0].tolist() == [0, 2]
+    torch.testing.assert_close(torch.tensor(left["logits"]).softmax(1)[1], torch.tensor([0.5, 0.5]))
+
+
+def test_only_what_is_told_reaches_bell(monkeypatch: pytest.MonkeyPatch) -> None:
+    world, cfg = world_of("label", "label"), small(teachers_per_round=2, surrogate={"labels": "keep"})
+    original, sizes = surrogates.asked_once, list[int]()
+
+    def half(cfg: Config, service: Any, task: Arrays) -> Arrays:
+        found = original(cfg, service, task)
+        return found | {"told": np.arange(len(found["images"])) % 2 == 0}
+
+    def count(cfg: Config, world: World, state: Any, tasks: Sequence[Any], r: int) -> tuple[Any, dict[str, Any]]:
+        sizes.extend(len(task.images) for task in tasks)
+        return state, {}
+
+    monkeypatch.setattr(surrogates, "asked_once", half)
+    monkeypatch.setattr(bell, "update", count)
+    _, _, metrics = play("free", cfg, world, rounds=3, first=0, shard=NoWeights(world))
+    assert sizes == [4, 4]
+    assert metrics["bank/images"] == 16
 
 
 @pytest.mark.parametrize(
@@ -256,7 +317,7 @@ def test_no_image_may_be_left_of_a_task(monkeypatch: pytest.MonkeyPatch) -> None
 
     world, cfg = world_of("label", "label"), small(teachers_per_round=2, surrogate={"student": "conv4"})
     monkeypatch.setattr(surrogates, "asked_once", lambda cfg, service, task: {
-        name: value[:0] if name in ("images", "labels", "logits") else value
+        name: value[:0] if name in ("images", "labels", "logits", "told") else value
         for name, value in disagrees(cfg, service, task).items()
     })  # fmt: skip
     before, after, metrics = play("free", cfg, world, rounds=3, first=0, shard=NoWeights(world))

@@ -18,7 +18,7 @@ from tests.runtime import toy
 from tests.runtime.test_accounts import ids, pool_with
 
 SURROGATE = (
-    "method.rounds=3", "method.draws=turns", "method.surrogate.budget=260", "method.surrogate.student=mlp",
+    "method.rounds=3", "method.draws=turns", "method.surrogate.budget=500", "method.surrogate.student=mlp",
     "method.surrogate.last_steps=2", "eval.every=5",
 )  # fmt: skip
 
@@ -58,7 +58,7 @@ def test_each_service_is_asked_as_often_as_planned_and_no_other_teacher(
     planned = METHODS["free"].queries(made.method, driver.read_inputs(made).world)
     assert dict(answered(local_run)) == planned
     assert set(planned) == set(ids(mixed)[2:])
-    assert all(count > 260 for count in planned.values())
+    assert all(count > 500 for count in planned.values())
 
 
 def test_the_rounds_of_the_distillation_come_first(local_run: Path) -> None:
@@ -103,10 +103,10 @@ def test_a_run_that_resumes_after_every_round_pays_once(
 
 
 def test_a_budget_of_an_entry_ends_the_run_and_keeps_the_learner(tmp_path: Path, toy_pool: Path, toy_data: str) -> None:
-    """The label service may be asked 270 images: its surrogate, and not the images of all rounds."""
-    changes: tuple[dict[str, object], ...] = ({}, {}, {}, {"access": "label", "budget": 270})
+    """The label service may be asked 510 images: its surrogate, and not the images of all rounds."""
+    changes: tuple[dict[str, object], ...] = ({}, {}, {}, {"access": "label", "budget": 510})
     pool = pool_with(toy_pool, tmp_path / "pool", *changes)
     with pytest.raises(BudgetReached):
         toy.train(config(pool, toy_data), tmp_path / "run")
-    assert answered(tmp_path / "run")[ids(pool)[3]] <= 270
+    assert answered(tmp_path / "run")[ids(pool)[3]] <= 510
     assert (tmp_path / "run" / "learner.safetensors").exists()

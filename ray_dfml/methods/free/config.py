@@ -13,8 +13,8 @@ from ray_dfml.methods.characters import REPLAY, STEP
 from ray_dfml.methods.inversion import InversionConfig
 from ray_dfml.methods.students.config import DistilConfig
 
-LEAST = DistilConfig().batch
-"""The fewest queries of a surrogate: one batch of IDEAL."""
+LEAST = 2 * DistilConfig().batch
+"""The fewest queries of a surrogate: two rounds of IDEAL, of which the second tells how well the first was learned."""
 
 
 class SurrogateConfig(BaseModel):

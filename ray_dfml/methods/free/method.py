@@ -220,7 +220,8 @@ def learn(cfg: Config, world: World, state: State, r: int, results: list[Arrays]
     state = {**state, "bank": bank}
 
     if cfg.learner_update != "none":
-        sets = [_distill_set(cfg, world, task) for task in tasks if len(task["images"]) > 1]
+        answered = [surrogates.told(cfg, task) for task in tasks]
+        sets = [_distill_set(cfg, world, task) for task in answered if len(task["images"]) > 1]
         if sets:
             state, found = bell.update(cfg, world, state, sets, r)
             metrics |= found

@@ -148,7 +148,7 @@ def asked_once(cfg: Config, service: Service, task: Arrays) -> Arrays:
     `cfg.surrogate.labels` says what happens where the answer is not the class that was wished for: the image keeps the
     wished label (`keep`), it is left out (`drop`), or it gets the label of the answer (`relabel`), unless the task does
     not have that class. The view is the one that was asked about. `agreement` is the share of images whose answer is
-    the wished class, in percent.
+    the wished class, in percent. `told` says which answers give the classes of the task any probability.
     """
     card, own = service.card, cfg.surrogate
     units = np.array([card.classes.index(name) for name in task["classes"]])
@@ -166,9 +166,24 @@ def asked_once(cfg: Config, service: Service, task: Arrays) -> Arrays:
         "images": task["images"][rows],
         "labels": labels[rows],
         "logits": _logits(answers, len(card.classes))[rows][:, units],
+        "told": _probabilities(answers, len(card.classes))[rows][:, units].max(1) > SMALLEST,
         "view": (cfg.crop_pad, cfg.crop_pad, False),
         "agreement": 100.0 * float(right.mean()),
     }
+
+
+def told(cfg: Config, task: Arrays) -> Arrays:
+    """What BELL learns of a task: its images, without those whose answer says nothing of the task's classes.
+
+    Their target would be uniform. The form `hard` has the labels as targets, and so all images.
+    """
+    if "told" not in task or cfg.distill == "hard":
+        return task
+    return task | {name: task[name][task["told"]] for name in ("images", "labels", "logits")}
+
+
+def _probabilities(answers: np.ndarray, classes: int) -> np.ndarray:
+    return answers if answers.ndim == 2 else np.eye(classes, dtype=np.float32)[answers]
 
 
 def _logits(answers: np.ndarray, classes: int) -> np.ndarray:

@@ -150,5 +150,5 @@ def requeried(cfg: DistilConfig, study: Study) -> float:
         if len(at) > 1:
             loss = cross_entropy(targets(found_here).to(study.device))
             found.append(study.lesson.step(to_pixels(seen, study.device), loss, cfg.lr))
-    study.answers = answers
+    study.renew(answers)
     return float(torch.stack(found).mean())

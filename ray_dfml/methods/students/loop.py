@@ -53,6 +53,8 @@ class Study:
     """What the method keeps beside them."""
     asked: int = 0
     new: list[np.ndarray] = field(default_factory=list)
+    again: bool = False
+    """Whether all answers are of this round."""
 
     @property
     def card(self) -> TeacherCard:
@@ -70,6 +72,10 @@ class Study:
         self.new.append(images)
         self.images = np.concatenate([self.images, images])
         self.answers = np.concatenate([self.answers, answers]) if len(self.answers) else answers
+
+    def renew(self, answers: np.ndarray) -> None:
+        """Replace the answers to all images, which were asked about again."""
+        self.answers, self.again = answers, True
 
     def counts(self) -> torch.Tensor:
         """How many images the teacher gave to each class: float32 [q]."""
@@ -140,15 +146,11 @@ def _one(shard: Shard, job: Job, cfg: C, work: Callable[[C, Study], Metrics]) ->
         "teacher": card.id,
         "pupil": lesson.pupil.values(),
         "images": np.concatenate([study.images[:0], *study.new]),
-        "answers": study.answers[len(np.asarray(values["answers"])) if study.asked == _count(study.new) else 0 :],
+        "answers": study.answers[0 if study.again else len(np.asarray(values["answers"])) :],
         "asked": study.asked,
         "own": study.own,
         "figures": figures,
     }
-
-
-def _count(parts: Sequence[np.ndarray]) -> int:
-    return sum(len(part) for part in parts)
 
 
 def learn(
