@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from ray_dfml.errors import ResourceError
+from ray_dfml.errors import ResourceError, UsageError
 from ray_dfml.runtime.accounts import Accounts
 from ray_dfml.runtime.dispatch import cause
 from ray_dfml.runtime.ray_environment import OnNode, exceptions, ray
@@ -30,9 +30,15 @@ class GatewayActor:
     """A gateway in a process of its own."""
 
     def __init__(self, accounts: Accounts, folder: Path) -> None:
-        """Raises UsageError if a key is missing here: a cluster that runs already has an environment of its own."""
-        accounts.check_keys()
+        self._accounts = accounts
         self._gateway = accounts.gateway(folder)
+
+    def check_keys(self) -> None:
+        """Raise UsageError if a key is missing here; a cluster that runs already has an environment of its own."""
+        try:
+            self._accounts.check_keys()
+        except UsageError as error:
+            raise UsageError(f"in the environment of the Ray cluster: {error}") from None
 
     def call(self, name: str, *args: Any) -> Any:
         """Call a method of the gateway."""
@@ -47,18 +53,28 @@ class RayGateway:
 
     @classmethod
     def start(cls, accounts: Accounts, folder: Path, node: str) -> "RayGateway":
-        """Start the actor on a node, and wait until its ledger is open. Raises what `Accounts.gateway` raises."""
+        """Start the actor on a node, and wait until its ledger is open.
+
+        Raises what `Accounts.gateway` raises, and UsageError if a key is missing in the actor's environment.
+        """
         accounts.gateway(folder).close()  # what is wrong with the ledger is said here, in one line
         made: Any = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=DEATHS)(GatewayActor)
         placed = made.options(scheduling_strategy=OnNode(node, soft=False), max_concurrency=CALLS)
         gateway = cls(placed.remote(accounts, folder))
-        gateway.totals()
+        try:
+            gateway._get(gateway._actor.check_keys.remote())
+        except BaseException:
+            gateway.close()
+            raise
         return gateway
 
     def _call(self, name: str, *args: Any) -> Any:
+        return self._get(self._actor.call.remote(name, *args))
+
+    def _get(self, call: Any) -> Any:
         try:
-            return ray.get(self._actor.call.remote(name, *args))
-        except exceptions.RayTaskError as error:  # also if the actor could not be made
+            return ray.get(call)
+        except exceptions.RayTaskError as error:
             raise cause(error) from error
         except exceptions.RayActorError as error:
             raise ResourceError(f"the gateway to services is gone: {str(error).splitlines()[0]}") from None

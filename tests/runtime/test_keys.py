@@ -8,10 +8,12 @@ import pytest
 import yaml
 
 from ray_dfml.errors import UsageError
+from ray_dfml.runtime.accounts import Accounts
 from ray_dfml.runtime.driver import read_inputs
+from ray_dfml.services.ledger import Ledger
 from tests.runtime import toy
 from tests.runtime.test_accounts import ids, pool_with
-from tests.services.faulty import KEY, FaultyService, served
+from tests.services.faulty import KEY, FaultyService, served, service
 
 Command = Callable[..., toy.Done]
 HERE = ("--backend", "local")
@@ -88,6 +90,26 @@ def test_the_gateway_of_a_cluster_looks_for_the_keys_in_its_own_environment(
     pool = services(toy_pool, tmp_path / "pool", url, {"key_env": "THE_KEY"})
     accounts = read_inputs(toy.config("ideal", pool, None)).accounts
     monkeypatch.delenv("THE_KEY")
-    with pytest.raises(UsageError, match="THE_KEY is not set"):
-        ray_gateway.GatewayActor(accounts, tmp_path)
-    assert not (tmp_path / "ledger.sqlite").exists()
+    actor = ray_gateway.GatewayActor(accounts, tmp_path)
+    with pytest.raises(UsageError, match=r"^in the environment of the Ray cluster: .* THE_KEY is not set; it must"):
+        actor.check_keys()
+    actor.call("close")
+
+
+def test_a_cluster_that_has_no_key_ends_the_run_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The cluster was started before the variable was set, so only this process has it."""
+    cluster = pytest.importorskip("ray_dfml.runtime.cluster")
+    monkeypatch.delenv("THE_KEY", raising=False)
+    accounts = Accounts(asked=[service("http://127.0.0.1:9", key_env="THE_KEY")], planned={"svc": 1})
+    new = cluster.connect(1, 0.0)
+    try:
+        monkeypatch.setenv("THE_KEY", KEY)
+        accounts.check_keys()
+        with pytest.raises(UsageError) as caught:
+            cluster.RayGateway.start(accounts, tmp_path, cluster._node())
+        said = "svc: the environment variable THE_KEY is not set; it must hold the key"
+        assert str(caught.value) == f"in the environment of the Ray cluster: {said}"
+        Ledger(tmp_path / "ledger.sqlite", []).close()  # nobody holds it any more
+    finally:
+        if new:
+            cluster.ray.shutdown()
