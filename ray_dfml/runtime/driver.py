@@ -160,15 +160,17 @@ def _run(
         folder.status(state="testing")
         progress.note("testing")
         try:
+            left_out = session.call("rejected")
             scores, steps = _assess(config, folder, assessment, done)
         except LearnerLost:
             done = session.start()
+            left_out = done.rejected
             scores, steps = _assess(config, folder, assessment, done)
         rows = folder.write_scores(scores, config.profile)
         ended = "done" if stopped is None else BUDGET if isinstance(stopped, BudgetReached) else "failed"
         folder.status(
             state=ended, last_error=stopped and str(stopped),
-            rejected=inputs.rejected | session.call("rejected"), test_step=[asdict(step) for step in steps],
+            rejected=inputs.rejected | left_out, test_step=[asdict(step) for step in steps],
         )  # fmt: skip
         if stopped is not None:
             raise stopped

@@ -325,6 +325,17 @@ def test_no_image_may_be_left_of_a_task(monkeypatch: pytest.MonkeyPatch) -> None
     assert metrics["bank/images"] == metrics["replay/updates"] == 0
 
 
+def test_teachers_with_weights_go_on_if_no_service_is_left(mixed) -> None:
+    world, cfg, *_ = mixed
+    state = free.init(cfg, world)
+    left = replace(world, cards=world.cards[:1])
+    for r in range(2):
+        assert free.plan(cfg, left, state, r) == []
+        state, metrics = free.learn(cfg, left, state, r, [], NoWeights(world).send)
+        assert metrics == {}
+    assert {job.teacher for job in free.plan(cfg, left, state, 2)} == {world.cards[0].id}
+
+
 def test_a_service_that_came_back_after_the_distillation_has_no_surrogate_and_is_left_out(mixed) -> None:
     world, cfg, _, state, _ = mixed
     kept = {id: one for id, one in state["surrogates"].items() if id != "conv4-1"}

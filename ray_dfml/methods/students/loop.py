@@ -170,7 +170,7 @@ def learn(
             "own": result["own"],
         }
     alive = [students[card.id] for card in world.cards]
-    metrics: Metrics = {"queries": sum(one["asked"] for one in alive) / len(alive)}
+    metrics: Metrics = {"queries": sum(one["asked"] for one in alive) / len(alive)} if alive else {}
     for name in results[0]["figures"] if results else ():
         found = [result["figures"][name] for result in results if result["figures"][name] is not None]
         metrics[name] = sum(found) / len(found) if found else None
