@@ -11,8 +11,12 @@ from ray_dfml import Student
 from ray_dfml.errors import NobodyLeft, ServiceAway
 from ray_dfml.runtime import launch
 from ray_dfml.runtime.asking import WrappedModel
+from ray_dfml.runtime.driver import Machine
+from ray_dfml.services import client
 from tests.runtime import toy
 from tests.runtime.test_accounts import ids, pool_with, sums
+from tests.runtime.test_keys import services
+from tests.services.faulty import FaultyService, served
 
 PLAN, BATCH = 24, 8
 """Images that a whole training asks each teacher about, and how many a round does."""
@@ -92,3 +96,23 @@ def test_nothing_is_kept_of_a_run_without_a_round(tmp_path: Path, pool: Path, mo
         launch.new_run(toy.config("ideal", pool, None), run, toy.LOCAL, quiet=True)
     assert not (run / "students").exists()
     assert toy.status(run)["state"] == "failed"
+
+
+@pytest.mark.ray
+def test_a_service_that_fails_under_ray_leaves_its_student(
+    tmp_path: Path, toy_data: str, ray_cluster: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kind of the error passes from the gateway's process to the shard's, and from there to the learner's."""
+    monkeypatch.setattr(client, "FIRST_WAIT", 0.01)
+    pool = toy.build_pool(tmp_path / "built", toy_data, models=2, way=3)
+    server = FaultyService([None, None, *["500"] * 9])
+    server.description["inputs"][0]["shape"] = [-1, 1, 16, 16]
+    with served(server) as url:
+        pool = services(pool, tmp_path / "pool", url, {"batch": BATCH})
+        toy.train(toy.config("ideal", pool, None), tmp_path / "run", Machine(workers=1))
+    first, second = ids(pool)
+    said = toy.status(tmp_path / "run")["rejected"][first]
+    assert said.endswith(f"fails with status 500: out of memory; its student of {BATCH} images is kept")
+    asked = {id: Student.load(tmp_path / "run", teacher=id).card.queries for id in (first, second)}
+    assert asked == {first: BATCH, second: PLAN}
+    assert toy.last_state(tmp_path / "run")["rejected"] == {}
