@@ -166,3 +166,8 @@ def test_bidf_without_boundary_never_reads_the_learner_in_recovery():
         one, two = found
         assert same(one["support"], two["support"])
         assert np.array_equal(one["query"]["images"], two["query"]["images"]) == equal
+
+
+def test_colour_images_are_asked_about_with_shapes_and_learned_for_longer() -> None:
+    """The budget is that of the defaults."""
+    assert set(changed("ideal", preset="ideal-colour")) == {"method.images", "method.steps", "method.last_steps"}

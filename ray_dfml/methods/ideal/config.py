@@ -1,6 +1,6 @@
 """Settings of IDEAL and its profiles."""
 
-from ray_dfml.methods.base import Values
+from ray_dfml.methods.base import Preset, Values
 from ray_dfml.methods.students.config import DistilConfig
 
 
@@ -53,4 +53,11 @@ PROFILES: dict[str, Values] = {
             "flip": "on",
         }
     },
+}
+
+PRESETS: dict[str, Preset] = {
+    "ideal-colour": Preset(
+        "colour images of objects: plain shapes beside random networks, and a longer training of the student",
+        {"method": {"images": ("dip", "dipc", "shapes", "mutants"), "steps": 8.0, "last_steps": 4000}},
+    ),
 }

@@ -8,7 +8,7 @@ three profiles, and where paper and released code disagree.
 from collections.abc import Sequence
 
 from ray_dfml.methods.base import Method, Panel, World
-from ray_dfml.methods.ideal.config import PROFILES, Config
+from ray_dfml.methods.ideal.config import PRESETS, PROFILES, Config
 from ray_dfml.methods.students import distil, loop
 from ray_dfml.types import LEVELS, Arrays, Job, Shard
 
@@ -46,6 +46,7 @@ METHOD = Method(
     recover=recover,
     notes=notes,
     profiles=PROFILES,
+    presets=PRESETS,
     panels=PANELS,
     shown={"agreement": "agreement"},
     access=LEVELS,
