@@ -6,7 +6,7 @@ profile, then those of the preset, then each `--set key=value` override them. Un
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, get_origin
+from typing import Any, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError, field_validator
@@ -197,7 +197,8 @@ def _listed(model: type[BaseModel], path: Sequence[str], value: Any) -> Any:
     for key in path if path[0] in fields else path[1:]:
         annotation = fields[key].annotation if key in fields else None
         fields = getattr(annotation, "model_fields", {})
-    if get_origin(annotation) is not tuple or value is None or isinstance(value, list | dict):
+    kinds = {get_origin(part) for part in (annotation, *get_args(annotation))}  # it may be `tuple[int, ...] | None`
+    if tuple not in kinds or value is None or isinstance(value, list | dict):
         return value
     return [yaml_text.load(part) for part in value.split(",")] if isinstance(value, str) else [value]
 
