@@ -1,7 +1,7 @@
 """How much faster the same work is than at commit 7ac49db: seconds of one processor, in one interleaved run.
 
 Usage: git worktree add ../base 7ac49db
-       python benchmarks/kernels.py ../base [--cases replay,recovery] [--repeats 7]
+       python benchmarks/kernels.py ../base [--cases "replay;recovery"] [--repeats 7]
 
 Two processes do the same work on the same inputs, one with this tree's `ray_dfml` and one with the other's. They are
 pinned to one processor with one thread each, warm up once, and then take turns: while one works the other waits. A
@@ -202,7 +202,7 @@ def main() -> None:
     """Measure, and print a table row a case."""
     parser = argparse.ArgumentParser()
     parser.add_argument("against", type=Path, nargs="?", help="a checkout of the commit to compare with")
-    parser.add_argument("--cases", default="", help="comma-separated beginnings of names; default: all")
+    parser.add_argument("--cases", default="", help="beginnings of names with ; between them; default: all")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     given = parser.parse_args()
@@ -214,7 +214,7 @@ def main() -> None:
     print(f"{commit(given.against)} against {commit(here)}, one thread, {given.repeats} repeats\n")
     print("| work | seconds there | seconds here | there / here | least to greatest |")
     print("|---|---|---|---|---|")
-    wanted = tuple(given.cases.split(","))
+    wanted = tuple(given.cases.split(";"))
     for case in CASES:
         if not case.startswith(wanted):
             continue
