@@ -6,13 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from ray_dfml.errors import Interrupted
 from ray_dfml.methods import METHODS
 from ray_dfml.runtime import cluster, driver
 from ray_dfml.runtime.driver import Machine
-from ray_dfml.runtime.local import LocalSession
-from ray_dfml.runtime.progress import Progress
-from ray_dfml.runtime.rundir import RunFolder
 from tests.runtime import toy
 from tests.runtime.test_bits import PATIENCE, Ambush, gone, meanwhile
 
@@ -71,19 +67,7 @@ def test_a_run_that_resumes_after_every_round(
     """Nothing outside the checkpoint survives a round: images, moments, switch and bank are all in it."""
     method, reference = local_run
     config = toy.config(method, toy_pool, toy_data)
-    save = LocalSession.save
-
-    def save_and_stop(session: LocalSession, rounds: int, row: dict) -> None:
-        save(session, rounds, row)
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(LocalSession, "save", save_and_stop)
-    inputs = driver.read_inputs(config)
-    folder = RunFolder.create(tmp_path / "run", config, {"pool": inputs.pools, "data": inputs.data})
-    for _ in range(config.method.rounds):
-        with pytest.raises(Interrupted):
-            driver.run(config, inputs, folder, toy.LOCAL, Progress(quiet=True))
-    driver.run(config, inputs, folder, toy.LOCAL, Progress(quiet=True))
+    toy.stopped_after_each_round(config, tmp_path / "run", monkeypatch)
     toy.assert_same_run(tmp_path / "run", reference)
 
 

@@ -14,12 +14,9 @@ from ray_dfml import Learner, Student, compare, top1
 from ray_dfml.core import seeds
 from ray_dfml.core.images import normalise, to_pixels
 from ray_dfml.data import datasets
-from ray_dfml.errors import Interrupted, RejectedError, UsageError
+from ray_dfml.errors import RejectedError, UsageError
 from ray_dfml.methods import METHODS
 from ray_dfml.runtime import driver, estimate
-from ray_dfml.runtime.local import LocalSession
-from ray_dfml.runtime.progress import Progress
-from ray_dfml.runtime.rundir import RunFolder
 from ray_dfml.scores import KEYS
 from ray_dfml.types import Labelled
 from tests.runtime import toy
@@ -177,19 +174,8 @@ def test_reports_show_students(run: Path, command: Callable[..., toy.Done]) -> N
 def test_a_run_that_resumes_after_every_round(
     tmp_path: Path, run: Path, single: Path, split_data: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config, save = toy.config("ideal", single, split_data), LocalSession.save
-
-    def save_and_stop(session: LocalSession, rounds: int, row: dict) -> None:
-        save(session, rounds, row)
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(LocalSession, "save", save_and_stop)
-    inputs = driver.read_inputs(config)
-    folder = RunFolder.create(tmp_path / "run", config, {"pool": inputs.pools, "data": inputs.data})
-    for _ in range(config.method.total_rounds):
-        with pytest.raises(Interrupted):
-            driver.run(config, inputs, folder, toy.LOCAL, Progress(quiet=True))
-    driver.run(config, inputs, folder, toy.LOCAL, Progress(quiet=True))
+    config = toy.config("ideal", single, split_data)
+    toy.stopped_after_each_round(config, tmp_path / "run", monkeypatch)
     toy.assert_same_run(tmp_path / "run", run)
 
 

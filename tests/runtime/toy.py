@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 import yaml
 from PIL import Image
@@ -16,12 +17,13 @@ from ray_dfml.config import RunConfig, resolve
 from ray_dfml.data import weights_file
 from ray_dfml.data.pool import Pool
 from ray_dfml.data.pretrain import PretrainConfig
+from ray_dfml.errors import Interrupted
 from ray_dfml.pipeline import Trainer
 from ray_dfml.runtime import build_pool as builder
 from ray_dfml.runtime import driver
 from ray_dfml.runtime.checkpoint import Checkpoints
 from ray_dfml.runtime.driver import Machine
-from ray_dfml.runtime.local import LocalBackend, no_teachers
+from ray_dfml.runtime.local import LocalBackend, LocalSession, no_teachers
 from ray_dfml.runtime.progress import Progress
 from ray_dfml.runtime.rundir import RunFolder
 from ray_dfml.runtime.storage import Folder
@@ -194,3 +196,20 @@ def assert_same_run(a: Path, b: Path) -> None:
     assert_equal(last_state(a), last_state(b))
     assert json.loads((a / "scores.json").read_text()) == json.loads((b / "scores.json").read_text())
     assert (a / "episodes.parquet").read_bytes() == (b / "episodes.parquet").read_bytes()
+
+
+def stopped_after_each_round(config: RunConfig, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make a run that is stopped after every round and resumed, until it is done."""
+    save = LocalSession.save
+
+    def save_and_stop(session: LocalSession, rounds: int, row: dict[str, Any]) -> None:
+        save(session, rounds, row)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(LocalSession, "save", save_and_stop)
+    inputs = driver.read_inputs(config)
+    folder = RunFolder.create(path, config, {"pool": inputs.pools, "data": inputs.data})
+    for _ in range(config.method.total_rounds):
+        with pytest.raises(Interrupted):
+            driver.run(config, inputs, folder, LOCAL, Progress(quiet=True))
+    driver.run(config, inputs, folder, LOCAL, Progress(quiet=True))
