@@ -56,7 +56,7 @@ def main() -> None:
                 folder.mkdir()
                 found = disturbed(
                     processes, folder.resolve(), given.pool.resolve(), seed=seed, images=given.images,
-                    batch=given.batch, rate=RATE, client_kills=client_kills, timeout=3.0, between=(0.2, 4.0),
+                    batch=given.batch, rate=RATE, client_kills=client_kills, timeout=3.0, between=(50, 1500),
                 )  # fmt: skip
                 show(seed, found)
         print("\ntrainings of `ideal`, the first one undisturbed", flush=True)
@@ -66,7 +66,7 @@ def main() -> None:
             folder.mkdir()
             found, student = disturbed_training(
                 processes, folder.resolve(), given.pool.resolve(), seed=seed, batch=50, rate=RATE if seed >= 0 else 0,
-                kills=4 if seed >= 0 else 0, timeout=3.0, between=(0.5, 6.0), settings=SETTINGS,
+                kills=4 if seed >= 0 else 0, timeout=3.0, between=(50, 200), settings=SETTINGS,
             )  # fmt: skip
             students.add(student)
             show(seed, found)

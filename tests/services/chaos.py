@@ -304,12 +304,12 @@ def _served(
 
 def disturbed(
     processes: Processes, folder: Path, pool: Path, *, seed: int, images: int, batch: int, rate: float,
-    client_kills: int, timeout: float, between: tuple[float, float],
+    client_kills: int, timeout: float, between: tuple[int, int],
 ) -> Counted:  # fmt: skip
     """Ask the first teacher of a pool about many images, each request spoilt with probability `rate`.
 
-    The asking process is killed `client_kills` times, after a time drawn from `between` in seconds, then runs to its
-    end. The laws are checked whenever nothing is on its way:
+    The asking process is killed `client_kills` times, each time after the front has seen a number of images drawn from
+    `between` (both ends included), then runs to its end. The laws are checked whenever nothing is on its way:
     answered <= answered by the server <= received <= seen <= sent, and seen = sent as long as no client was killed.
     In the end every image has its answer, to the bit, and the server has answered no other request.
     """
@@ -321,8 +321,7 @@ def disturbed(
         while not done:
             asking = processes.start(*words)
             if killed < client_kills:
-                time.sleep(rng.uniform(*between))
-                done = not kill(asking)
+                done = not _killed_at_work(asking, front, rng, between)
                 killed += not done
             while alive(asking) or front.at_work:
                 time.sleep(0.01)
@@ -342,7 +341,7 @@ def disturbed(
 
 def disturbed_training(
     processes: Processes, folder: Path, pool: Path, *, seed: int, batch: int, rate: float, kills: int, timeout: float,
-    between: tuple[float, float], settings: Sequence[str],
+    between: tuple[int, int], settings: Sequence[str],
 ) -> tuple[Counted, bytes]:  # fmt: skip
     """Train `ideal` on the first teacher of a pool, which is served, and return the counts and the student's file.
 
@@ -367,8 +366,7 @@ def disturbed_training(
             more = ("--resume",) if (run / "config.yaml").exists() else first
             training = processes.start("train", "ideal", "--run-dir", run, "--backend", "local", *more)
             if killed < kills:
-                time.sleep(rng.uniform(*between))
-                killed += kill(training)
+                killed += _killed_at_work(training, front, rng, between)
             while alive(training) or front.at_work:
                 time.sleep(0.01)
             if (run / "ledger.sqlite").exists():
@@ -379,6 +377,15 @@ def disturbed_training(
     assert found.answered == found.answered_by_server
     found.images, found.faults, found.seconds = found.answered, Counter(front.faults), time.monotonic() - start
     return found, (run / "learner.safetensors").read_bytes()
+
+
+def _killed_at_work(number: int, front: Front, rng: random.Random, between: tuple[int, int]) -> bool:
+    """Kill a process some milliseconds after the front has seen a drawn number of images; whether it still lived."""
+    enough = front.seen + rng.randint(*between)
+    while front.seen < enough and alive(number):
+        time.sleep(0.001)
+    time.sleep(rng.uniform(0.0, 0.005))
+    return kill(number)
 
 
 def _counted(folder: Path, asked: Asked, front: Front, killed: int) -> Counted:

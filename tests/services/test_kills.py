@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import os
 import random
 import signal
 import subprocess
@@ -17,6 +16,7 @@ import pytest
 from ray_dfml.services import client
 from ray_dfml.services.gateway import Gateway
 from ray_dfml.services.ledger import content_hashes
+from tests.services.chaos import alive, kill
 from tests.services.faulty import SIDE, FaultyService, Recorder, served, service, truth
 from tests.support import unique_images
 
@@ -76,9 +76,10 @@ def test_a_killed_gateway_loses_no_answer_and_never_pays_twice_for_one(
     asked = service(url, batch=BATCH, binary="on")
     nursery = Nursery(path, url)
     for _ in range(6):
-        pid = nursery.say("go\n")
-        time.sleep(rng.uniform(0.02, 0.12))
-        os.kill(pid, signal.SIGKILL)
+        pid, enough = nursery.say("go\n"), server.received + BATCH * rng.randint(0, 3)
+        while server.received < enough and alive(pid):
+            time.sleep(0.001)
+        kill(pid)
         kills += nursery.say() == -signal.SIGKILL
         wait_for_silence(server, proxy)
         before, numbers = server.received, list(server.numbers)
