@@ -29,7 +29,8 @@ README = (ROOT / "README.md").read_text("utf-8")
 PAGES = (
     "README.md", "docs/architecture.md", "docs/inputs.md", "docs/methods.md", "docs/methods_purer_bidf.md",
     "docs/methods_black_box.md",
-    "docs/methods_ideal.md", "docs/services.md", "docs/CHANGELOG.md",
+    "docs/methods_ideal.md", "docs/services.md", "docs/CHANGELOG.md", "docs/own_models.md", "docs/training.md",
+    "docs/run_folder.md", "docs/cluster.md", "docs/results.md", "docs/SECURITY.md", "docs/CONTRIBUTING.md",
 )  # fmt: skip
 TEXT = {page: (ROOT / page).read_text("utf-8") for page in PAGES}
 METHOD_PAGES = "\n".join(TEXT[page] for page in PAGES if page.startswith("docs/methods"))
@@ -41,8 +42,8 @@ def fences(text: str, language: str) -> list[str]:
 
 
 def shell_lines() -> list[str]:
-    """Commands of README's `sh` blocks, with continued lines joined."""
-    text = "\n".join(fences(README, "sh")).replace("\\\n", " ")
+    """Commands of the `sh` blocks of all pages, with continued lines joined."""
+    text = "\n".join(block for page in TEXT.values() for block in fences(page, "sh")).replace("\\\n", " ")
     return [line for line in text.splitlines() if line.strip()]
 
 
@@ -58,7 +59,8 @@ def words_after_name(line: str) -> list[list[str]]:
 
 
 COMMANDS = [words for line in shell_lines() for words in words_after_name(line)]
-INLINE = [shlex.split(span)[1:] for span in re.findall(r"`(ray-dfml [^`]*)`", README)]
+PROSE = "\n".join(re.sub(r"^```.*?^```", "", text, flags=re.M | re.S) for text in TEXT.values())
+INLINE = [shlex.split(span)[1:] for span in dict.fromkeys(re.findall(r"`(ray-dfml [^`]*)`", PROSE))]
 
 
 def find(words: list[str]) -> tuple[click.Command, list[str]]:
@@ -107,7 +109,7 @@ def test_options_named_in_passing_exist():
         assert command is not None
         members = command.commands.values() if isinstance(command, click.Group) else [command]
         known |= {flag for member in members for param in member.params for flag in param.opts}
-    spans = re.findall(r"`([^`\n]*)`", re.sub(r"^```.*?^```", "", README, flags=re.M | re.S))
+    spans = re.findall(r"`([^`\n]*)`", PROSE)
     named = {word for span in spans for word in re.findall(r"--[a-z][a-z-]*", span)}
     assert named
     assert named <= known
@@ -116,7 +118,7 @@ def test_options_named_in_passing_exist():
 def test_settings_of_readme_are_settings():
     settings = [words[i + 1] for words in COMMANDS for i, word in enumerate(words) if word == "--set"]
     assert settings
-    named = re.findall(r"`--set (\w+\.[^`=]+=[^`]+)`", README)
+    named = re.findall(r"`--set (\w+\.[^`=]+=[^`]+)`", TEXT["README.md"] + TEXT["docs/training.md"])
     assert named
     resolve("free", settings=[*settings, *named])
 
@@ -125,7 +127,7 @@ def test_exit_codes_are_those_of_the_errors():
     def below(cls: type[errors.DfmlError]) -> set[int]:
         return {cls.exit_code}.union(*(below(sub) for sub in cls.__subclasses__()))
 
-    section = README.split("## Exit codes")[1].split("\n## ")[0]
+    section = TEXT["docs/run_folder.md"].split("## Exit codes")[1].split("\n## ")[0]
     rows = re.findall(r"^\| (\d+) \| (.*) \|$", section, flags=re.M)
     assert len(rows) == len({code for code, _ in rows})
     used = {int(code) for code, meaning in rows if "not used" not in meaning}
