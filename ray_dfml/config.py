@@ -19,7 +19,8 @@ from ray_dfml.data.pretrain import PretrainConfig
 from ray_dfml.errors import UsageError, did_you_mean
 from ray_dfml.evaluate import EvalConfig
 from ray_dfml.files import resolved
-from ray_dfml.methods import METHODS
+from ray_dfml.methods import METHODS, no_pool
+from ray_dfml.methods import start as start_of
 from ray_dfml.methods.base import MethodConfig
 
 
@@ -36,11 +37,24 @@ class LearnerConfig(BaseModel):
     way: int | None = Field(
         default=None, ge=2, description="Classes of an episode; by default those of the teacher with the fewest."
     )
+    start: str = Field(
+        default=start_of.RANDOM,
+        description="Weights before the method: random, the teachers' average, or meta-trained by no-pool or a preset.",
+    )
 
     @field_validator("arch")
     @classmethod
     def _known(cls, name: str) -> str:
         return known_arch(name)
+
+    @field_validator("start")
+    @classmethod
+    def _known_start(cls, name: str) -> str:
+        if name not in start_of.STARTS:
+            raise ValueError(
+                f"no start {name!r}{did_you_mean(name, start_of.STARTS)}; known: {', '.join(start_of.STARTS)}"
+            )
+        return name
 
 
 class BudgetConfig(BaseModel):
@@ -73,9 +87,28 @@ class RunConfig(BaseModel):
     method: SerializeAsAny[MethodConfig]
     eval: EvalConfig = EvalConfig()
     budget: BudgetConfig = BudgetConfig()
+    start: no_pool.Config | None = Field(
+        default=None, description="Settings of `no-pool`, if the learner starts after it."
+    )
+
+    @property
+    def start_rounds(self) -> int:
+        """The first rounds of the run, which make the learner's start."""
+        return start_of.rounds(self.learner.start, self.start)
+
+    @property
+    def total_rounds(self) -> int:
+        """The rounds of the start, and those of the method."""
+        return self.start_rounds + self.method.total_rounds
 
     def validates(self, r: int) -> bool:
-        """Whether round r ends with a validation. One is due every `eval.every` rounds, and after the last round."""
+        """Whether round r ends with a validation.
+
+        One is due every `eval.every` rounds of the method, and after the last round.
+        """
+        r -= self.start_rounds
+        if r < 0:
+            return False
         every = self.eval.every or max(1, math.ceil(self.method.total_rounds / 20))
         return r % every == every - 1 or r == self.method.total_rounds - 1
 
@@ -86,7 +119,7 @@ PROFILES = ("fixed", "paper", "code")
 PUBLISHED_TEST: Mapping[str, Any] = {"eval": {"lrs": ()}}
 """What the profiles `paper` and `code` change for every method: no step size at test is chosen, `eval.lr` is used."""
 
-SECTIONS = ("method", "eval", "learner", "budget")
+SECTIONS = ("method", "eval", "learner", "budget", "start")
 """The parts of a RunConfig that `--set` may change. The others have command-line options of their own."""
 
 
@@ -135,11 +168,26 @@ def resolve(
         path, value = parse_set(text)
         if path[0] in RunConfig.model_fields and path[0] not in SECTIONS:
             raise UsageError(f"--set {text}: {path[0]} has an option of its own; --set takes {', '.join(SECTIONS)}")
-        value = _listed({"method": METHODS[name].Config}.get(path[0], RunConfig), path, value)
+        value = _listed({"method": METHODS[name].Config, "start": no_pool.Config}.get(path[0], RunConfig), path, value)
         for key in reversed(path):
             value = {key: value}
         _merge(tree, value)
+    tree["start"] = _start(tree)
     return build(tree)
+
+
+def _start(tree: Mapping[str, Any]) -> dict[str, Any] | None:
+    """All settings of the start in a tree, if it has any: the defaults of `no-pool`, its preset, and what is given."""
+    start, given = str(tree.get("learner", {}).get("start", start_of.RANDOM)), tree.get("start") or {}
+    if not start_of.meta_trains(start):
+        if given:
+            raise UsageError(f"start.{next(iter(given))} is a setting of learner.start=no-pool; set that too")
+        return None
+    values = no_pool.Config().model_dump()
+    if start in no_pool.PRESETS:
+        _merge(values, no_pool.PRESETS[start].values["method"])
+    _merge(values, given)
+    return values
 
 
 def with_budget(config: RunConfig, settings: Sequence[str]) -> RunConfig:
@@ -169,9 +217,19 @@ def build(tree: Mapping[str, Any]) -> RunConfig:
     except ValidationError as error:
         raise UsageError(_one_line(error, METHODS[name].Config, "method")) from None
     try:
-        return RunConfig.model_validate(tree)
+        tree["start"] = tree.get("start") and no_pool.Config.model_validate(tree["start"])
+    except ValidationError as error:
+        raise UsageError(_one_line(error, no_pool.Config, "start")) from None
+    try:
+        config = RunConfig.model_validate(tree)
     except ValidationError as error:
         raise UsageError(_one_line(error, RunConfig, "")) from None
+    start = config.learner.start
+    if start != start_of.RANDOM and (METHODS[name].baseline or METHODS[name].students):
+        raise UsageError(f"learner.start={start}: {name} trains no learner that could start elsewhere; leave it out")
+    if start_of.meta_trains(start) == (config.start is None):
+        raise UsageError(f"config: learner.start is {start}, and the section start does not fit it")
+    return config
 
 
 def pretrain_config(settings: Sequence[str]) -> PretrainConfig:

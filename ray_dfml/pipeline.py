@@ -17,8 +17,8 @@ import numpy as np
 from ray_dfml import top1
 from ray_dfml.config import RunConfig, build
 from ray_dfml.errors import DfmlError, NobodyLeft, RejectedError
-from ray_dfml.methods import METHODS, UNTRAINED
-from ray_dfml.methods.base import Metrics, State, Student, World, learner_weights
+from ray_dfml.methods import METHODS, UNTRAINED, start
+from ray_dfml.methods.base import Metrics, Send, State, Student, World, learner_weights
 from ray_dfml.methods.baselines import untrained
 from ray_dfml.scorer import Part, accuracies
 from ray_dfml.types import Arrays, Backend, Job, Labelled, LearnerWeights
@@ -28,7 +28,7 @@ KEYS = {"val": "best", "test-best": "test_best"}
 
 KEPT = ("rejected", "began", *KEYS.values())
 """Keys in the state that belong to the loop and not to the method: the teachers found bad, the digest of the weights
-that the run began with, and the weights kept so far."""
+that the method began with, and the weights kept so far."""
 
 
 class Trainer:
@@ -65,6 +65,7 @@ class Trainer:
     def round(self, r: int) -> Metrics:
         """Run round `r`, and return its numbers. Teachers that failed are in `state["rejected"]` from then on.
 
+        The first rounds make the learner's start, if it has one, and the round of the method is counted from there.
         Services that are away are left out by this Trainer only. Raises NobodyLeft if no teacher is left.
         """
         seconds: dict[str, float] = {}
@@ -77,21 +78,28 @@ class Trainer:
             self._quarantine(jobs, results)
             return [result for result in results if "rejected" not in result]
 
-        cfg, world = self.config.method, self.world
-        jobs = self.method.plan(cfg, world, self.state, r)
-        results = (
-            send(f"{self.config.name}.recover", jobs, self.method.shared(cfg, world, self.state, r)) if jobs else []
-        )
+        first = self.config.start_rounds
         try:
-            state, metrics = self.method.learn(cfg, self.world, self.state, r, results, send)
+            if r < first:
+                state, metrics = start.learn(self.config.start, self.world, self.state, r, send)
+                began = self._weights(state).digest
+            else:
+                (state, metrics), began = self._learned(r - first, send), self.state["began"]
         except RejectedError as error:
             if not self.world.cards or not self._reasons:
                 raise
             raise RejectedError(f"{error} (rejected: {self._said()})") from None
-        self.state = state | {name: self.state[name] for name in KEPT}
+        self.state = state | {name: self.state[name] for name in KEPT} | {"began": began}
         total = time.perf_counter() - started
         metrics |= {f"seconds/{op}": spent for op, spent in seconds.items()}
         return metrics | {"seconds/learner": total - sum(seconds.values()), "seconds/round": total}
+
+    def _learned(self, r: int, send: Send) -> tuple[State, Metrics]:
+        """Round `r` of the method."""
+        cfg, name = self.config.method, f"{self.config.name}.recover"
+        jobs = self.method.plan(cfg, self.world, self.state, r)
+        results = send(name, jobs, self.method.shared(cfg, self.world, self.state, r)) if jobs else []
+        return self.method.learn(cfg, self.world, self.state, r, results, send)
 
     def _quarantine(self, jobs: Sequence[Job], results: Sequence[Arrays]) -> None:
         for job, result in zip(jobs, results, strict=True):
@@ -141,7 +149,7 @@ class Trainer:
         return {name: weights.digest for name, weights in found.items()}
 
     def learned(self) -> bool:
-        """Whether the weights are finite and differ from those that the run began with. Only then may they be kept."""
+        """Whether the weights are finite and differ from those that the method began with. Others are not kept."""
         last = self.weights("last")
         return last.finite and last.digest != self.state["began"]
 

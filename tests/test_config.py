@@ -74,11 +74,11 @@ CHANGES: dict[tuple[str, str], dict[str, Any]] = {
         "method.image_steps": 1,
         "method.updates": 1,
         "method.image_warmup": 0,
-        "method.start": "average",
         "method.meta.inner_steps": 1,
         "method.meta.reduction": "sum",
         "method.meta.mix_data": True,
         "eval.steps": 1,
+        "learner.start": "average",
     },
     ("bidf-mkd", "paper"): {
         "method.teachers_per_round": 1,

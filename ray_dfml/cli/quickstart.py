@@ -56,7 +56,7 @@ def quickstart(run_dir: Path | None, backend: str, workers: int, settings: tuple
             "free", preset="quickstart", settings=[text for text in settings if text not in own],
             pool=(str(pool.path),), data=("glyphs",),
         )  # fmt: skip
-        options.say(f"[3/4] train: FREE, {config.method.total_rounds} rounds, backend {backend}; [4/4] test follows")
+        options.say(f"[3/4] train: FREE, {config.total_rounds} rounds, backend {backend}; [4/4] test follows")
         rows = new_run(config, run_dir, machine, cluster=place.cluster())
     seconds = time.monotonic() - began
     _report(rows, run_dir, seconds, json_out)

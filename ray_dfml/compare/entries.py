@@ -196,7 +196,9 @@ def _settings(record: Record, method: str) -> str:
     """All settings that decide a score, apart from the seed. `random` has only those of the learner and the test."""
     names = {"learner", "eval"} if method == UNTRAINED else set(record.config) - {"seed", "data", "pool"}
     kept = {name: record.config.get(name) for name in names}
-    if method != UNTRAINED:
+    if method == UNTRAINED:
+        kept["learner"] = {key: value for key, value in _part(record.config, "learner").items() if key != "start"}
+    else:
         pools = [one.get("sha256") for one in dicts(record.manifest.get("pool"))]
         kept["pool"] = pools or record.config.get("pool")
     return json.dumps(kept, sort_keys=True, default=str)

@@ -78,8 +78,8 @@ class Config(MethodConfig):
         return names
 
 
-def notes(cfg: Config, world: World) -> list[str]:
-    """Lines that say what the images assume about the data, and that the teachers are not used."""
+def assumptions(cfg: Config) -> list[str]:
+    """Lines that say what the images assume about the data."""
     said = [f"no-pool: tasks of images of {name}, which assumes {SOURCES[name].assumption}" for name in cfg.images]
     known = [
         *([f"zoomed by {cfg.zoom_low:g} to {cfg.zoom_high:g}"] if (cfg.zoom_low, cfg.zoom_high) != (1, 1) else []),
@@ -87,29 +87,40 @@ def notes(cfg: Config, world: World) -> list[str]:
     ]
     if known:
         said.append(f"no-pool: images {', '.join(known)}: this is knowledge of the domain, which no teacher gave")
-    if world.cards:
-        said.append("no-pool: the pool gives the learner's input and number of classes, and nothing else")
     return said
 
 
-def init(cfg: Config, world: World) -> State:
-    """The learner drawn from the run's seed, as in every method.
+def notes(cfg: Config, world: World) -> list[str]:
+    """Lines that say what the images assume about the data, and that the teachers are not used."""
+    unused = "no-pool: the pool gives the learner's input and number of classes, and nothing else"
+    return [*assumptions(cfg), *([unused] if world.cards else [])]
 
-    Raises UsageError if no task can be drawn, for an empty range of zooms, and for images that no source can make.
+
+def init(cfg: Config, world: World) -> State:
+    """The learner drawn from the run's seed, as in every method. Raises UsageError as `check` does."""
+    check(cfg, world, "method")
+    return replay.with_optimiser(initial_learner(world))
+
+
+def check(cfg: Config, world: World, section: str) -> None:
+    """Raise UsageError if no task can be drawn, for an empty range of zooms, and for images that no source can make.
+
+    `section` is where the settings stand in the configuration.
     """
     needed = cfg.replay.shot + cfg.replay.query
     if cfg.images_per_class < needed:
         raise UsageError(
-            f"no-pool: tasks take {cfg.replay.shot} + {cfg.replay.query} images of a class, method.images_per_class is "
-            f"{cfg.images_per_class}; raise it"
+            f"no-pool: tasks take {cfg.replay.shot} + {cfg.replay.query} images of a class, "
+            f"{section}.images_per_class is {cfg.images_per_class}; raise it"
         )
     if cfg.classes < world.way:
-        raise UsageError(f"no-pool: a task takes {world.way} classes, method.classes is {cfg.classes}; raise it")
+        raise UsageError(f"no-pool: a task takes {world.way} classes, {section}.classes is {cfg.classes}; raise it")
     if cfg.zoom_low > cfg.zoom_high:
-        raise UsageError(f"no-pool: method.zoom_low is {cfg.zoom_low:g}, above method.zoom_high, {cfg.zoom_high:g}")
+        raise UsageError(
+            f"no-pool: {section}.zoom_low is {cfg.zoom_low:g}, above {section}.zoom_high, {cfg.zoom_high:g}"
+        )
     if min(world.image.shape[1:]) < 8:
         raise UsageError("no-pool: image sources need a height and a width of at least 8")
-    return replay.with_optimiser(initial_learner(world))
 
 
 def classes(cfg: Config, shape: tuple[int, int, int], rng: torch.Generator) -> Bank:

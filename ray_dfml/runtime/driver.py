@@ -146,7 +146,7 @@ def _run(
     cluster: "Cluster | None",
 ) -> list[dict[str, Any]]:  # fmt: skip
     notes = [*inputs.notes, *machine.notes()]
-    folder.status(state="starting", rounds=config.method.total_rounds, rejected=inputs.rejected, notes=notes)
+    folder.status(state="starting", rounds=config.total_rounds, rejected=inputs.rejected, notes=notes)
     for line in notes:
         progress.note(line)
     session = machine.session(config, inputs, folder.path, cluster)
@@ -216,7 +216,7 @@ def _train(
 
     The state is on disk after each round, so at most one round is repeated, whatever ends the run.
     """
-    rounds, lives, busy = config.method.total_rounds, LEARNER_LIVES, 0.0
+    rounds, lives, busy = config.total_rounds, LEARNER_LIVES, 0.0
     done = session.start()
     folder.resume_log(done.rounds, done.row)
     began, first = time.perf_counter(), done.rounds

@@ -10,8 +10,8 @@ from ray_dfml.config import RunConfig
 from ray_dfml.core import episodes
 from ray_dfml.core.images import to_bytes
 from ray_dfml.core.inner_loop import Task, meta_gradient
-from ray_dfml.methods import METHODS, UNTRAINED, cost
-from ray_dfml.methods.base import MetaConfig, World, initial_learner, learner_weights
+from ray_dfml.methods import METHODS, UNTRAINED, cost, start
+from ray_dfml.methods.base import Cost, MetaConfig, World, initial_learner, learner_weights
 from ray_dfml.runtime.driver import Inputs, Machine
 from ray_dfml.runtime.local import no_teachers
 from ray_dfml.runtime.shard import Shard
@@ -36,19 +36,20 @@ def estimate(config: RunConfig, inputs: Inputs, machine: Machine) -> dict[str, A
     plan: dict[str, Any] = {
         "method": config.name,
         "profile": config.profile,
-        "rounds": cfg.total_rounds,
+        "rounds": config.total_rounds,
         "teachers": len(world.cards),
         "rejected teachers": len(inputs.rejected),
     } | _size(config, world)
-    found = METHODS[config.name].cost(cfg, world, Shard(inputs.teachers.__getitem__))
+    shard = Shard(inputs.teachers.__getitem__)
+    found = METHODS[config.name].cost(cfg, world, shard)
     share = machine.workers if machine.backend == "ray" else 1
     if found is not None:
         if found.images:
             plan["recovered images"] = found.images
-        span = (found.least, found.most)
-        plan["meta-updates"] = " to ".join(str(n) for n in dict.fromkeys(span))
-        update = found.meta.tasks * _task(found.meta, world)
-        minutes = [(found.recovery + n * update) / share / 60 for n in span]
+        parts = [one for one in (found, start.cost(config.start, world, shard)) if one is not None]
+        spans = [sum(column) for column in zip(*((one.least, one.most) for one in parts), strict=True)]
+        plan["meta-updates"] = " to ".join(str(n) for n in dict.fromkeys(spans))
+        minutes = [sum(column) / share / 60 for column in zip(*(_seconds(one, world) for one in parts), strict=True)]
         plan["training minutes"] = " to ".join(dict.fromkeys(f"{m:.1f}" for m in minutes))
     if inputs.accounts.asked:
         plan["queries"] = _queries(config, inputs)
@@ -60,6 +61,12 @@ def estimate(config: RunConfig, inputs: Inputs, machine: Machine) -> dict[str, A
         "test minutes": f"{test:.1f}",
         "memory GiB, all processes": round(memory_bytes / 2**30, 1),
     }
+
+
+def _seconds(found: Cost, world: World) -> tuple[float, float]:
+    """The fewest and the most seconds of a training, on one shard."""
+    update = found.meta.tasks * _task(found.meta, world)
+    return found.recovery + found.least * update, found.recovery + found.most * update
 
 
 def _queries(config: RunConfig, inputs: Inputs) -> dict[str, Any]:
@@ -94,9 +101,7 @@ def _evaluation(config: RunConfig, inputs: Inputs) -> tuple[float, float]:
         return np.zeros(part.stop - part.start)
 
     scorer = Scorer(config.eval, way=world.way, head=world.head, val=sets["val"], test=sets["test"], ask=ask)
-    validations = (
-        [r for r in range(config.method.total_rounds) if config.validates(r)] if config.name != UNTRAINED else []
-    )
+    validations = [r for r in range(config.total_rounds) if config.validates(r)] if config.name != UNTRAINED else []
     for r in validations:
         for on_test in (False, True)[: 1 + config.eval.test_best]:
             scorer.validate(str(r), readings[-1], on_test=on_test)
@@ -132,7 +137,7 @@ def _of_students(config: RunConfig, inputs: Inputs) -> tuple[float, float]:
     jobs = top1.jobs(rows, np.zeros(len(rows), np.int64))
     shared = top1.shared(weights, np.zeros((len(rows), *weights.image.shape), np.uint8))
     each = cost.seconds(lambda: Shard(no_teachers).run("top1", jobs, shared)) / len(rows) if inputs.sets else 0.0
-    validations = sum(config.validates(r) for r in range(config.method.total_rounds))
+    validations = sum(config.validates(r) for r in range(config.total_rounds))
     return validations * split["val"] * each, 2 * split["test"] * each
 
 

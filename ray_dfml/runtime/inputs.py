@@ -15,7 +15,7 @@ from ray_dfml.data.pool import Entry, Pool
 from ray_dfml.data.services import Asked, Budget
 from ray_dfml.errors import RejectedError, UsageError, first_of
 from ray_dfml.evaluate import EvalConfig
-from ray_dfml.methods import METHODS
+from ray_dfml.methods import METHODS, start
 from ray_dfml.methods.base import World, teacher_job
 from ray_dfml.runtime.accounts import Accounts
 from ray_dfml.runtime.shard import Loaded
@@ -132,6 +132,7 @@ def read_inputs(config: RunConfig) -> Inputs:
         head=config.learner.head, real=real,
     )  # fmt: skip
     state = method.init(config.method, world)  # a world that the method cannot take is refused here, in the driver
+    start.check(config.learner.start, config.start, world)
     data = [
         {
             "spec": spec,
@@ -141,7 +142,7 @@ def read_inputs(config: RunConfig) -> Inputs:
         }
         for spec, one in loaded.items()
     ]
-    notes += method.notes(config.method, world)
+    notes += method.notes(config.method, world) + start.notes(config.learner.start, config.start)
     accounts = _accounts(config, members, method.queries(config.method, world))
     accounts.check_keys()
     accounts.check_budgets()

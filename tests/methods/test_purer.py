@@ -13,8 +13,7 @@ from ray_dfml.core.inner_loop import Task, graph_grad, query_loss
 from ray_dfml.errors import RejectedError, UsageError
 from ray_dfml.methods.base import State, World
 from ray_dfml.methods.purer import method as purer
-from ray_dfml.types import TeacherCard
-from tests.support import FakeShard, alike, card, image_spec, mixed_world, play, same, small_purer, small_world
+from tests.support import FakeShard, alike, card, mixed_world, play, same, small_purer, small_world
 
 WORLD = small_world()
 DUE: dict[str, Any] = {"curriculum_after": 2, "curriculum_patience": 1000}
@@ -353,29 +352,6 @@ def test_too_few_images_for_a_task_are_an_error_before_the_run():
     with pytest.raises(UsageError, match=r"purer: tasks take 2 \+ 3 images of a class, method.images_per_class is 4"):
         purer.init(small_purer(meta={"shot": 2, "query": 3}), WORLD)
     purer.init(small_purer(meta={"shot": 2, "query": 2}), WORLD)
-
-
-def test_a_learner_may_start_from_the_mean_of_the_teachers(device):
-    """The mean is taken after the warm-up, whose rounds must not change the learner."""
-    cfg, shard = small_purer(start="average", image_warmup=2), FakeShard(WORLD, device=device)
-    _, warm, _ = play("purer", cfg, WORLD, rounds=2, first=0, shard=shard, device=device)
-    assert torch.equal(warm["theta"], purer.init(cfg, WORLD)["theta"])
-    assert [op for op, _ in shard.sent] == ["purer.recover", "purer.recover"]
-    mean = torch.stack([shard.teacher(c.id).theta.cpu() for c in WORLD.cards]).mean(0)
-    trained = play("purer", cfg, WORLD, rounds=3, first=0, device=device)[1]["theta"]
-    assert 0 < (trained - mean).abs().max() < 3 * cfg.meta.lr
-    random = play("purer", small_purer(image_warmup=2), WORLD, first=0, device=device)[1]["theta"]
-    assert (random - mean).abs().max() > 0.05
-
-
-@pytest.mark.parametrize(
-    "odd", [card(9, arch="conv4-64"), card(9, size=20), card(9, way=3)], ids=["arch", "size", "classes"]
-)
-def test_teachers_unlike_the_learner_have_no_mean(odd: TeacherCard):
-    world = World(cards=(card(0), odd), arch="conv4", image=image_spec(), way=2, seed=0)
-    with pytest.raises(UsageError, match=f"purer: {odd.id} is no network like .* set method.start=random"):
-        purer.init(small_purer(start="average"), world)
-    purer.init(small_purer(), world)
 
 
 def test_notes_say_for_whom_the_statistics_term_is_dropped(device):

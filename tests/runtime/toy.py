@@ -209,7 +209,7 @@ def stopped_after_each_round(config: RunConfig, path: Path, monkeypatch: pytest.
     monkeypatch.setattr(LocalSession, "save", save_and_stop)
     inputs = driver.read_inputs(config)
     folder = RunFolder.create(path, config, {"pool": inputs.pools, "data": inputs.data})
-    for _ in range(config.method.total_rounds):
+    for _ in range(config.total_rounds):
         with pytest.raises(Interrupted):
             driver.run(config, inputs, folder, LOCAL, Progress(quiet=True))
     driver.run(config, inputs, folder, LOCAL, Progress(quiet=True))

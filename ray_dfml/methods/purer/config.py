@@ -1,7 +1,5 @@
 """Settings of PURER, its profiles and its presets."""
 
-from typing import Literal
-
 from pydantic import Field
 
 from ray_dfml.methods.bank import BankKey
@@ -32,9 +30,6 @@ class Config(MethodConfig):
     curriculum_patience: int = Field(
         default=6, ge=1, description="Updates without a new best training accuracy before the next adversarial step."
     )
-    start: Literal["random", "average"] = Field(
-        default="random", description="Initial learner; the released scripts start from the mean of all teachers."
-    )
     image_key: BankKey = Field(
         default="class",
         description="A class of pseudo tasks is a class name (side information of the cards), or a (teacher, class).",
@@ -58,10 +53,10 @@ PROFILES: dict[str, Values] = {
             "image_steps": 1,
             "updates": 1,
             "image_warmup": 0,
-            "start": "average",
             "meta": {"inner_steps": 1, "reduction": "sum", "mix_data": True},
         },
         "eval": {"steps": 1},
+        "learner": {"start": "average"},
     },
 }
 

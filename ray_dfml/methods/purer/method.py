@@ -22,7 +22,6 @@ from ray_dfml.methods import bank as bank_of
 from ray_dfml.methods import cost as cost_of
 from ray_dfml.methods import panels, recovery, replay
 from ray_dfml.methods.base import Cost, Method, Metrics, Panel, Send, State, World, initial_learner, teacher_job
-from ray_dfml.methods.baselines import fetch, mean
 from ray_dfml.methods.inversion import dropped_statistics
 from ray_dfml.methods.purer import eci
 from ray_dfml.methods.purer.config import PRESETS, PROFILES, Config
@@ -39,8 +38,7 @@ def notes(cfg: Config, world: World) -> list[str]:
 def init(cfg: Config, world: World) -> State:
     """The learner, images N(0, 1) of each teacher, and the gradient switch.
 
-    Raises UsageError if a class has too few images for a task, if no data set has enough classes, and if the learner is
-    to start from the mean of teachers that have none.
+    Raises UsageError if a class has too few images for a task, or if no data set has enough classes.
     """
     if cfg.meta.shot + cfg.meta.query > cfg.images_per_class:
         raise UsageError(
@@ -48,21 +46,12 @@ def init(cfg: Config, world: World) -> State:
             f"{cfg.images_per_class}; raise it or lower method.meta.query"
         )
     bank_of.check("purer", "method.meta", cfg.meta, world.way, bank_of.of_pool(world, cfg.image_key))
-    odd = [c.id for c in world.cards if (c.arch, c.image.shape, len(c.classes)) != _kind(world)]
-    if cfg.start == "average" and odd:
-        raise UsageError(
-            f"purer: {odd[0]} is no network like the learner's, so there is no mean; set method.start=random"
-        )
     state = replay.with_optimiser(initial_learner(world))
     return state | {
         "images": {card.id: fresh(cfg, world, card) for card in world.cards},
         "push": {},
         "switch": {"best": -1.0, "waited": 0, "due": 0, "fired": 0},
     }
-
-
-def _kind(world: World) -> tuple[str, tuple[int, int, int], int]:
-    return (world.arch, world.image.shape, world.way)
 
 
 def fresh(cfg: Config, world: World, card: TeacherCard) -> State:
@@ -127,8 +116,6 @@ def learn(cfg: Config, world: World, state: State, r: int, results: list[Arrays]
     }
     if r < cfg.image_warmup:
         return state, metrics
-    if r == cfg.image_warmup and cfg.start == "average":
-        state = {**state, "theta": mean([one.theta for one in fetch(world.cards, send)])}
     store = _Store(cfg, world, state)
     bank_of.check_left(cfg.meta, world, {}, cfg.image_key)
     found: Metrics = {}
