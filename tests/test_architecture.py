@@ -130,9 +130,12 @@ def imports(path: Path) -> set[str]:
     return found
 
 
-def test_ray_is_imported_in_one_file() -> None:
-    """After the variables that it reads at import."""
-    assert [name_of(path) for path in SOURCES if "ray" in imports(path)] == ["ray_dfml/runtime/ray_environment.py"]
+def test_ray_is_imported_in_one_file_and_its_tune_in_another() -> None:
+    """After the variables that they read at import."""
+    assert [name_of(path) for path in SOURCES if "ray" in imports(path)] == [
+        "ray_dfml/runtime/ray_environment.py", "ray_dfml/sweeps/ray_tune.py",
+    ]  # fmt: skip
+    assert [name_of(path) for path in SOURCES if "pandas" in imports(path)] == []
 
 
 def test_no_two_methods_have_an_op_of_one_name() -> None:

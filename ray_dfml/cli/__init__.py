@@ -24,6 +24,7 @@ COMMANDS = {
     "train": ("ray_dfml.cli.train", "train"),
     "evaluate": ("ray_dfml.cli.evaluate", "evaluate"),
     "adapt": ("ray_dfml.cli.adapt", "adapt"),
+    "tune": ("ray_dfml.cli.tune", "tune"),
     "serve": ("ray_dfml.cli.serve", "serve"),
     "report": ("ray_dfml.cli.report", "report_runs"),
 }

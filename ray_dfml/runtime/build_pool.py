@@ -17,7 +17,7 @@ from ray_dfml.data.manifest import make_entry
 from ray_dfml.data.pool import Pool
 from ray_dfml.data.pretrain import PretrainConfig
 from ray_dfml.errors import DfmlError, UsageError, first_of
-from ray_dfml.types import Arrays, Backend, ImageSpec, Job
+from ray_dfml.types import Access, Arrays, Backend, ImageSpec, Job
 
 HELD_OUT = 0.2
 LEAST = 2
@@ -94,10 +94,12 @@ def _source(spec: str, seed: int) -> str:
 def build(
     path: Pool, spec: str, image: ImageSpec, planned: Sequence[tuple[str, str, tuple[str, ...], Job]],
     cfg: PretrainConfig, *, backend: Backend, at_once: int = 1, seed: int, on_teacher: Callable[[str, float], None],
+    access: Access = "weights",
 ) -> list[float]:  # fmt: skip
     """Train the planned teachers that the pool lacks, and add each when it is done.
 
-    The backend gets `at_once` teachers at a time. Returns the held-out accuracies of all teachers in percent.
+    The backend gets `at_once` teachers at a time, and `access` is what they give away in the pool. Returns the held-out
+    accuracies of all teachers in percent.
     """
     have = {card.id: card for card in path.cards}
     for id, _, classes, _ in planned:
@@ -120,7 +122,7 @@ def build(
             source = f"{_source(spec, seed)} epochs {cfg.epochs}"
             path.add(
                 id, tensors, arch=arch, image=image, classes=classes,
-                accuracy={"reported": best, "best": best, "last": last}, source=source,
+                accuracy={"reported": best, "best": best, "last": last}, source=source, access=access,
             )  # fmt: skip
             accuracies.append(best)
             on_teacher(id, best)

@@ -7,7 +7,7 @@ of session, so the final weights have the same bits.
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -32,6 +32,15 @@ if TYPE_CHECKING:
 
 BUDGET = "budget"
 """The state of a run that a budget ended, in `status.json`."""
+
+TRAINED = "trained"
+"""The state of a run that has trained to its end and was not to be tested, in `status.json`."""
+
+STOPPED = "stopped"
+"""The state of a run that `on_round` ended before its last round, in `status.json`."""
+
+OnRound = Callable[[Mapping[str, Any]], bool]
+"""Gets the metrics of a round when its state is on disk. Returns whether the run goes on."""
 
 LEARNER_LIVES = 3
 """How many times the learner's process may die in one round: the last of these deaths ends the run."""
@@ -100,7 +109,7 @@ class Machine:
 
 
 @contextmanager
-def _interruptible() -> Iterator[None]:
+def interruptible() -> Iterator[None]:
     """Let SIGTERM act as Ctrl-C, so that a run stops cleanly within the grace period of a cluster."""
 
     def stop(_signal: int, _frame: object) -> None:
@@ -117,18 +126,20 @@ def _interruptible() -> Iterator[None]:
 
 def run(
     config: RunConfig, inputs: Inputs, folder: RunFolder, machine: Machine, progress: Progress,
-    cluster: "Cluster | None" = None,
+    cluster: "Cluster | None" = None, on_round: OnRound | None = None, test: bool = True,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Train to the end, from the last checkpoint if there is one; export and test. Returns the rows of `scores.json`.
 
-    With Ray the run uses `cluster`, or starts one. If a budget is reached, or no teacher is left, the rounds that are
-    done are exported and tested before BudgetReached or NobodyLeft is raised. Raises Interrupted after Ctrl-C or
-    SIGTERM (the run can be resumed), LearnerLost if the learner keeps dying, and whatever a method raises;
-    `status.json` records it.
+    With Ray the run uses `cluster`, or starts one. Without `test` the run ends after its last round, or after the round
+    at which `on_round` ends it; it is then validated only, and a later run in this folder goes on from there.
+
+    If a budget is reached, or no teacher is left, the rounds that are done are exported and tested before BudgetReached
+    or NobodyLeft is raised. Raises Interrupted after Ctrl-C or SIGTERM (the run can be resumed), LearnerLost if the
+    learner keeps dying, and whatever a method raises; `status.json` records it.
     """
-    with folder.locked(), _interruptible():
+    with folder.locked(), interruptible():
         try:
-            return _run(config, inputs, folder, machine, progress, cluster)
+            return _run(config, inputs, folder, machine, progress, cluster, on_round, test)
         except BudgetReached:
             raise
         except KeyboardInterrupt:
@@ -143,7 +154,7 @@ def run(
 
 def _run(
     config: RunConfig, inputs: Inputs, folder: RunFolder, machine: Machine, progress: Progress,
-    cluster: "Cluster | None",
+    cluster: "Cluster | None", on_round: OnRound | None, test: bool,
 ) -> list[dict[str, Any]]:  # fmt: skip
     notes = [*inputs.notes, *machine.notes()]
     folder.status(state="starting", rounds=config.total_rounds, rejected=inputs.rejected, notes=notes)
@@ -154,7 +165,13 @@ def _run(
     kind = StudentAssessment if METHODS[config.name].students else Assessment
     assessment = kind(config, inputs, session.call, progress, shards=shards)
     try:
-        done, stopped = _train(config, inputs, folder, session, assessment, progress)
+        done, stopped = _train(config, inputs, folder, session, assessment, progress, on_round)
+        if not test:
+            if isinstance(stopped, NobodyLeft):
+                raise stopped
+            whole = stopped is not None or done.rounds == config.method.total_rounds
+            folder.status(state=TRAINED if whole else STOPPED, last_error=stopped and str(stopped))
+            return []
         if stopped is not None:
             _note_end(folder, done, stopped, progress)
         folder.status(state="testing")
@@ -209,8 +226,11 @@ def _train(
     session: Session,
     assessment: Assessment | StudentAssessment,
     progress: Progress,
+    on_round: OnRound | None,
 ) -> tuple[Done, BudgetReached | NobodyLeft | None]:
     """Run the rounds that are not done, up to the last one, or to the end of a budget or of the teachers.
+
+    `on_round` may end them before.
 
     Returns how far the run is, and what ended it early.
 
@@ -250,4 +270,6 @@ def _train(
         if inputs.accounts.asked:
             folder.spent(session.spent())
         progress.round(done.rounds, eta, row)
+        if on_round is not None and not on_round(row):
+            break
     return done, None

@@ -10,7 +10,7 @@ from ray_dfml.errors import BudgetReached, NobodyLeft, UsageError, first_of
 from ray_dfml.files import resolved
 from ray_dfml.methods import METHODS
 from ray_dfml.runtime import driver, rundir
-from ray_dfml.runtime.driver import Machine
+from ray_dfml.runtime.driver import Machine, OnRound
 from ray_dfml.runtime.progress import Progress
 from ray_dfml.runtime.rundir import RunFolder
 
@@ -68,6 +68,24 @@ def new_run(
     return _finish(config, inputs, folder, machine, quiet, cluster)
 
 
+def train_only(config: RunConfig, path: Path, machine: Machine, on_round: OnRound, **origin: Any) -> None:
+    """Train without a test: make the run folder, or go on from the last checkpoint in it.
+
+    Nothing is printed. `on_round` may end the run before its last round. `origin` goes to a new manifest. The run can
+    be tested later with `continue_run`. Raises UsageError if the folder holds a run of another configuration, and what
+    `new_run` raises.
+    """
+    inputs = driver.read_inputs(config)
+    if path.exists():
+        folder = RunFolder.open(path)
+        if folder.config() != config:
+            raise UsageError(f"{path}: is a run with other settings; choose another --run-dir")
+        _check_unchanged(folder, inputs)
+    else:
+        folder = RunFolder.create(path, config, rundir.manifest(config, pools=inputs.pools, data=inputs.data) | origin)
+    driver.run(config, inputs, folder, machine, Progress(quiet=True), on_round=on_round, test=False)
+
+
 def continue_run(
     path: Path, method: str, machine: Machine, *, budget: Sequence[str] = (), quiet: bool = False
 ) -> list[dict[str, Any]]:
@@ -88,14 +106,19 @@ def continue_run(
         return folder.read_scores()
     config, before = changed, config
     inputs = driver.read_inputs(config)
+    _check_unchanged(folder, inputs)
+    if config != before:
+        folder.change_budget(config)
+    return _finish(config, inputs, folder, machine, quiet)
+
+
+def _check_unchanged(folder: RunFolder, inputs: driver.Inputs) -> None:
+    """Raise UsageError if the pool or the data of a run are not those that it began with."""
     began = folder.manifest()
     for kind, now in (("pool", inputs.pools), ("data", inputs.data)):
         for then, one in zip(began[kind], now, strict=True):
             if then != one:
-                raise UsageError(f"{path}: the {kind} has changed since the run began ({one}); start a new run")
-    if config != before:
-        folder.change_budget(config)
-    return _finish(config, inputs, folder, machine, quiet)
+                raise UsageError(f"{folder.path}: the {kind} has changed since the run began ({one}); start a new run")
 
 
 def _finish(

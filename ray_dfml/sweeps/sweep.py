@@ -1,0 +1,187 @@
+"""A sweep from its file to its results: the pool, the trials on Ray Tune, the test of the winners, and the report.
+
+The sweep's folder holds `sweep.yaml`, `status.json`, the runs in `trials/`, and the results. Nothing else is needed to
+go on: a trial whose run folder says that it has ended is not begun again.
+"""
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import filelock
+
+from ray_dfml import yaml_text
+from ray_dfml.errors import DfmlError, Interrupted, UsageError
+from ray_dfml.runtime import driver
+from ray_dfml.runtime.driver import Machine, interruptible
+from ray_dfml.runtime.rundir import RunFolder, write_text
+from ray_dfml.sweeps import plan, pools, results, spec, trial
+from ray_dfml.sweeps.plan import Trial
+from ray_dfml.sweeps.results import Row
+from ray_dfml.sweeps.spec import PoolRecipe, Sweep
+from ray_dfml.sweeps.trial import Task
+
+TRIALS = "trials"
+"""The folder of the run folders of a sweep."""
+
+TUNE = "tune"
+"""The folder of what Ray Tune's loggers write."""
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """Where a sweep is computed: the machine of one trial, and the most trials at a time."""
+
+    machine: Machine
+    concurrent: int | None = None
+
+
+def run(sweep: Sweep, folder: Path, place: Place, *, resume: bool, say: Say) -> list[Row]:
+    """Run a sweep, or what is left of it. Returns the points, the best one first.
+
+    Raises UsageError if the folder exists and `resume` is not given, or if it holds another sweep; ResourceError if a
+    trial does not fit in the cluster; and Interrupted.
+    """
+    trials = plan.trials(sweep, pools.of(sweep, folder))  # faults of the file are found before anything is made
+    _open(sweep, folder, resume)
+    with _locked(folder), interruptible():
+        try:
+            rows = _run(sweep, trials, folder, place, say)
+        except KeyboardInterrupt:
+            _status(folder, state="interrupted")
+            raise Interrupted(f"interrupted; continue with the same command and --resume: {folder}") from None
+        except Exception as error:
+            _status(folder, state="failed", last_error=f"{type(error).__name__}: {error}".splitlines()[0])
+            raise
+    return rows
+
+
+def _run(sweep: Sweep, trials: Sequence[Trial], folder: Path, place: Place, say: Say) -> list[Row]:
+    from ray_dfml.sweeps import ray_tune
+
+    _status(folder, state="starting", trials=len(trials))
+    with ray_tune.connected(place.machine):
+        if isinstance(sweep.pool, PoolRecipe):
+            pools.build(sweep.pool, folder / pools.POOL, local=place.machine.backend == "local", say=say)
+        inputs = driver.read_inputs(trials[0].config)  # a pool or data that cannot be used ends the sweep here
+        for line in _announced(trials, inputs):
+            say(line)
+        _status(folder, state="running")
+        _train(sweep, trials, folder, place, say)
+        rows = results.collect(trials, folder / TRIALS)
+        _status(folder, state="testing")
+        _test(sweep, trials, rows, folder, place, say)
+    rows = results.collect(trials, folder / TRIALS)
+    results.write(folder, rows, [axis.key for axis in plan.axes(sweep, pools.of(sweep, folder))])
+    failed = sum(row.failed for row in rows)
+    _status(folder, state="done", failed=failed, last_error=None)
+    if failed:
+        say(f"{failed} of {len(trials)} trials failed; their status.json says why, and --resume tries them again")
+    if all(row.validation is None for row in rows):
+        raise DfmlError(f"{folder}: no trial has a validation; name data, or see status.json of the trials")
+    return rows
+
+
+def _train(sweep: Sweep, trials: Sequence[Trial], folder: Path, place: Place, say: Say) -> None:
+    """Run the trials that have not ended. With ASHA the others tell it their rounds again, since it compares them."""
+    from ray_dfml.sweeps import ray_tune
+
+    asha = sweep.scheduler.type == "asha"
+    tasks = [_task(one, folder, place) for one in trials]
+    states = {task.path: trial.look(task.path) for task in tasks}
+    todo = [task for task in tasks if not states[task.path].final]
+    if not todo or (asha and all(states[task.path].state == driver.STOPPED for task in todo)):
+        return
+    names, ended = {folder / TRIALS / one.name: one.label for one in trials}, len(tasks) - len(todo)
+
+    def on_end(task: Task, error: str | None) -> None:
+        nonlocal ended
+        ended += 1
+        found = trial.look(task.path)
+        if found.state == "running":  # its scheduler has stopped it
+            RunFolder(task.path).status(state=driver.STOPPED)
+            found = trial.look(task.path)
+        best = trial.validation(found.rows, task.config["name"])
+        score = "no validation" if best is None else f"validation {best:.2f} %"
+        state = f"failed: {error}" if error else found.state
+        say(f"[{ended}/{len(tasks)}] {names[task.path]}: {state}, {found.rounds} rounds, {score}")
+
+    if asha:
+        todo, ended = tasks, 0
+    rounds = max(one.config.method.total_rounds for one in trials)
+    ray_tune.run(todo, folder / TUNE, sweep.scheduler, rounds=rounds, concurrent=place.concurrent, on_end=on_end)
+
+
+def _test(sweep: Sweep, trials: Sequence[Trial], rows: Sequence[Row], folder: Path, place: Place, say: Say) -> None:
+    """Test the winners and the defaults on all seeds: the only tests of a sweep."""
+    from ray_dfml.sweeps import ray_tune
+
+    wanted = [row.number for row in rows if row.whole][: sweep.winners]
+    wanted += [row.number for row in rows if row.whole and not row.point and row.number not in wanted]
+    tasks = [_task(one, folder, place, test=True) for one in trials if one.number in wanted and one.config.data]
+    todo = [task for task in tasks if trial.look(task.path).state not in ("done", driver.BUDGET)]
+    if not todo:
+        return
+    say(f"{len(todo)} runs of {len(wanted)} points are tested")
+
+    def on_end(task: Task, error: str | None) -> None:
+        if error:
+            say(f"the test of {task.path.name} failed: {error}")
+
+    ray_tune.run(todo, folder / TUNE, spec.Scheduler(), rounds=1, concurrent=place.concurrent, on_end=on_end)
+
+
+def _task(one: Trial, folder: Path, place: Place, *, test: bool = False) -> Task:
+    return Task(
+        path=folder / TRIALS / one.name, config=one.config.model_dump(mode="json"), machine=place.machine, test=test,
+        shown={"seed": one.seed} | dict(one.point),
+    )  # fmt: skip
+
+
+def _announced(trials: Sequence[Trial], inputs: driver.Inputs) -> Iterator[str]:
+    """What a sweep is about to do and spend."""
+    points, seeds = len({one.number for one in trials}), len({one.seed for one in trials})
+    rounds = sum(one.config.method.total_rounds for one in trials)
+    yield f"{points} points on {seeds} seeds: {len(trials)} trials, {rounds} rounds at most"
+    if inputs.accounts.asked:
+        budgets = [one.config.budget.queries for one in trials]
+        most = sum(b for b in budgets if b is not None)
+        yield (
+            f"teachers are asked: each trial pays for its own queries, at most {most} images in all" if all(budgets)
+            else "teachers are asked: each trial pays for its own queries; budget.queries limits them"
+        )  # fmt: skip
+
+
+def _open(sweep: Sweep, folder: Path, resume: bool) -> None:
+    """Make the folder of a sweep, or check that it holds this one."""
+    path, text = folder / "sweep.yaml", yaml_text.dump(sweep.model_dump(mode="json"))
+    if not resume:
+        if folder.exists():
+            raise UsageError(f"{folder}: exists already; add --resume to continue that sweep, or choose another")
+        (folder / TRIALS).mkdir(parents=True)
+        write_text(path, text)
+        return
+    if not path.is_file():
+        raise UsageError(f"{folder}: not the folder of a sweep (no sweep.yaml); leave out --resume to begin one")
+    if path.read_text() != text:
+        raise UsageError(f"{folder}: holds another sweep than the file says; begin a new one in another folder")
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    try:
+        with filelock.FileLock(folder / ".lock", timeout=0):
+            yield
+    except filelock.Timeout:
+        raise UsageError(f"{folder}: another process is at work in this sweep; wait, or stop it") from None
+
+
+def _status(folder: Path, **fields: Any) -> None:
+    path = folder / "status.json"
+    known = json.loads(path.read_text()) if path.exists() else {}
+    write_text(path, json.dumps(known | fields, indent=2) + "\n")
