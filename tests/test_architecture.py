@@ -17,7 +17,7 @@ PACKAGE = ROOT / "ray_dfml"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 
 ALLOWED = {
-    "pyproject.toml", "README.md", "LICENSE", "CITATION.cff", "ray_dfml", "tests", "benchmarks", "docs",
+    "pyproject.toml", "README.md", "LICENSE", "CITATION.cff", "ray_dfml", "tests", "benchmarks", "docs", "cluster",
 }  # fmt: skip
 MADE = {"ray_dfml.egg-info", "build", "dist", "runs", "pools", "uv.lock"}
 """What tools and runs leave; git ignores it."""
@@ -40,7 +40,7 @@ def test_what_is_made_is_ignored() -> None:
     assert [name for name in MADE if name not in ignored and f"*{Path(name).suffix}" not in ignored] == []
 
 
-DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCUMENTS = [ROOT / "README.md", ROOT / "cluster" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
 def test_the_documents_are_there() -> None:

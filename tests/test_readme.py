@@ -31,6 +31,7 @@ PAGES = (
     "docs/methods_black_box.md",
     "docs/methods_ideal.md", "docs/services.md", "docs/CHANGELOG.md", "docs/own_models.md", "docs/training.md",
     "docs/run_folder.md", "docs/cluster.md", "docs/results.md", "docs/SECURITY.md", "docs/CONTRIBUTING.md",
+    "cluster/README.md",
 )  # fmt: skip
 TEXT = {page: (ROOT / page).read_text("utf-8") for page in PAGES}
 METHOD_PAGES = "\n".join(TEXT[page] for page in PAGES if page.startswith("docs/methods"))

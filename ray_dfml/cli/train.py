@@ -44,15 +44,17 @@ Example:
     "rejected.",
 )  # fmt: skip
 @click.option("--resume", is_flag=True, help="Continue the run in --run-dir from its last checkpoint.")
+@click.option("--resume-or-start", is_flag=True, help="Continue the run in --run-dir if there is one, else start it.")
 @click.option("--dry-run", is_flag=True, help="Print what would be done, and estimates; do nothing.")
 @options.as_json
 @click.pass_context
 def train(
-    ctx: click.Context, method: str, run_dir: Path, resume: bool, dry_run: bool, json_out: bool, **given: Any
-) -> None:
+    ctx: click.Context, method: str, run_dir: Path, resume: bool, resume_or_start: bool, dry_run: bool, json_out: bool,
+    **given: Any,
+) -> None:  # fmt: skip
     """Train METHOD on a pool of teachers. With --data, also validate and test, and score `random` beside it."""
     from ray_dfml.runtime.driver import Machine, read_inputs
-    from ray_dfml.runtime.launch import continue_run, left_out, new_run
+    from ray_dfml.runtime.launch import continue_run, left_out, new_run, start_or_continue
 
     machine = Machine(
         backend=given["backend"], workers=given["workers"], gpus_per_worker=given["gpus_per_worker"],
@@ -61,8 +63,8 @@ def train(
     )  # fmt: skip
     if machine.backend == "ray":
         options.need_ray()
-    if resume and dry_run:
-        raise UsageError("--dry-run estimates a new run; leave out --resume")
+    if resume + resume_or_start + dry_run > 1:
+        raise UsageError("give one of --resume, --resume-or-start and --dry-run, which estimates a new run")
     if resume:
         if any(ctx.get_parameter_source(name) == click.core.ParameterSource.COMMANDLINE for name in _SETTINGS):
             raise UsageError(
@@ -81,7 +83,8 @@ def train(
             plan = estimate(config, inputs, machine)
             options.print_json(plan) if json_out else click.echo("\n".join(_lines(plan)))
             return
-        rows = _kept(run_dir, json_out, lambda: new_run(config, run_dir, machine))
+        begin = start_or_continue if resume_or_start else new_run
+        rows = _kept(run_dir, json_out, lambda: begin(config, run_dir, machine))
     _show(run_dir, rows, json_out)
 
 

@@ -143,13 +143,20 @@ def run(
         except BudgetReached:
             raise
         except KeyboardInterrupt:
-            folder.status(state="interrupted", last_error="stopped by the user")
+            _note_interrupt(folder)
             raise Interrupted(
                 f"interrupted; continue with: ray-dfml train {config.name} --run-dir {folder.path} --resume"
             ) from None
         except Exception as error:
-            folder.status(state="failed", last_error=f"{type(error).__name__}: {error}".splitlines()[0])
+            code = error.exit_code if isinstance(error, DfmlError) else DfmlError.exit_code
+            folder.status(
+                state="failed", last_error=f"{type(error).__name__}: {error}".splitlines()[0], exit_code=code
+            )  # fmt: skip
             raise
+
+
+def _note_interrupt(folder: RunFolder) -> None:
+    folder.status(state="interrupted", last_error="stopped by the user", exit_code=Interrupted.exit_code)
 
 
 def _run(
@@ -157,7 +164,9 @@ def _run(
     cluster: "Cluster | None", on_round: OnRound | None, test: bool,
 ) -> list[dict[str, Any]]:  # fmt: skip
     notes = [*inputs.notes, *machine.notes()]
-    folder.status(state="starting", rounds=config.total_rounds, rejected=inputs.rejected, notes=notes)
+    folder.status(
+        state="starting", rounds=config.total_rounds, rejected=inputs.rejected, notes=notes, exit_code=None
+    )  # fmt: skip
     for line in notes:
         progress.note(line)
     session = machine.session(config, inputs, folder.path, cluster)
@@ -186,12 +195,15 @@ def _run(
         rows = folder.write_scores(scores, config.profile)
         ended = "done" if stopped is None else BUDGET if isinstance(stopped, BudgetReached) else "failed"
         folder.status(
-            state=ended, last_error=stopped and str(stopped),
+            state=ended, last_error=stopped and str(stopped), exit_code=stopped.exit_code if stopped else 0,
             rejected=inputs.rejected | left_out, test_step=[asdict(step) for step in steps],
         )  # fmt: skip
         if stopped is not None:
             raise stopped
         return rows
+    except KeyboardInterrupt:
+        _note_interrupt(folder)  # before what takes time: whoever stops a job gives it some seconds
+        raise
     finally:
         progress.stop()
         session.close()
@@ -214,7 +226,7 @@ def _note_end(folder: RunFolder, done: Done, stopped: DfmlError, progress: Progr
     if not done.rounds:
         if isinstance(stopped, NobodyLeft):
             raise stopped
-        folder.status(state=BUDGET, last_error=str(stopped))
+        folder.status(state=BUDGET, last_error=str(stopped), exit_code=stopped.exit_code)
         raise BudgetReached(f"{stopped}; no round is done, so there is no learner yet: raise it and --resume")
     progress.note(f"{stopped}; the learner of {done.rounds} rounds is kept")
 

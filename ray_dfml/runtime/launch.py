@@ -1,5 +1,6 @@
 """Starts a run from a configuration, or continues one from its folder, for the command line and `ray_dfml.train`."""
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -119,6 +120,33 @@ def _check_unchanged(folder: RunFolder, inputs: driver.Inputs) -> None:
         for then, one in zip(began[kind], now, strict=True):
             if then != one:
                 raise UsageError(f"{folder.path}: the {kind} has changed since the run began ({one}); start a new run")
+
+
+def start_or_continue(config: RunConfig, path: Path, machine: Machine) -> list[dict[str, Any]]:
+    """Continue the run in `path` if there is one, else start it there. So one command may be given any number of times.
+
+    The settings must be those that the run began with, but for its budgets, which are taken from `config`. Raises
+    UsageError otherwise, or if `path` is no run folder.
+    """
+    path = resolved(path)
+    if not path.exists():
+        return new_run(config, path, machine)
+    began = RunFolder.open(path).config()
+    if config.name == began.name:
+        differs = first_difference(began.model_dump(mode="json"), config.model_dump(mode="json"))
+        if differs:
+            raise UsageError(f"{path}: is a run with another {differs}; give its own settings, or another --run-dir")
+    budget = [f"budget.{key}={json.dumps(value)}" for key, value in config.model_dump(mode="json")["budget"].items()]
+    return continue_run(path, config.name, machine, budget=budget)
+
+
+def first_difference(one: Any, other: Any, key: str = "") -> str:
+    """The first dotted key at which two trees of settings differ. Empty if none does; budgets are left out."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        keys = [k for k in {**one, **other} if (key, k) != ("", "budget")]
+        found = (first_difference(one.get(k), other.get(k), f"{key}.{k}".lstrip(".")) for k in keys)
+        return next((name for name in found if name), "")
+    return key if one != other else ""
 
 
 def _finish(

@@ -134,3 +134,46 @@ def test_a_cluster_that_is_too_small(tmp_path: Path, toy_pool: Path, command: Co
     assert done.code == 5
     assert done.err.splitlines()[-1] == "ray-dfml: 3 shards need 3 CPU, the cluster has 2; lower --workers"
     assert "Traceback" not in done.err
+
+
+def test_one_command_starts_a_run_and_goes_on_with_it(
+    tmp_path: Path, free_run: Path, toy_pool: Path, toy_data: str, command: Command
+) -> None:
+    """So a job may be submitted again: at the start, half way, and when the run is done."""
+    run = tmp_path / "run"
+    words = ("train", "free", "--pool", toy_pool, "--data", toy_data, "--run-dir", run, *HERE, "--resume-or-start")
+    first = command(*words, *toy.flags("free"))
+    assert (first.code, toy.status(run)["exit_code"]) == (0, 0), first.err
+    toy.assert_same_run(run, free_run)
+    for name in ("learner.safetensors", "learner.json", "scores.json", "episodes.parquet", "report.html"):
+        (run / name).unlink()
+    (run / "status.json").write_text('{"state": "running", "round": 1}')  # as after a SIGKILL
+    (run / "scores.json").write_text("[]")
+    for path in (run / "checkpoints").glob(f"*{toy.status(free_run)['round'] - 1:06d}*"):
+        path.unlink()
+    again = command(*words, *toy.flags("free"))
+    assert again.code == 0, again.err
+    toy.assert_same_run(run, free_run)
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
+    done = command(*words, *toy.flags("free"))
+    assert (done.code, done.out) == (0, first.out)
+    assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
+
+
+@pytest.mark.parametrize(
+    ("more", "why"),
+    [
+        (("--seed", 9), "is a run with another seed"),
+        (("--set", "method.replay.lr=0.5"), "is a run with another method.replay.lr"),
+        (("--resume",), "give one of --resume, --resume-or-start and --dry-run"),
+    ],
+)
+def test_another_command_does_not_go_on_with_it(
+    free_run: Path, toy_pool: Path, toy_data: str, command: Command, more: tuple[object, ...], why: str
+) -> None:
+    words = ("--pool", toy_pool, "--data", toy_data, "--run-dir", free_run, *HERE, *toy.flags("free"))
+    done = command("train", "free", *words, "--resume-or-start", *more)
+    assert (done.code, done.err.count("\n")) == (2, 1)
+    assert why in done.err
+    done = command("train", "average", "--pool", toy_pool, "--run-dir", free_run, *HERE, "--resume-or-start")
+    assert (done.code, "is a run of free, not of average" in done.err) == (2, True)

@@ -137,6 +137,7 @@ def test_a_budget_ends_a_run_and_what_is_done_is_kept(
     status = toy.status(run)
     assert (status["state"], status["round"]) == ("budget", 2)
     assert said in status["last_error"]
+    assert status["exit_code"] == 4
     assert {row["method"] for row in json.loads((run / "scores.json").read_text())} == {"asking", "random"}
     assert Learner.load(run).weights.finite
     assert (run / "report.html").is_file()

@@ -57,7 +57,8 @@ def test_a_stopped_run_is_resumed_in_the_same_bits(
         assert process.returncode == 130, err
         line = f"ray-dfml: interrupted; continue with: ray-dfml train free --run-dir {run} --resume"
         assert err.splitlines()[-1] == line
-        assert (found["state"], found["last_error"]) == ("interrupted", "stopped by the user")
+        ended = ("interrupted", "stopped by the user", 130)
+        assert (found["state"], found["last_error"], found["exit_code"]) == ended
     assert not (run / "learner.safetensors").exists()
 
     done = command("train", "free", "--run-dir", run, "--resume", "--backend", "local", "--workers", "1")
