@@ -8,7 +8,8 @@ run folder is OUT/runs/CELL and its row OUT/CELL.json. Rows that exist are kept,
 so that a stopped table goes on, and two processes may share the seeds. `sent` is what the ledger counted.
 
 `fixed`, `paper` and `code` are IDEAL's profiles; with `code` the budget is what is sent, as everywhere. Other names are
-methods. A word with `=` is IDEAL with a setting, such as `method.lam=0`. Scores are top-1 on the test split, the last
+methods, in their profile `fixed` unless one is named, as in `dfme,paper`. A word with `=` is a setting, of IDEAL where
+no method is named. Scores are top-1 on the test split, the last
 weights, mean over seeds with the sample standard deviation in brackets.
 """
 
@@ -32,7 +33,8 @@ def words(method: str, budget: int) -> list[str]:
     """The arguments of `train` that a column stands for."""
     settings = [part for part in method.split(",") if "=" in part]
     names = [part for part in method.split(",") if "=" not in part] or ["fixed"]
-    head = ["ideal", "--profile", names[0]] if names[0] in PROFILES else [names[0]]
+    head = [*([] if names[0] not in PROFILES else ["ideal"]), *names]
+    head = [*head[:1], *(word for name in head[1:] for word in ("--profile", name))]
     return head + [word for text in (f"method.budget={budget}", *settings) for word in ("--set", text)]
 
 

@@ -254,7 +254,9 @@ def small_distiller(name: str, **changes: Any) -> Any:
         "latent": 4,
         "student_steps": 2,
         "iterations": 2,
-        "steps": 2,
+        "generator_steps": 2 if name != "dfme" else 1,
+        "replays": 1.0,
+        "last_steps": 2,
         "student_batch": 4,
     }
     config = METHODS[name].Config

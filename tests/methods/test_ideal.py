@@ -17,7 +17,7 @@ from ray_dfml.errors import UsageError
 from ray_dfml.methods.base import World
 from ray_dfml.methods.ideal import method as ideal
 from ray_dfml.methods.ideal.config import Config
-from ray_dfml.methods.students import distil, loop
+from ray_dfml.methods.students import distil, lessons, loop
 from ray_dfml.methods.students.config import NAMES, Batch, GeneratorConfig
 from ray_dfml.methods.students.loop import Study
 from ray_dfml.methods.students.stage import FLOOR, Stage, information, wished
@@ -219,7 +219,7 @@ def test_training_images_are_warped_unless_told_otherwise():
     off: dict[str, Any] = {"warp": 0.0, "flip": "off"}
     for changes, equal in ((off, True), ({"warp": 1.0}, False), (off | {"crop_pad": 2}, False)):
         cfg = small_ideal(**changes)
-        seen = distil.look(cfg, study(cfg), pixels)
+        seen = lessons.look(cfg, study(cfg), pixels, fill="zero")
         assert seen.shape == pixels.shape
         assert torch.equal(seen, pixels) == equal
 

@@ -64,8 +64,11 @@ NO_POOL = (
     "method.replay.shot=1", "method.replay.query=3", "method.replay.tasks=3", "method.replay.inner_steps=2",
 )  # fmt: skip
 
-DISTILLER = ("method.budget=56", "method.batch=8", "method.student=conv4", "eval.every=1")
-INVERTER = (*DISTILLER, "method.iterations=2", "method.steps=2", "method.student_batch=4")
+DISTILLER = (
+    "method.budget=56", "method.batch=8", "method.student=conv4", "method.replays=1", "method.last_steps=2",
+    "method.student_batch=4", "eval.every=1",
+)  # fmt: skip
+INVERTER = (*DISTILLER, "method.iterations=2")
 
 IDEAL = (
     "method.budget=24", "method.batch=8", "method.first=8", "method.growth=0", "method.student=conv4",

@@ -7,8 +7,9 @@ via Adversarial Belief Matching, arXiv 1905.09768 (ZSKT). [Truong2021] Data-Free
 
 import math
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from pydantic import Field, field_validator, model_validator
@@ -18,27 +19,29 @@ from ray_dfml.core import zero_order
 from ray_dfml.core.images import to_bytes, to_pixels
 from ray_dfml.methods.base import Metrics
 from ray_dfml.methods.distillers.making import LastingGenerator, method_of
-from ray_dfml.methods.students.config import Batch, StudentConfig
+from ray_dfml.methods.students import lessons
+from ray_dfml.methods.students.config import Batch, ReplayConfig
 from ray_dfml.methods.students.loop import Study, Work
 from ray_dfml.methods.students.stage import FLOOR
 from ray_dfml.methods.students.training import labels_of
 
 
-class AdversarialConfig(StudentConfig):
-    """Settings of a generator and a student that take turns."""
+class AdversarialConfig(ReplayConfig):
+    """Settings of a generator and a student that take turns.
 
-    batch: int = Field(default=250, ge=2, description="Images of a step of the generator and of the student.")
-    student_steps: int = Field(default=5, ge=1, description="Steps of the student after a step of the generator.")
-    optimiser: Literal["adam", "sgd"] = Field(default="sgd", description="Optimiser of the student.")
-    lr: float = Field(default=0.1, gt=0, description="First step size of the student; a cosine takes it to 0.")
-    weight_decay: float = Field(default=5e-4, ge=0, description="Weight decay of SGD.")
+    The defaults replay what was paid for. With `replays` 0 each batch serves one step of the student, as published.
+    """
+
+    batch: int = Field(default=25, ge=2, description="Images of a step of the generator, and of a batch of queries.")
+    generator_steps: int = Field(default=10, ge=1, description="Steps of the generator in a round.")
+    student_steps: int = Field(default=5, ge=1, description="Batches of queries after the steps of the generator.")
     generator_lr: float = Field(default=1e-3, gt=0, description="Adam step size of the generator.")
     latent: int = Field(default=256, ge=1, description="d_z: length of a latent code.")
     width: int = Field(default=64, ge=4, description="Channels of the generator's last hidden layer.")
 
     @property
     def generator_batches(self) -> int:
-        """Batches that a step of the generator asks about."""
+        """Batches that the generator asks about in a round."""
         return 0
 
     @field_validator("answers")
@@ -55,7 +58,7 @@ class AdversarialConfig(StudentConfig):
         return self
 
     def batches(self) -> list[Batch]:
-        """Rounds of a step of the generator and `student_steps` of the student; the last may have fewer of these."""
+        """Rounds of the generator's steps and `student_steps` batches; the last may have fewer of these."""
         first, whole = self.generator_batches, self.generator_batches + self.student_steps
         rounds, rest = divmod(self.budget // self.batch, whole)
         sizes = [whole] * rounds + ([rest] if rest > first else [])
@@ -65,15 +68,15 @@ class AdversarialConfig(StudentConfig):
 class DaflConfig(AdversarialConfig):
     """DAFL: the generator seeks batches in which the student sees as much of every class."""
 
-    weight_decay: float = Field(default=1e-4, ge=0, description="Weight decay of SGD.")
     latent: int = Field(default=512, ge=1, description="d_z: length of a latent code.")
+    one_hot: float = Field(
+        default=1.0, ge=0, description="Weight of the student's cross-entropy to its own best class."
+    )
     information: float = Field(default=20.0, ge=0, description="Weight of sum_c q_c log q_c, of the student's mean q.")
 
 
 class ZsktConfig(AdversarialConfig):
     """ZSKT: the generator seeks images on which the student is not of the teacher's opinion."""
-
-    weight_decay: float = Field(default=1e-4, ge=0, description="Weight decay of SGD.")
 
     @property
     def generator_batches(self) -> int:
@@ -84,14 +87,19 @@ class ZsktConfig(AdversarialConfig):
 class DfmeConfig(AdversarialConfig):
     """DFME: as ZSKT, with an L1 loss whose gradient in the pixels is estimated by a forward difference."""
 
-    generator_lr: float = Field(default=1e-4, gt=0, description="Adam step size of the generator.")
+    batch: int = Field(default=10, ge=2, description="Images of a step of the generator, and of a batch of queries.")
+    generator_steps: int = Field(default=20, ge=1, description="Steps of the generator in a round.")
+    generator_lr: float = Field(default=3e-3, gt=0, description="Adam step size of the generator.")
+    loss: Literal["cross_entropy", "l1"] = Field(
+        default="cross_entropy", description="What the student minimises; l1 is of logits that the answer may have had."
+    )
     epsilon: float = Field(default=1e-3, gt=0, description="Length of the displacement of an image.")
     smoothing: float = Field(default=1e-3, gt=0, lt=1, description="What a one-hot answer leaves to the other classes.")
 
     @property
     def generator_batches(self) -> int:
-        """Two: the images, and the displaced images."""
-        return 2
+        """Two in each step: the images, and the displaced images."""
+        return 2 * self.generator_steps
 
 
 class DastConfig(AdversarialConfig):
@@ -105,38 +113,62 @@ class DastConfig(AdversarialConfig):
         return 1
 
 
-GeneratorStep = Callable[[AdversarialConfig, Study, LastingGenerator], float]
-"""Take one step of the generator; return its loss before the step."""
+GeneratorSteps = Callable[[AdversarialConfig, Study, LastingGenerator], list[float]]
+"""Take the steps of the generator in a round; return the loss before each."""
 
 
 StudentLoss = Callable[[AdversarialConfig, Tensor, Tensor], Tensor]
 """The loss (scalar) of logits [n q] against the classes [n] that the teacher named."""
 
 
-def turns(step: GeneratorStep, loss: StudentLoss, *, told: bool = False) -> Work:
+def turns(steps: GeneratorSteps, loss: StudentLoss, *, told: bool = False) -> Work:
     """The work of a round; with `told` the generator is told the wished label."""
 
     def work(cfg: AdversarialConfig, study: Study) -> Metrics:
-        """A step of the generator, then steps of the student, each on new images that the teacher is asked about."""
+        """Steps of the generator, then batches of queries, of which the student learns at once or again and again."""
+        study.lesson.average = cfg.average
         made = LastingGenerator(study, cfg.latent, cfg.width, len(study.card.classes) if told else 0)
-        size, found = cfg.batch, []
-        of_generator = step(cfg, study, made)
-        lr = cfg.lr * 0.5 * (1 + math.cos(math.pi * study.r / cfg.total_rounds))
-        for _ in range((study.batch.asked - study.asked) // size):
-            with torch.no_grad():
-                images = to_bytes(made.net(made.theta, made.codes(size)[0], first_order=True))
-            answers = torch.tensor(labels_of(study.ask(images)), device=study.device)
-            pixels = to_pixels(images, study.device)
-            found.append(study.lesson.step(pixels, lambda logits, a=answers: loss(cfg, logits, a), lr))
+        of_generator = steps(cfg, study, made)
+        batches = range((study.batch.asked - study.asked) // cfg.batch)
+        with torch.no_grad():
+            images = [to_bytes(made.net(made.theta, made.codes(cfg.batch)[0], first_order=True)) for _ in batches]
         made.store()
-        return {"student/loss": float(torch.stack(found).mean()), "generator/loss": of_generator}
+        found = _again(cfg, study, images, loss) if cfg.replays else _once(cfg, study, images, loss)
+        return {"student/loss": lessons.mean(found), "generator/loss": sum(of_generator) / len(of_generator)}
 
     return work
 
 
-def _descend(cfg: AdversarialConfig, made: LastingGenerator, loss: Tensor, leaf: Tensor) -> float:
-    made.step(torch.autograd.grad(loss, leaf)[0], cfg.generator_lr)
-    return float(loss.detach())
+def _once(cfg: AdversarialConfig, study: Study, batches: list[np.ndarray], loss: StudentLoss) -> list[Tensor]:
+    """One step on each batch of images, which the teacher is asked about first. The step size is that of the round."""
+    lr, found = cfg.lr * 0.5 * (1 + math.cos(math.pi * study.r / cfg.total_rounds)), []
+    for images in batches:
+        answers = torch.tensor(labels_of(study.ask(images)), device=study.device)
+        found.append(
+            study.lesson.step(to_pixels(images, study.device), lambda logits, a=answers: loss(cfg, logits, a), lr)
+        )
+    return found
+
+
+def _again(cfg: AdversarialConfig, study: Study, batches: list[np.ndarray], loss: StudentLoss) -> list[Tensor]:
+    """Ask about all batches, keep the answers, and train on all that are known."""
+    for images in batches:
+        study.keep(images, study.ask(images))
+    answers = torch.tensor(labels_of(study.answers), device=study.device)
+    return lessons.replay(cfg, study, lambda rows, logits: loss(cfg, logits, answers[rows]))
+
+
+def _descend(
+    cfg: AdversarialConfig, made: LastingGenerator, z: Tensor, loss_of: Callable[[Tensor], Tensor]
+) -> list[float]:
+    """Steps of the generator on the loss of its images of the codes `z`; returns the loss before each."""
+    found = []
+    for _ in range(cfg.generator_steps):
+        leaf = made.theta.detach().requires_grad_()
+        loss = loss_of(made.net(leaf, z, first_order=True))
+        made.step(torch.autograd.grad(loss, leaf)[0], cfg.generator_lr)
+        found.append(float(loss.detach()))
+    return found
 
 
 def _student(study: Study, images: Tensor) -> Tensor:
@@ -145,35 +177,50 @@ def _student(study: Study, images: Tensor) -> Tensor:
     return lesson.network(pupil.theta, lesson.normalised(images), pupil.stats, first_order=True)
 
 
-def _told(study: Study, images: Tensor) -> Tensor:
-    """The classes int64 [n] that the teacher names."""
-    return torch.tensor(labels_of(study.ask(to_bytes(images))), device=study.device)
+def _told(cfg: AdversarialConfig, study: Study, made: LastingGenerator, z: Tensor) -> Tensor:
+    """The classes int64 [n] that the teacher names for images of the codes `z`, before the generator's first step.
+
+    The student learns from them too, if it learns again.
+    """
+    with torch.no_grad():
+        images = to_bytes(made.net(made.theta, z, first_order=True))
+    answers = study.ask(images)
+    if cfg.replays:
+        study.keep(images, answers)
+    return torch.tensor(labels_of(answers), device=study.device)
 
 
-def dafl_step(cfg: AdversarialConfig, study: Study, made: LastingGenerator) -> float:
-    """[Chen2019]: the one-hot and the activation term have no gradient any more, and the information term remains."""
+def dafl_steps(cfg: AdversarialConfig, study: Study, made: LastingGenerator) -> list[float]:
+    """[Chen2019]: one-hot term and information term of the student; the activation term says nothing of a service."""
     assert isinstance(cfg, DaflConfig)
-    leaf = made.theta.detach().requires_grad_()
-    q = _student(study, made.net(leaf, made.codes(cfg.batch)[0], first_order=True)).softmax(-1).mean(0)
-    return _descend(cfg, made, cfg.information * (q * q.clamp_min(FLOOR).log()).sum(), leaf)
+
+    def loss(images: Tensor) -> Tensor:
+        logits = _student(study, images)
+        q = logits.softmax(-1).mean(0)
+        sure = F.cross_entropy(logits, logits.argmax(-1))
+        return cfg.one_hot * sure + cfg.information * (q * q.clamp_min(FLOOR).log()).sum()
+
+    return _descend(cfg, made, made.codes(cfg.batch)[0], loss)
 
 
-def zskt_step(cfg: AdversarialConfig, study: Study, made: LastingGenerator) -> float:
+def zskt_steps(cfg: AdversarialConfig, study: Study, made: LastingGenerator) -> list[float]:
     """[Micaelli2019]: KL(teacher || student) of a one-hot teacher is the student's cross-entropy; it is ascended."""
-    leaf = made.theta.detach().requires_grad_()
-    images = made.net(leaf, made.codes(cfg.batch)[0], first_order=True)
-    return _descend(cfg, made, -F.cross_entropy(_student(study, images), _told(study, images)), leaf)
+    z = made.codes(cfg.batch)[0]
+    told = _told(cfg, study, made, z)
+    return _descend(cfg, made, z, lambda images: -F.cross_entropy(_student(study, images), told))
 
 
-def dast_step(cfg: AdversarialConfig, study: Study, made: LastingGenerator) -> float:
+def dast_steps(cfg: AdversarialConfig, study: Study, made: LastingGenerator) -> list[float]:
     """[Zhou2020]: exp(-CE(student, teacher)) plus the control of the label, which the student takes over."""
     assert isinstance(cfg, DastConfig)
-    leaf = made.theta.detach().requires_grad_()
     z, wished = made.codes(cfg.batch)
-    images = made.net(leaf, z, first_order=True)
-    logits = _student(study, images)
-    loss = torch.exp(-F.cross_entropy(logits, _told(study, images))) + cfg.control * F.cross_entropy(logits, wished)
-    return _descend(cfg, made, loss, leaf)
+    told = _told(cfg, study, made, z)
+
+    def loss(images: Tensor) -> Tensor:
+        logits = _student(study, images)
+        return torch.exp(-F.cross_entropy(logits, told)) + cfg.control * F.cross_entropy(logits, wished)
+
+    return _descend(cfg, made, z, loss)
 
 
 def centred(labels: Tensor, classes: int, smoothing: float) -> Tensor:
@@ -187,39 +234,52 @@ def centred(labels: Tensor, classes: int, smoothing: float) -> Tensor:
     return logs - logs.mean(-1, keepdim=True)
 
 
-def dfme_step(cfg: AdversarialConfig, study: Study, made: LastingGenerator) -> float:
+def dfme_steps(cfg: AdversarialConfig, study: Study, made: LastingGenerator) -> list[float]:
     """[Truong2021]: ascent of |student - teacher|_1 along a forward difference in one direction per image.
 
     The displacement is of the pixels in [0, 1], not of what comes before a tanh, and is asked about in float32: in
-    bytes it would vanish. It counts as it is after clamping to [0, 1] (`core.zero_order`).
+    bytes it would vanish. It counts as it is after clamping to [0, 1] (`core.zero_order`). Codes are drawn anew for
+    each step. The answers to what was not displaced are kept with the bytes of the images, if the student learns again.
     """
     assert isinstance(cfg, DfmeConfig)
-    leaf = made.theta.detach().requires_grad_()
-    images = made.net(leaf, made.codes(cfg.batch)[0], first_order=True)
+    found: list[float] = []
+    answers: list[np.ndarray]
 
     def losses(displaced: Tensor) -> Tensor:
         x = displaced.flatten(0, 1)
-        told = torch.tensor(labels_of(study.ask(x.cpu().numpy())), device=study.device)
+        answers.append(study.ask(x.cpu().numpy()))
+        told = torch.tensor(labels_of(answers[-1]), device=study.device)
         with torch.no_grad():
             logits = _student(study, x)
         return (logits - centred(told, logits.shape[1], cfg.smoothing)).abs().mean(-1).view(displaced.shape[:2])
 
-    here, slope = zero_order.gradient(losses, images, rng=study.rng, directions=1, mu=cfg.epsilon)
-    (grad,) = torch.autograd.grad(images, leaf, -slope / len(images))
-    made.step(grad, cfg.generator_lr)
-    return -float(here.mean())
+    for _ in range(cfg.generator_steps):
+        leaf = made.theta.detach().requires_grad_()
+        images, answers = made.net(leaf, made.codes(cfg.batch)[0], first_order=True), []
+        here, slope = zero_order.gradient(losses, images, rng=study.rng, directions=1, mu=cfg.epsilon)
+        (grad,) = torch.autograd.grad(images, leaf, -slope / len(images))
+        made.step(grad, cfg.generator_lr)
+        found.append(-float(here.mean()))
+        if cfg.replays:
+            study.keep(to_bytes(images), answers[0])
+    return found
 
 
 def _cross_entropy(cfg: AdversarialConfig, logits: Tensor, answers: Tensor) -> Tensor:
     return F.cross_entropy(logits, answers)
 
 
-def _l1(cfg: AdversarialConfig, logits: Tensor, answers: Tensor) -> Tensor:
+def _of_dfme(cfg: AdversarialConfig, logits: Tensor, answers: Tensor) -> Tensor:
     assert isinstance(cfg, DfmeConfig)
+    if cfg.loss == "cross_entropy":
+        return F.cross_entropy(logits, answers)
     return (logits - centred(answers, logits.shape[1], cfg.smoothing)).abs().mean()
 
 
-DAFL = method_of(DaflConfig, turns(dafl_step, _cross_entropy))
-ZSKT = method_of(ZsktConfig, turns(zskt_step, _cross_entropy))
-DFME = method_of(DfmeConfig, turns(dfme_step, _l1))
-DAST = method_of(DastConfig, turns(dast_step, _cross_entropy, told=True))
+TURNS: dict[str, Any] = {"batch": 250, "generator_steps": 1, "replays": 0.0, "flip": "off"}
+"""A step of the generator, and steps of the student on batches that are seen once."""
+
+DAFL = method_of(DaflConfig, turns(dafl_steps, _cross_entropy), **TURNS, weight_decay=1e-4)
+ZSKT = method_of(ZsktConfig, turns(zskt_steps, _cross_entropy), **TURNS, weight_decay=1e-4)
+DFME = method_of(DfmeConfig, turns(dfme_steps, _of_dfme), **TURNS, loss="l1", generator_lr=1e-4)
+DAST = method_of(DastConfig, turns(dast_steps, _cross_entropy, told=True), **TURNS)

@@ -7,7 +7,7 @@ DeepInversion's competition and CMI's adversarial term.
 """
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,35 +19,30 @@ from ray_dfml.core.generators import generator
 from ray_dfml.core.images import draw_view, to_bytes, to_pixels, view
 from ray_dfml.methods.base import Metrics
 from ray_dfml.methods.distillers.making import method_of
-from ray_dfml.methods.students.config import StudentConfig
+from ray_dfml.methods.students import lessons
+from ray_dfml.methods.students.config import ReplayConfig
 from ray_dfml.methods.students.loop import Study, Work
-from ray_dfml.methods.students.training import cross_entropy, picks, targets
 
 
-class InversionConfig(StudentConfig):
+class InversionConfig(ReplayConfig):
     """Settings of the inversion of a student and of its training on all images so far."""
 
-    iterations: int = Field(default=200, ge=1, description="Adam steps of an inversion.")
+    batch: int = Field(default=100, ge=2, description="Images of an inversion, which are asked about and kept.")
+    iterations: int = Field(default=50, ge=1, description="Adam steps of an inversion.")
     inversion_lr: float = Field(default=0.1, gt=0, description="Adam step size of an inversion.")
-    bn_weight: float = Field(default=10.0, ge=0, description="Weight of the student's batch-norm statistics.")
-    student_batch: int = Field(default=64, ge=2, description="Images of a step of the student.")
-    steps: int = Field(default=50, ge=1, description="Steps of the student in a round.")
-    optimiser: Literal["adam", "sgd"] = Field(default="sgd", description="Optimiser of the student.")
-    lr: float = Field(default=0.1, gt=0, description="Step size of the student.")
-    weight_decay: float = Field(default=5e-4, ge=0, description="Weight decay of SGD.")
+    bn_weight: float = Field(default=1.0, ge=0, description="Weight of the student's batch-norm statistics.")
 
 
 class DeepInversionConfig(InversionConfig):
     """DeepInversion: pixels are optimised."""
 
-    tv_weight: float = Field(default=1e-3, ge=0, description="Weight of the total variation.")
+    tv_weight: float = Field(default=1.0, ge=0, description="Weight of the total variation.")
 
 
 class CmiConfig(InversionConfig):
     """CMI: a fresh generator and its codes are optimised, and an image should differ from all others."""
 
     inversion_lr: float = Field(default=1e-3, gt=0, description="Adam step size of an inversion.")
-    bn_weight: float = Field(default=1.0, ge=0, description="Weight of the student's batch-norm statistics.")
     ce: float = Field(default=0.5, ge=0, description="Weight of the student's cross-entropy on the wished labels.")
     contrast: float = Field(default=0.8, ge=0, description="Weight of the contrastive term.")
     temperature: float = Field(default=0.2, gt=0, description="Temperature of the contrastive term.")
@@ -63,12 +58,15 @@ def _views(study: Study, images: Tensor) -> Tensor:
 
 
 def _fit(study: Study, images: Tensor, labels: Tensor, ce: float, bn_weight: float) -> Tensor:
-    """ce CE + bn_weight R_BN (scalar) of the frozen student on a view of the images."""
+    """ce CE + bn_weight R_BN (scalar) of the frozen student on a view of the images.
+
+    An untrained student has no statistics of images: those it begins with would ask for black ones. R_BN waits for it.
+    """
     lesson, pupil = study.lesson, study.lesson.pupil
     x = lesson.normalised(_views(study, images))
     logits, found = lesson.network.with_stats(pupil.theta, x, pupil.stats, first_order=True)
     loss = ce * F.cross_entropy(logits, labels)
-    if bn_weight and len(pupil.stats):
+    if bn_weight and len(pupil.stats) and pupil.step:
         loss = loss + bn_weight * losses.statistics_norms(found, pupil.stats, lesson.network.stats_layout.sizes)
     return loss
 
@@ -139,17 +137,16 @@ def inverted(make: Callable[[Any, Study], Tensor]) -> Work:
 
     def work(cfg: InversionConfig, study: Study) -> Metrics:
         """Invert a batch, ask about it, keep it, and train the student on all images so far."""
+        study.lesson.average = cfg.average
         images = to_bytes(make(cfg, study))
         study.keep(images, study.ask(images))
-        answers = targets(study.answers).to(study.device)
-        pool, found = torch.tensor(study.images).to(study.device), []
-        for rows in picks(torch.ones(len(pool)), steps=cfg.steps, batch=cfg.student_batch, rng=study.rng):
-            pixels = _views(study, pool[rows].float() / 255)
-            found.append(study.lesson.step(pixels, cross_entropy(answers[rows]), cfg.lr))
-        return {"student/loss": float(torch.stack(found).mean()), "generator/loss": None}
+        return {"student/loss": lessons.mean(lessons.replay(cfg, study)), "generator/loss": None}
 
     return work
 
 
-DEEPINVERSION = method_of(DeepInversionConfig, inverted(deep_inversion))
-CMI = method_of(CmiConfig, inverted(cmi))
+KEPT: dict[str, Any] = {"batch": 250, "iterations": 200, "replays": 12.8, "crop_pad": 2}
+"""Inversions, and 50 steps of the student on batches of 64 for each 250 of them."""
+
+DEEPINVERSION = method_of(DeepInversionConfig, inverted(deep_inversion), **KEPT, bn_weight=10.0, tv_weight=1e-3)
+CMI = method_of(CmiConfig, inverted(cmi), **KEPT)

@@ -1,7 +1,8 @@
 """The wiring that these methods share: a `Method` of a `work`, and a generator that lives as long as the run."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,16 +24,25 @@ PANELS = (
 )  # fmt: skip
 
 
-def method_of(Config: type[StudentConfig], work: Work) -> Method[StudentConfig]:
-    """A method whose round of one teacher is `work`."""
+PUBLISHED: Mapping[str, Any] = {
+    "optimiser": "sgd", "lr": 0.1, "weight_decay": 5e-4, "last_steps": 0, "warmup_steps": 0, "average": 0.0,
+    "balance": 0.0, "warp": 0.0,
+}  # fmt: skip
+"""How the released codes train a student: what their profiles share."""
+
+
+def method_of(Config: type[StudentConfig], work: Work, **published: Any) -> Method[StudentConfig]:
+    """A method whose round of one teacher is `work`. The profiles `paper` and `code` are PUBLISHED and `published`."""
 
     def recover(shard: Shard, jobs: Sequence[Job], shared: Arrays) -> list[Arrays]:
         """The op: a round of each job's teacher (`students.loop.recover`)."""
         return loop.recover(shard, jobs, Config.model_validate(shared["cfg"]), work)
 
+    published = {"method": {**PUBLISHED, **published}}
     return Method(
         Config=Config, init=loop.init, learn=loop.learn, plan=loop.plan, shared=loop.shared, recover=recover,
-        panels=PANELS, access=LEVELS, queries=loop.queries, students=loop.students,
+        profiles={"paper": published, "code": published}, panels=PANELS, access=LEVELS,
+        queries=loop.queries, students=loop.students,
     )  # fmt: skip
 
 

@@ -71,6 +71,36 @@ class StudentConfig(MethodConfig):
         return batches[: self.rounds] if self.rounds else batches
 
 
+class TrainingConfig(StudentConfig):
+    """Settings of a student that trains on all answers so far. The defaults are the recommended way."""
+
+    student_batch: int = Field(default=64, ge=2, description="Images of a step of the student.")
+    last_steps: int = Field(default=800, ge=0, description="Steps after the last batch, with cosine decay to 0.")
+    warmup_steps: int = Field(default=50, ge=0, description="First steps, in which the step size grows linearly.")
+    average: float = Field(default=0.995, ge=0, lt=1, description="Decay of the mean of the student's weights.")
+    balance: float = Field(
+        default=0.5, ge=0, description="Images are drawn as (images of their class) to the power of minus this."
+    )
+    warp: float = Field(
+        default=1.0, ge=0, description="Strength of the warps of the student's training images; 0 warps nothing."
+    )
+    crop_pad: int = Field(default=0, ge=0, description="Padding of random crops, pixels; 0 crops nothing.")
+    flip: Literal["auto", "on", "off"] = Field(
+        default="auto", description="Random mirror; auto mirrors colour images only, as a mirrored digit is another."
+    )
+
+
+class ReplayConfig(TrainingConfig):
+    """Settings of a method of its own images, whose student learns again from answers that were paid for."""
+
+    replays: float = Field(
+        default=12.0,
+        ge=0,
+        description="Images that the student trains on after a round for each one that was asked about, drawn from all "
+        "answers so far; 0 keeps none, and trains as the paper does.",
+    )
+
+
 class GeneratorConfig(StudentConfig):
     """Settings of the generator that is trained on the student ([Zhang2023] section 3.2, stage 1)."""
 
@@ -93,7 +123,7 @@ class GeneratorConfig(StudentConfig):
     )
 
 
-class DistilConfig(GeneratorConfig):
+class DistilConfig(GeneratorConfig, TrainingConfig):
     """Settings of what is asked about and of the training on all answers. The defaults are the recommended way."""
 
     images: tuple[str, ...] = Field(
@@ -125,26 +155,12 @@ class DistilConfig(GeneratorConfig):
     quota: float = Field(
         default=0.3, ge=0, le=1, description="What a class gets at least, as a multiple of its even share."
     )
-    student_batch: int = Field(default=64, ge=2, description="Images of a step of the student.")
     training: Literal["root", "pass", "batch"] = Field(
         default="root",
         description="Steps after each batch: `steps` times the root of the images known, a pass over all of them, or "
         "one step on the new ones.",
     )
     steps: float = Field(default=4.0, ge=0, description="Steps of the student per root of the images known.")
-    last_steps: int = Field(default=800, ge=0, description="Steps after the last batch, with cosine decay to 0.")
-    warmup_steps: int = Field(default=50, ge=0, description="First steps, in which the step size grows linearly.")
-    average: float = Field(default=0.995, ge=0, lt=1, description="Decay of the mean of the student's weights.")
-    balance: float = Field(
-        default=0.5, ge=0, description="Images are drawn as (images of their class) to the power of minus this."
-    )
-    warp: float = Field(
-        default=1.0, ge=0, description="Strength of the warps of the student's training images; 0 warps nothing."
-    )
-    crop_pad: int = Field(default=0, ge=0, description="Padding of random crops, pixels; 0 crops nothing.")
-    flip: Literal["auto", "on", "off"] = Field(
-        default="auto", description="Random mirror; auto mirrors colour images only, as a mirrored digit is another."
-    )
 
     @field_validator("images")
     @classmethod

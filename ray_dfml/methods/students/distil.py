@@ -10,18 +10,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ray_dfml.core.images import draw_view, to_bytes, to_pixels, view
+from ray_dfml.core.images import to_bytes, to_pixels
 from ray_dfml.core.sources import SOURCES
-from ray_dfml.core.sources.warp import Warp, warp
 from ray_dfml.methods.base import Metrics
+from ray_dfml.methods.students import lessons
 from ray_dfml.methods.students.config import GENERATOR, DistilConfig
 from ray_dfml.methods.students.loop import Study
 from ray_dfml.methods.students.selection import choose, keys, quotas
 from ray_dfml.methods.students.stage import Stage
-from ray_dfml.methods.students.training import cross_entropy, labels_of, picks, targets
-
-WARP = {"rotation": 0.12, "scale": 0.08, "shear": 0.08, "shift": 0.06, "elastic": 0.03}
-"""Bounds of the warps of training images at `warp` 1."""
+from ray_dfml.methods.students.training import cross_entropy, labels_of, targets
 
 
 def notes(cfg: DistilConfig) -> list[str]:
@@ -86,7 +83,7 @@ def candidates(cfg: DistilConfig, study: Study, count: int) -> Tensor:
 
 def _fresh(cfg: DistilConfig, study: Study, name: str, count: int) -> Tensor:
     if name == GENERATOR:
-        return Stage(cfg, study, crop_pad=cfg.crop_pad, flip=mirrored(cfg, study)).images(count)
+        return Stage(cfg, study, crop_pad=cfg.crop_pad, flip=lessons.mirrored(cfg, study)).images(count)
     images = SOURCES[name].function(study.rng, count, study.card.image.shape)
     return 1 - images if cfg.invert else images
 
@@ -96,47 +93,22 @@ def border(cfg: DistilConfig, study: Study) -> str:
     return "zero" if study.card.image.channels == 1 and not cfg.invert else "edge"
 
 
-def mirrored(cfg: DistilConfig, study: Study) -> bool:
-    """Whether views of the student may be mirrored."""
-    return cfg.flip == "on" or (cfg.flip == "auto" and study.card.image.channels > 1)
-
-
-def look(cfg: DistilConfig, study: Study, pixels: Tensor) -> Tensor:
-    """A view of pixels [n c h w] that should not change their class: each image warped, or all cropped and mirrored."""
-    flip = mirrored(cfg, study)
-    if cfg.warp:
-        bounds = {name: cfg.warp * bound for name, bound in WARP.items()}
-        return warp(study.rng, pixels, Warp(**bounds, mirror=flip), fill=border(cfg, study))
-    if not cfg.crop_pad and not flip:
-        return pixels
-    return view(pixels, draw_view(study.rng, pad=cfg.crop_pad, flip=flip), pad=cfg.crop_pad, fill="zero")
-
-
 def trained(cfg: DistilConfig, study: Study) -> float | None:
     """Train the student on the stored images and answers. Returns the mean loss of the steps, None without a step."""
-    batch = cfg.student_batch
-    answers = targets(study.answers).to(study.device)
-    images = torch.tensor(study.images).to(study.device)
-    found: list[Tensor] = []
-
-    def step(rows: Tensor, lr: float) -> None:
-        pixels = look(cfg, study, images[rows].float() / 255)
-        found.append(study.lesson.step(pixels, cross_entropy(answers[rows]), lr))
-
-    if cfg.training == "batch":
-        step(torch.arange(len(images) - study.batch.new, len(images)), cfg.lr)
-    elif cfg.training == "pass":
-        for rows in torch.randperm(len(images), generator=study.rng).split(batch):
-            if len(rows) > 1:
-                step(rows, cfg.lr)
+    fill = border(cfg, study)
+    if cfg.training == "root":
+        found = lessons.repeat(cfg, study, int(cfg.steps * len(study.images) ** 0.5), fill=fill)
     else:
-        weights = study.counts().clamp_min(1)[labels_of(study.answers)] ** -cfg.balance
-        for rows in picks(weights, steps=int(cfg.steps * len(images) ** 0.5), batch=batch, rng=study.rng):
-            step(rows, cfg.lr * min(1.0, (study.lesson.pupil.step + 1) / max(cfg.warmup_steps, 1)))
-        if study.last:
-            for i, rows in enumerate(picks(weights, steps=cfg.last_steps, batch=batch, rng=study.rng)):
-                step(rows, cfg.lr * 0.5 * (1 + math.cos(math.pi * i / cfg.last_steps)))
-    return float(torch.stack(found).mean()) if found else None
+        images, answers = lessons.known(study)
+        new = [torch.arange(len(images) - study.batch.new, len(images))]
+        whole = cfg.training == "pass"
+        parts = torch.randperm(len(images), generator=study.rng).split(cfg.student_batch) if whole else new
+        found = []
+        for rows in parts:
+            if len(rows) > 1:
+                pixels = lessons.look(cfg, study, images[rows].float() / 255, fill=fill)
+                found.append(study.lesson.step(pixels, cross_entropy(answers[rows]), cfg.lr))
+    return lessons.mean(found)
 
 
 def requeried(cfg: DistilConfig, study: Study) -> float:
@@ -144,7 +116,7 @@ def requeried(cfg: DistilConfig, study: Study) -> float:
     found, answers = [], np.zeros(len(study.images), np.int64)
     for rows in torch.randperm(len(study.images), generator=study.rng).split(cfg.student_batch):
         at = rows.numpy()
-        seen = to_bytes(look(cfg, study, to_pixels(study.images[at], study.device)))
+        seen = to_bytes(lessons.look(cfg, study, to_pixels(study.images[at], study.device), fill=border(cfg, study)))
         found_here = study.ask(seen)
         answers[at] = labels_of(found_here)
         if len(at) > 1:
