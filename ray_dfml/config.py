@@ -67,6 +67,20 @@ class BudgetConfig(BaseModel):
     per_teacher: int | None = Field(default=None, ge=1, description="Most images sent to each teacher.")
 
 
+class ChoiceConfig(BaseModel):
+    """Which teachers of its pools a run uses, and how many of them are spoiled on purpose: `--set pool.*`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    limit: int | None = Field(default=None, ge=1, description="How many teachers are used, drawn by the run's seed.")
+    min_accuracy: float | None = Field(
+        default=None, ge=0, le=100, description="Lowest reported accuracy in percent of a teacher that is used."
+    )
+    fraction_poisoned: float = Field(
+        default=0.0, ge=0, le=1, description="Share of the used teachers whose weights are shuffled, drawn by the seed."
+    )
+
+
 class RunConfig(BaseModel):
     """Everything that decides the numbers of a run. Shards and devices do not, so they are not here.
 
@@ -83,6 +97,7 @@ class RunConfig(BaseModel):
     data: tuple[str, ...] = Field(
         default=(), description="Data specs for validation and test; empty is truly data-free."
     )
+    choice: ChoiceConfig = ChoiceConfig()
     learner: LearnerConfig = LearnerConfig()
     method: SerializeAsAny[MethodConfig]
     eval: EvalConfig = EvalConfig()
@@ -119,8 +134,8 @@ PROFILES = ("fixed", "paper", "code")
 PUBLISHED_TEST: Mapping[str, Any] = {"eval": {"lrs": ()}}
 """What the profiles `paper` and `code` change for every method: no step size at test is chosen, `eval.lr` is used."""
 
-SECTIONS = ("method", "eval", "learner", "budget", "start")
-"""The parts of a RunConfig that `--set` may change. The others have command-line options of their own."""
+SECTIONS = ("method", "eval", "learner", "budget", "start", "pool")
+"""What `--set` may change: parts of a RunConfig, and `pool` for its `choice`. The others have options of their own."""
 
 
 def presets() -> dict[str, str]:
@@ -168,6 +183,12 @@ def resolve(
         path, value = parse_set(text)
         if path[0] in RunConfig.model_fields and path[0] not in SECTIONS:
             raise UsageError(f"--set {text}: {path[0]} has an option of its own; --set takes {', '.join(SECTIONS)}")
+        if path[0] == "pool":
+            if len(path) == 1:
+                raise UsageError(
+                    f"--set {text}: name pools with --pool; pool.* is {', '.join(ChoiceConfig.model_fields)}"
+                )
+            path = ["choice", *path[1:]]
         value = _listed({"method": METHODS[name].Config, "start": no_pool.Config}.get(path[0], RunConfig), path, value)
         for key in reversed(path):
             value = {key: value}
@@ -275,6 +296,8 @@ def _merge(into: dict[str, Any], values: Mapping[str, Any]) -> None:
 def _one_line(error: ValidationError, model: type[BaseModel], prefix: str) -> str:
     first = error.errors()[0]
     where = ".".join(str(part) for part in ([prefix] if prefix else []) + list(first["loc"]))
+    if where.startswith("choice."):
+        where = where.replace("choice", "pool", 1)
     if first["type"] == "extra_forbidden":
         fields: dict[str, Any] = dict(model.model_fields)
         for part in first["loc"][:-1]:

@@ -178,7 +178,7 @@ def _run(
         if not test:
             if isinstance(stopped, NobodyLeft):
                 raise stopped
-            whole = stopped is not None or done.rounds == config.method.total_rounds
+            whole = stopped is not None or done.rounds == config.total_rounds
             folder.status(state=TRAINED if whole else STOPPED, last_error=stopped and str(stopped))
             return []
         if stopped is not None:

@@ -17,7 +17,9 @@ from ray_dfml.errors import RejectedError, UsageError, first_of
 from ray_dfml.evaluate import EvalConfig
 from ray_dfml.methods import METHODS, start
 from ray_dfml.methods.base import World, teacher_job
+from ray_dfml.runtime import choice
 from ray_dfml.runtime.accounts import Accounts
+from ray_dfml.runtime.choice import Members
 from ray_dfml.runtime.shard import Loaded
 from ray_dfml.top1 import check_known
 from ray_dfml.types import ImageSpec, Labelled, TeacherCard, size_text
@@ -36,13 +38,15 @@ class Teachers(Mapping[str, Loaded]):
     KeyError for an unknown id or a service.
     """
 
-    def __init__(self, members: Mapping[str, tuple[Entry, Pool]]) -> None:
-        """`members` maps an id in this run to the entry in its pool, and to the pool."""
+    def __init__(self, members: Members, spoiled: Mapping[str, int] | None = None) -> None:
+        """`members` maps an id in this run to the entry in its pool, and to the pool; `spoiled` is as of `choice`."""
+        self._spoiled = spoiled or {}
         self._members = {id: member for id, member in members.items() if member[0].api is None}
 
     def __getitem__(self, id: str) -> Loaded:
         entry, pool = self._members[id]
-        return replace(entry.inside, id=id), *pool.load(entry.id)
+        found: Loaded = (replace(entry.inside, id=id), *pool.load(entry.id))
+        return choice.shuffled(found, self._spoiled[id]) if id in self._spoiled else found
 
     def __contains__(self, id: object) -> bool:
         return id in self._members
@@ -88,6 +92,12 @@ def read_inputs(config: RunConfig) -> Inputs:
     """
     _check_once(config.data)
     members, rejected, pools = _open(config)
+    members, notes = choice.chosen(members, config.choice, config.seed)
+    spoiled = choice.spoiled(members, config.choice, config.seed)
+    if spoiled:
+        notes.append(
+            f"pool.fraction_poisoned: the weights of {len(spoiled)} teachers are shuffled: {first_of([*spoiled])}"
+        )
     cards = tuple(replace(entry.card, id=id) for id, (entry, _) in members.items())
     loaded = {spec: datasets.load(spec) for spec in config.data}
     if not members and not loaded:
@@ -101,7 +111,6 @@ def read_inputs(config: RunConfig) -> Inputs:
     _check_learner(config.learner.arch, image, way)
     sets: list[Labelled] = []
     real: dict[str, np.ndarray] = {}
-    notes: list[str] = []
     method = METHODS[config.name]
     for spec, one in loaded.items():
         notes += [f"--data {spec}: {note}" for note in one.notes]
@@ -146,7 +155,7 @@ def read_inputs(config: RunConfig) -> Inputs:
     accounts = _accounts(config, members, method.queries(config.method, world))
     accounts.check_keys()
     accounts.check_budgets()
-    return Inputs(world, sets, Teachers(members), rejected, pools, data, notes, _bytes(state), accounts)
+    return Inputs(world, sets, Teachers(members, spoiled), rejected, pools, data, notes, _bytes(state), accounts)
 
 
 def _check_learner(arch: str, image: ImageSpec, way: int) -> None:

@@ -113,7 +113,7 @@ def _train(sweep: Sweep, trials: Sequence[Trial], folder: Path, place: Place, sa
 
     if asha:
         todo, ended = tasks, 0
-    rounds = max(one.config.method.total_rounds for one in trials)
+    rounds = max(one.config.total_rounds for one in trials)
     ray_tune.run(todo, folder / TUNE, sweep.scheduler, rounds=rounds, concurrent=place.concurrent, on_end=on_end)
 
 
@@ -146,7 +146,7 @@ def _task(one: Trial, folder: Path, place: Place, *, test: bool = False) -> Task
 def _announced(trials: Sequence[Trial], inputs: driver.Inputs) -> Iterator[str]:
     """What a sweep is about to do and spend."""
     points, seeds = len({one.number for one in trials}), len({one.seed for one in trials})
-    rounds = sum(one.config.method.total_rounds for one in trials)
+    rounds = sum(one.config.total_rounds for one in trials)
     yield f"{points} points on {seeds} seeds: {len(trials)} trials, {rounds} rounds at most"
     if inputs.accounts.asked:
         budgets = [one.config.budget.queries for one in trials]
