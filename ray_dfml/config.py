@@ -18,7 +18,7 @@ from ray_dfml.data import specs
 from ray_dfml.data.pretrain import PretrainConfig
 from ray_dfml.errors import UsageError, did_you_mean
 from ray_dfml.evaluate import EvalConfig
-from ray_dfml.files import resolved
+from ray_dfml.files import located
 from ray_dfml.methods import METHODS, no_pool
 from ray_dfml.methods import start as start_of
 from ray_dfml.methods.base import MethodConfig
@@ -93,7 +93,7 @@ class RunConfig(BaseModel):
     profile: str = Field(default="fixed", description="fixed, paper or code.")
     preset: str | None = Field(default=None, description="Named set of values, if one was used.")
     seed: int = Field(default=0, ge=0, description="Run seed: every random draw derives from it.")
-    pool: tuple[str, ...] = Field(default=(), description="Pool folders.")
+    pool: tuple[str, ...] = Field(default=(), description="Pool folders: paths, or URIs of an object store.")
     data: tuple[str, ...] = Field(
         default=(), description="Data specs for validation and test; empty is truly data-free."
     )
@@ -163,7 +163,7 @@ def resolve(
     """
     if name not in METHODS:
         raise UsageError(f"unknown method {name!r}{did_you_mean(name, METHODS)}; known: {', '.join(METHODS)}")
-    values["pool"] = tuple(str(resolved(path)) for path in values.get("pool", ()))
+    values["pool"] = tuple(str(located(path)) for path in values.get("pool", ()))
     values["data"] = tuple(specs.absolute(spec) for spec in values.get("data", ()))
     tree: dict[str, Any] = {"name": name, "profile": profile, "preset": preset, **values}
     tree["method"] = METHODS[name].Config().model_dump()

@@ -1,6 +1,7 @@
-"""Paths as people write them, names in a printable form, and errors of the disk that name the file.
+"""Paths and URIs as people write them, names in a printable form, and errors of the disk that name the file.
 
-Every path that a user gives, on the command line or from Python, goes through `resolved` once.
+Every path that a user gives, on the command line or from Python, goes through `resolved` once, or through `located`
+where it may also be in an object store.
 """
 
 import contextlib
@@ -9,8 +10,16 @@ import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from urllib.parse import urlsplit
 
-from ray_dfml.errors import UsageError
+from ray_dfml.errors import UsageError, did_you_mean
+
+_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*(?=://|::)")
+STORES = {
+    "s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "az": "adlfs", "abfs": "adlfs", "abfss": "adlfs",
+    "memory": "fsspec",
+}  # fmt: skip
+"""Scheme of an object store -> the package that reaches it. Each of them can refuse to replace a file."""
 
 _VARIABLE = re.compile(r"\$(?:\{(\w+)\}|(\w+))")
 
@@ -24,12 +33,61 @@ def resolved(path: str | os.PathLike[str]) -> Path:
     text = os.fspath(path)
     if not text:
         raise UsageError("a path is empty; name a file or a folder")
+    if _SCHEME.match(text):
+        raise UsageError(f"{shown(text)}: a path on a disk is needed here; copy what it names from or to the store")
     if "\0" in text or not _is_utf8(text):
         raise UsageError(f"{shown(text)}: this path is not UTF-8 text; rename it")
     home = os.path.expanduser(text)
     if home.startswith("~"):
         raise UsageError(f"{text}: no home folder of {home.split(os.sep)[0]} is known; write ./{text} for that name")
     return Path(os.path.abspath(home if _is_literal(home) else _expanded(home)))
+
+
+class Uri(str):
+    """The address of a folder or a file in an object store, such as `s3://bucket/pools/birds`, without `/` at its end.
+
+    `/` goes into a folder, as it does for a path.
+    """
+
+    def __truediv__(self, name: str) -> "Uri":
+        return Uri(f"{self}/{name}")
+
+    @property
+    def name(self) -> str:
+        """The last part."""
+        return self.rpartition("/")[2]
+
+    @property
+    def suffix(self) -> str:
+        """The end of the last part, from its last dot on."""
+        return Path(self.name).suffix
+
+
+def located(place: str | os.PathLike[str]) -> Path | Uri:
+    """The place that a user means: a URI of an object store, in one spelling, or a path as `resolved` gives it.
+
+    `file://` is a path. Raises UsageError for a URI that is not of STORES or not of a store alone, which holds no key,
+    no `?` and no `::`, and whatever `resolved` raises.
+    """
+    text = os.fspath(place)
+    found = _SCHEME.match(text)
+    if found is None:
+        return resolved(text)
+    scheme = found[0].lower()
+    if scheme in ("file", "local") and text[found.end() :].startswith("://"):
+        return resolved(text[found.end() + 3 :])
+    if scheme not in STORES or not text[found.end() :].startswith("://"):
+        raise UsageError(
+            f"{shown(text)}: {shown(found[0])} is no object store of this program{did_you_mean(scheme, STORES)}; "
+            f"known: {', '.join(STORES)}; copy what it names to a disk"
+        )
+    rest = _expanded(text[found.end() + 3 :]) if "$" in text else text[found.end() + 3 :]
+    parts = rest.rstrip("/").split("/")
+    if not is_readable(rest) or "?" in rest or ".." in parts or "" in parts or "." in parts:
+        raise UsageError(f"{shown(text)}: expected {scheme}://BUCKET/NAME/.., without '?', '..' and empty names")
+    if urlsplit(f"//{parts[0]}").password is not None:
+        raise UsageError(f"{scheme}://..: a key never stands in a URI; put it where {STORES[scheme]} looks for it")
+    return Uri(f"{scheme}://{'/'.join(parts)}")
 
 
 def _is_utf8(text: str) -> bool:

@@ -12,6 +12,7 @@ os.environ.pop("RAY_ADDRESS", None)
 
 import logging
 import shutil
+import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -19,7 +20,9 @@ import pytest
 import torch
 from PIL import Image
 
+from ray_dfml.files import Uri
 from ray_dfml.runtime.shard import pin
+from tests import stores
 from tests.runtime import toy
 from tests.support import GPU
 
@@ -49,6 +52,27 @@ def device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
             pin()
             patch.setattr(torch.backends.cudnn, "deterministic", True)
         yield torch.device(request.param)
+
+
+@pytest.fixture
+def memory_folder() -> Uri:
+    """An empty folder of an object store in the memory of this process."""
+    return Uri(f"memory://{uuid.uuid4().hex}")
+
+
+@pytest.fixture(scope="session")
+def s3_environment() -> Iterator[dict[str, str]]:
+    """Where a server of S3 on this machine is found."""
+    with stores.s3_server() as environment:
+        yield environment
+
+
+@pytest.fixture
+def s3_folder(s3_environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> Uri:
+    """An empty folder of that server."""
+    for name, value in s3_environment.items():
+        monkeypatch.setenv(name, value)
+    return Uri(f"s3://bucket/{uuid.uuid4().hex}")
 
 
 @pytest.fixture(scope="session")

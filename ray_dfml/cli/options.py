@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from ray_dfml.errors import ResourceError
-from ray_dfml.files import resolved
+from ray_dfml.files import Uri, located, resolved
 from ray_dfml.runtime import host
 
 
@@ -22,8 +22,19 @@ class _PathType(click.ParamType):
         return resolved(value)
 
 
+class _PlaceType(click.ParamType):
+    """A path, or the URI of an object store. The command gets the absolute path or the URI (`files.located`)."""
+
+    name = "path|uri"
+
+    def convert(self, value: str | Path, param: click.Parameter | None, ctx: click.Context | None) -> Path | Uri:
+        return located(value)
+
+
 PATH = _PathType()
-"""The type of every option and argument that names a file or a folder."""
+"""The type of every option and argument that names a file or a folder of a disk."""
+PLACE = _PlaceType()
+"""The type of those that may also be in an object store."""
 
 
 def as_json(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -11,6 +11,7 @@ from ray_dfml import yaml_text
 from ray_dfml.cli import options
 from ray_dfml.data.services import Adapter, Terms
 from ray_dfml.errors import RejectedError, UsageError
+from ray_dfml.files import Uri
 from ray_dfml.types import LEVELS, Access
 
 
@@ -206,10 +207,10 @@ def _numbers(option: str, text: str | None) -> list[float] | None:
 
 
 @pool.command(epilog="\b\nExample:\n  ray-dfml pool check pools/mine")
-@click.argument("path", metavar="POOL", type=options.PATH)
+@click.argument("path", metavar="POOL", type=options.PLACE)
 @click.option("--ask", is_flag=True, help="Also ask each service about one image, which is charged.")
 @options.as_json
-def check(path: Path, ask: bool, json_out: bool) -> int:
+def check(path: Path | Uri, ask: bool, json_out: bool) -> int:
     """Load and run each teacher once, and print one line for each. The exit code is 3 if any is rejected.
 
     A service is asked only with --ask.

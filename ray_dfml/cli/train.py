@@ -20,7 +20,7 @@ Example:
 
 @click.command(epilog=EPILOG)
 @click.argument("method", type=click.Choice(list(METHODS)))
-@click.option("--pool", "pools", multiple=True, help="Pool folder; repeatable.")
+@click.option("--pool", "pools", multiple=True, help="Pool folder, or its URI in an object store; repeatable.")
 @click.option(
     "--data", "data", multiple=True, metavar="SPEC", help="Real data for validation and test only; repeatable."
 )

@@ -8,11 +8,13 @@ from typing import Any
 
 import numpy as np
 
-from ray_dfml.data import folders, formats, glyphs, specs, splits, torchvision_root
+from ray_dfml import object_store
+from ray_dfml.data import cache, folders, formats, glyphs, specs, splits, torchvision_root
 from ray_dfml.data.identity import identity
 from ray_dfml.data.images import one_line
 from ray_dfml.data.specs import DATASETS, Entry
-from ray_dfml.errors import RejectedError, UsageError
+from ray_dfml.errors import DfmlError, RejectedError, ResourceError, UsageError
+from ray_dfml.files import Uri
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -96,7 +98,8 @@ def load(spec: str) -> ImageSet:
     """The image set of a spec: "glyphs", "NAME:PATH" or "NAME@COLOUR:PATH" with NAME of `DATASETS`.
 
     Transparent parts of images are put on COLOUR, a CSS name or #rrggbb, which is white by default. PATH is a .parquet
-    file, a torchvision root or a folder of class folders. All callers in this process share the result, and a file that
+    file, a torchvision root or a folder of class folders; it may be the URI of an object store, from which a copy is
+    kept in the cache. All callers in this process share the result, and a file that
     changes later is not read again. Raises UsageError for a spec that names nothing, and RejectedError for data that
     cannot be used.
     """
@@ -181,7 +184,24 @@ def describe(spec: str) -> dict[str, Any]:
     }
 
 
-def _read(name: str, entry: Entry, path: Path, background: str) -> formats.Raw:
+def _read(name: str, entry: Entry, path: Path | Uri, background: str) -> formats.Raw:
+    """Read the images of a place; what is in an object store is copied to the cache first."""
+    if isinstance(path, Path):
+        return _read_here(name, entry, path, background)
+    try:
+        copy = object_store.fetch(path, cache.folder() / "fetched")
+    except FileNotFoundError:
+        raise RejectedError(f"{path}: no such file or folder; give the URI of the {name} data") from None
+    except OSError as error:
+        raise ResourceError(f"{path}: cannot be copied to {cache.folder()}: {error.strerror}") from None
+    try:
+        raw = _read_here(name, entry, copy, background)
+    except DfmlError as error:
+        raise type(error)(str(error).replace(str(copy), path)) from None
+    return replace(raw, source={**raw.source, "path": str(path)})
+
+
+def _read_here(name: str, entry: Entry, path: Path, background: str) -> formats.Raw:
     """Read the images behind a path with the reader that fits it. Their size must be the one that the set has."""
     try:
         exists, is_folder = path.exists(), path.is_dir()
@@ -214,7 +234,7 @@ def _read(name: str, entry: Entry, path: Path, background: str) -> formats.Raw:
 
 
 def _splits(
-    name: str, entry: Entry, path: Path, names: tuple[str, ...], labels: np.ndarray, found: np.ndarray | None
+    name: str, entry: Entry, path: Path | Uri, names: tuple[str, ...], labels: np.ndarray, found: np.ndarray | None
 ) -> tuple[splits.ClassSplits | None, np.ndarray | None]:
     """class_splits and image_splits of an ImageSet; one of the two is None."""
     if entry.rule == "class":
@@ -234,7 +254,7 @@ def _splits(
     return None, numbers if (numbers == 1).any() else splits.last_tenth_per_class(labels, numbers)
 
 
-def _known_class_splits(name: str, path: Path, names: tuple[str, ...]) -> splits.ClassSplits:
+def _known_class_splits(name: str, path: Path | Uri, names: tuple[str, ...]) -> splits.ClassSplits:
     if name == "omniglot":
         return splits.omniglot(str(path), names)
     if name == "cub":
@@ -245,7 +265,7 @@ def _known_class_splits(name: str, path: Path, names: tuple[str, ...]) -> splits
 
 def _agree(
     name: str,
-    path: Path,
+    path: Path | Uri,
     names: tuple[str, ...],
     labels: np.ndarray,
     found: np.ndarray | None,

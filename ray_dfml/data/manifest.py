@@ -20,12 +20,12 @@ from pydantic import (
     model_validator,
 )
 
-from ray_dfml import yaml_text
+from ray_dfml import object_store, yaml_text
 from ray_dfml.core.net import known_teacher
 from ray_dfml.data import weights_file
 from ray_dfml.data.services import Api, Terms
 from ray_dfml.errors import RejectedError, UsageError
-from ray_dfml.files import is_readable, shown
+from ray_dfml.files import Uri, is_readable, shown
 from ray_dfml.types import Access, ImageSpec, TeacherCard
 
 MANIFEST = "pool.yaml"
@@ -289,13 +289,13 @@ def checked(fields: Mapping[str, Any]) -> Entry:
         raise UsageError(_first_fault(error)) from None
 
 
-def read_manifest(folder: Path) -> Manifest:
+def read_manifest(folder: Path | Uri) -> Manifest:
     """What the manifest of a pool folder says, with the entries in file order.
 
     Raises UsageError if there is no manifest, and RejectedError with the place of the first fault in it.
     """
     file = folder / MANIFEST
-    if not file.exists():
+    if not (object_store.exists(file) if isinstance(file, Uri) else file.exists()):
         raise UsageError(f"{folder}: no pool here (no {MANIFEST})")
     try:
         data = weights_file.read_bytes(file, limits=weights_file.Limits(file_bytes=MANIFEST_BYTES))

@@ -31,7 +31,7 @@ from ray_dfml.data.manifest import (
 )
 from ray_dfml.data.services import Budget, Terms
 from ray_dfml.errors import RejectedError, ResourceError, UsageError, did_you_mean
-from ray_dfml.files import resolved, shown
+from ray_dfml.files import Uri, located, resolved, shown
 from ray_dfml.types import Access, ImageSpec, TeacherCard
 
 __all__ = ["Entry", "Pool", "add_file"]
@@ -46,12 +46,12 @@ PROBE_MACS = 2e10
 class Pool:
     """A folder of teachers. `open` opens one, and `create` makes one. `cards` lists the teachers in file order."""
 
-    path: Path
+    path: Path | Uri
     cards: tuple[TeacherCard, ...]
     budget: Budget | None
     """What a run may spend on the teachers together."""
 
-    def __init__(self, path: Path, manifest: Manifest = EMPTY, *, new: bool = False) -> None:
+    def __init__(self, path: Path | Uri, manifest: Manifest = EMPTY, *, new: bool = False) -> None:
         """With `new` the folder need not hold a manifest yet; the first `add` writes it."""
         self.path = path
         self._new = new
@@ -64,11 +64,12 @@ class Pool:
 
     @classmethod
     def open(cls, path: str | Path) -> "Pool":
-        """Read and check the manifest. No weights are read.
+        """Read and check the manifest of a folder on a disk or in an object store. No weights are read.
 
-        Raises UsageError if there is no pool, and RejectedError with the place of the first fault in the manifest.
+        Raises UsageError if there is no pool, RejectedError with the place of the first fault in the manifest, and
+        ResourceError if the object store does not answer.
         """
-        path = resolved(path)
+        path = located(path)
         return cls(path, read_manifest(path))
 
     @classmethod
@@ -123,8 +124,8 @@ class Pool:
     def _tensors(self, entry: Entry) -> dict[str, Tensor]:
         if entry.weights is None:
             raise RejectedError("is a service, which gives no weights")
-        file = self.path / entry.weights
-        if not file.resolve().is_relative_to(self.path.resolve()):
+        file, folder = self.path / entry.weights, self.path
+        if isinstance(file, Path) and isinstance(folder, Path) and not file.resolve().is_relative_to(folder.resolve()):
             raise RejectedError(f"{entry.weights} leaves the pool folder")
         data = weights_file.read_bytes(file)
         found = hashlib.sha256(data).hexdigest()
@@ -182,21 +183,25 @@ class Pool:
         self._write(entry.model_copy(update={"sha256": hashlib.sha256(data).hexdigest()}), data)
 
     def _write(self, entry: Entry, weights: bytes | None) -> None:
-        """Add an entry to the manifest on the disk, after writing its weights if it has any."""
-        with _locked(self.path):
-            if self._new and not (self.path / MANIFEST).exists():
-                _check_empty(self.path)
+        """Add an entry to the manifest on the disk, after writing its weights if it has any.
+
+        Raises UsageError for a pool in an object store, which is only read.
+        """
+        folder = resolved(self.path)
+        with _locked(folder):
+            if self._new and not (folder / MANIFEST).exists():
+                _check_empty(folder)
                 manifest = EMPTY
             else:
-                manifest = read_manifest(self.path)
+                manifest = read_manifest(folder)
             for other in manifest.teachers:
                 if entry.id == other.id or (weights is not None and entry.weights == other.weights):
                     raise UsageError(f"id {entry.id!r} is taken in {self.path}; choose another one")
-            (self.path / "weights").mkdir(exist_ok=True)
+            (folder / "weights").mkdir(exist_ok=True)
             if weights is not None:
-                weights_file.write_bytes(self.path / f"weights/{entry.id}.safetensors", weights)
+                weights_file.write_bytes(folder / f"weights/{entry.id}.safetensors", weights)
             manifest = manifest.model_copy(update={"teachers": [*manifest.teachers, entry]})
-            write_manifest(self.path, manifest)
+            write_manifest(folder, manifest)
         self._set(manifest)
 
     def sha256(self) -> str:
@@ -228,6 +233,15 @@ class Pool:
             except Exception as error:  # whatever a stranger's weights provoke is that teacher's fault alone
                 results.append({"id": entry.id, "ok": False, "reason": weights_file.first_line(error)})
         return results
+
+
+def manifest_sha256(folder: Path | Uri) -> str:
+    """Hash of the manifest's bytes, in hex; empty where this process does not see the pool."""
+    try:
+        data = weights_file.read_bytes(folder / MANIFEST)
+    except (RejectedError, ResourceError):
+        return ""
+    return hashlib.sha256(data).hexdigest()
 
 
 @contextlib.contextmanager

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from ray_dfml.data import glyphs
 from ray_dfml.data.images import colour
 from ray_dfml.errors import UsageError, did_you_mean
-from ray_dfml.files import resolved
+from ray_dfml.files import Uri, located
 
 _IMAGENET_MEAN = (0.485, 0.456, 0.406)
 _IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -136,18 +136,18 @@ class Spec(NamedTuple):
     name: str
     background: str
     """The colour that transparent parts of images are put on."""
-    path: Path | None
+    path: Path | Uri | None
     """Absolute; None for the embedded set."""
 
 
 def absolute(spec: str) -> str:
     """The spec with its PATH expanded and made absolute, so that it means the same from every folder.
 
-    A spec that `parse` would refuse stays as it is.
+    PATH may be a URI. A spec that `parse` would refuse stays as it is.
     """
     head, _, path = spec.partition(":")
     known = head.partition("@")[0] in DATASETS and head != "glyphs"
-    return f"{head}:{resolved(path)}" if known and path else spec
+    return f"{head}:{located(path)}" if known and path else spec
 
 
 def parse(spec: str) -> Spec:
@@ -167,4 +167,4 @@ def parse(spec: str) -> Spec:
         raise UsageError(f"{spec!r} names no place; write {name}:PATH (a .parquet file or a folder)")
     if at:
         colour(background)
-    return Spec(name, background or "white", resolved(path))
+    return Spec(name, background or "white", located(path))

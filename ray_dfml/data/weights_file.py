@@ -19,11 +19,12 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from ray_dfml import object_store
 from ray_dfml.core.net import net
 from ray_dfml.core.weights import Layout
 from ray_dfml.data import mistaken
-from ray_dfml.errors import RejectedError
-from ray_dfml.files import naming
+from ray_dfml.errors import RejectedError, ResourceError
+from ray_dfml.files import Uri, naming
 from ray_dfml.types import ImageSpec, size_text
 
 _ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8}
@@ -75,7 +76,7 @@ def parts(arch: str, image: ImageSpec, ways: int) -> Parts:
     return _parts(arch, image.shape, ways)
 
 
-def read(path: Path, *, limits: Limits = LIMITS) -> dict[str, Tensor]:
+def read(path: Path | Uri, *, limits: Limits = LIMITS) -> dict[str, Tensor]:
     """Named CPU tensors of a safetensors file. Floats come back as float32, and counters of batches are dropped.
 
     Values are not checked here (`check_values`). Raises RejectedError for everything that is wrong with the file.
@@ -86,8 +87,18 @@ def read(path: Path, *, limits: Limits = LIMITS) -> dict[str, Tensor]:
         raise RejectedError(f"{path}: {error}") from None
 
 
-def read_bytes(path: Path, *, limits: Limits = LIMITS) -> bytes:
-    """The content of a regular file of up to `limits.file_bytes`. Raises RejectedError (without the path) otherwise."""
+def read_bytes(path: Path | Uri, *, limits: Limits = LIMITS) -> bytes:
+    """The content of a regular file of up to `limits.file_bytes`. Raises RejectedError (without the path) otherwise.
+
+    Raises ResourceError if an object store does not answer, since that is no fault of the file.
+    """
+    if isinstance(path, Uri):
+        try:
+            return object_store.read(path, most=limits.file_bytes)
+        except FileNotFoundError as error:
+            raise RejectedError(f"cannot be read: {error.strerror}") from None
+        except OSError as error:
+            raise ResourceError(f"{path}: cannot be read: {error.strerror}") from None
     try:
         info = path.stat()
         if not stat.S_ISREG(info.st_mode):

@@ -1,6 +1,6 @@
 """Ray: the connection to it, the shard actors, and the learner actor.
 
-Only this module, `dispatch` and `ray_gateway` use Ray.
+Only this module, `dispatch`, `ray_gateway` and `ray_teachers` use Ray.
 
 Shards and the learner are plain classes, which are wrapped as actors here. The driver owns the shards and the arrays of
 the pool, so that they outlive a learner that dies. The learner sends jobs to the shards.
@@ -12,7 +12,7 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import replace
@@ -21,17 +21,19 @@ from typing import Any
 
 import torch
 
-from ray_dfml.errors import LearnerLost, RejectedError, ResourceError
+from ray_dfml.errors import LearnerLost, ResourceError
 from ray_dfml.methods.base import World
 from ray_dfml.runtime import host
 from ray_dfml.runtime.accounts import EXPORTED, Accounts
 from ray_dfml.runtime.asking import Desk
 from ray_dfml.runtime.dispatch import RayBackend, ShardActor, cause
+from ray_dfml.runtime.inputs import Teachers
 from ray_dfml.runtime.learning import CHECKPOINTS, Done, Learning
 from ray_dfml.runtime.local import no_teachers
 from ray_dfml.runtime.ray_environment import IMPORTED_BEFORE, OnNode, exceptions, ray
 from ray_dfml.runtime.ray_gateway import RayGateway
-from ray_dfml.runtime.shard import Loaded, LoadWeights, pick_device, pin
+from ray_dfml.runtime.ray_teachers import PoolStore, seen_by, through_here
+from ray_dfml.runtime.shard import LoadWeights, pick_device, pin
 from ray_dfml.types import Labelled, Spent
 
 PLACEMENT_SECONDS = 180
@@ -141,28 +143,6 @@ def _check_address(address: str) -> None:
             f"RAY_ADDRESS={address}: nobody answers there ({getattr(error, 'strerror', None) or error}); start the "
             "cluster, correct the address, or unset it to run on this machine"
         ) from None
-
-
-class PoolStore:
-    """Teachers in the object store. A shard calls it with an id to load a teacher.
-
-    Teachers are put there one by one, and the store spills to disk what it cannot hold. A teacher that could not be
-    read is refused when a shard asks for it.
-    """
-
-    def __init__(self, teachers: Mapping[str, Loaded]) -> None:
-        self._refs: dict[str, ray.ObjectRef] = {}
-        self._refused: dict[str, str] = {}
-        for id in teachers:
-            try:
-                self._refs[id] = ray.put(teachers[id])
-            except RejectedError as error:
-                self._refused[id] = str(error)
-
-    def __call__(self, id: str) -> Loaded:
-        if id in self._refused:
-            raise RejectedError(self._refused[id])
-        return ray.get(self._refs[id])
 
 
 def start_shards(*, workers: int, gpus_per_worker: float) -> list[Any]:
@@ -275,7 +255,7 @@ class RaySession:
         config: dict[str, Any],
         world: World,
         sets: Sequence[Labelled],
-        teachers: Mapping[str, Loaded],
+        teachers: Teachers,
         folder: Path,
         accounts: Accounts,
         cluster: Cluster,
@@ -285,13 +265,16 @@ class RaySession:
         self._cluster, self._own, self._folder = cluster, not cluster.shards, folder
         self._learner: Any = None
         self._gateway: RayGateway | None = None
+        self.notes: Sequence[str] = ()
         if self._own:
             cluster.__enter__()
         try:
             if accounts.asked:
                 self._gateway = RayGateway.start(accounts, folder, _node())
             desk = Desk(self._gateway, accounts.by_id) if self._gateway else None
-            backend = cluster.backend(PoolStore(teachers), desk, job_seconds=job_seconds)
+            near = seen_by(cluster.shards, teachers)
+            self.notes = through_here(teachers, near)
+            backend = cluster.backend(PoolStore(teachers, near), desk, job_seconds=job_seconds)
             kept = [replace(one, images=backend.keep(one.images)) for one in sets]
             self._arguments = (
                 config, ray.put(world), kept, backend, folder / CHECKPOINTS, cluster.gpus_per_learner > 0

@@ -7,12 +7,15 @@ result of an op depends on (job, shared) only, so a job that runs twice gives th
 import time
 from collections import deque
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from ray_dfml.data.pool import manifest_sha256
 from ray_dfml.errors import ResourceError
+from ray_dfml.files import Uri
 from ray_dfml.runtime import balance
 from ray_dfml.runtime.local import no_teachers
 from ray_dfml.runtime.ray_environment import exceptions, ray
@@ -41,6 +44,10 @@ class ShardActor(Shard):
     def __init__(self, *, device: torch.device | None) -> None:
         self._where: ray.ObjectRef | None = None
         super().__init__(no_teachers, device=device)
+
+    def manifests(self, pools: Sequence[Path | Uri]) -> list[str]:
+        """The hash of the manifest of each pool as this process sees it; empty for one that it does not see."""
+        return [manifest_sha256(pool) for pool in pools]
 
     def run_for(self, load: "Sequence[ray.ObjectRef]", op: str, jobs: Sequence[Job], shared: Arrays) -> list[Arrays]:
         """`run` with the teachers of `load[0]`, which are a `shard.LoadWeights` and an `asking.Desk` or None.

@@ -7,7 +7,7 @@ of session, so the final weights have the same bits.
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -48,6 +48,9 @@ LEARNER_LIVES = 3
 
 class Session(Protocol):
     """A learner, in this process or another one. It keeps the state and the checkpoints, and returns figures."""
+
+    notes: Sequence[str]
+    """What a reader must know of how the work is done, one line each."""
 
     def start(self) -> Done:
         """Make the learner from its last checkpoint, or from the seed. Returns how far the run is."""
@@ -170,6 +173,10 @@ def _run(
     for line in notes:
         progress.note(line)
     session = machine.session(config, inputs, folder.path, cluster)
+    if session.notes:
+        folder.status(notes=[*notes, *session.notes])
+        for line in session.notes:
+            progress.note(line)
     shards = machine.workers if machine.backend == "ray" else 1
     kind = StudentAssessment if METHODS[config.name].students else Assessment
     assessment = kind(config, inputs, session.call, progress, shards=shards)

@@ -15,6 +15,7 @@ from ray_dfml.data.pool import Entry, Pool
 from ray_dfml.data.services import Asked, Budget
 from ray_dfml.errors import RejectedError, UsageError, first_of
 from ray_dfml.evaluate import EvalConfig
+from ray_dfml.files import Uri, located
 from ray_dfml.methods import METHODS, start
 from ray_dfml.methods.base import World, teacher_job
 from ray_dfml.runtime import choice
@@ -48,6 +49,10 @@ class Teachers(Mapping[str, Loaded]):
         found: Loaded = (replace(entry.inside, id=id), *pool.load(entry.id))
         return choice.shuffled(found, self._spoiled[id]) if id in self._spoiled else found
 
+    def pool_of(self, id: str) -> Path | Uri:
+        """Where the pool of a teacher is."""
+        return self._members[id][1].path
+
     def __contains__(self, id: object) -> bool:
         return id in self._members
 
@@ -77,11 +82,16 @@ class Inputs:
     def held_bytes(self) -> int:
         """How much an object store must hold at once: teachers, real images, and twice the state.
 
-        The state counts twice, for what goes to the shards and for what comes back.
+        The state counts twice, for what goes to the shards and for what comes back. Teachers of a pool that is itself
+        in an object store are not held.
         """
-        teachers = sum(teacher_job(card, index=0, seed=0, values={}).memory for card in self.world.cards)
+        held = [card for card in self.world.cards if not self._is_remote(card.id)]
+        teachers = sum(teacher_job(card, index=0, seed=0, values={}).memory for card in held)
         real = sum(one.nbytes for one in self.world.real.values())
         return teachers + real + sum(one.images.nbytes for one in self.sets) + 2 * self.state_bytes
+
+    def _is_remote(self, id: str) -> bool:
+        return id in self.teachers and isinstance(self.teachers.pool_of(id), Uri)
 
 
 def read_inputs(config: RunConfig) -> Inputs:
@@ -98,6 +108,10 @@ def read_inputs(config: RunConfig) -> Inputs:
         notes.append(
             f"pool.fraction_poisoned: the weights of {len(spoiled)} teachers are shuffled: {first_of([*spoiled])}"
         )
+    notes += [
+        f"{place}: the weights of each teacher are checked when they are first needed"
+        for place in config.pool if isinstance(located(place), Uri)
+    ]  # fmt: skip
     cards = tuple(replace(entry.card, id=id) for id, (entry, _) in members.items())
     loaded = {spec: datasets.load(spec) for spec in config.data}
     if not members and not loaded:
@@ -182,13 +196,16 @@ def _check_different(loaded: Mapping[str, datasets.ImageSet]) -> None:
 
 
 def _open(config: RunConfig) -> tuple[dict[str, tuple[Entry, Pool]], dict[str, str], list[dict[str, Any]]]:
-    """The usable teachers of the run's pools, why the others were refused, and the pools as the manifest notes them."""
+    """The usable teachers of the run's pools, why the others were refused, and the pools as the manifest notes them.
+
+    The weights of a pool in an object store are checked by the shard that first needs them.
+    """
     members: dict[str, tuple[Entry, Pool]] = {}
     rejected: dict[str, str] = {}
     closed: list[str] = []
     pools, levels = [], METHODS[config.name].access
     for number, path in enumerate(config.pool):
-        pool = Pool.open(Path(path))
+        pool = Pool.open(path)
         pools.append({"path": path, "sha256": pool.sha256(), "teachers": len(pool.cards)})
         for card in pool.cards:
             id = card.id if len(config.pool) == 1 else f"{number}:{card.id}"
@@ -197,7 +214,7 @@ def _open(config: RunConfig) -> tuple[dict[str, tuple[Entry, Pool]], dict[str, s
                 if card.access not in levels:
                     closed.append(id)
                     raise RejectedError(f"gives {card.access}, and {config.name} takes {' or '.join(levels)}")
-                if entry.api is None:
+                if entry.api is None and isinstance(pool.path, Path):
                     pool.load(card.id)
                 members[id] = (entry, pool)
             except RejectedError as error:

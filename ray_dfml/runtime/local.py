@@ -46,6 +46,8 @@ class LocalBackend:
 class LocalSession:
     """A trainer in this process."""
 
+    notes: Sequence[str] = ()
+
     def __init__(
         self,
         config: dict[str, Any],

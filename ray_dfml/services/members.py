@@ -8,6 +8,7 @@ from ray_dfml.data.manifest import Entry, checked
 from ray_dfml.data.pool import Pool, percent, size_of
 from ray_dfml.data.services import Asked
 from ray_dfml.errors import DfmlError, ResourceError, UsageError
+from ray_dfml.files import resolved
 from ray_dfml.services.ledger import Ledger
 from ray_dfml.services.probe import Probed, probe
 from ray_dfml.types import Access, Spent
@@ -65,6 +66,7 @@ def add_service(
 
 def check_service(pool: Pool, id: str) -> dict[str, Any]:
     """Ask a service of a pool about one image, which is charged. Returns `{"id", "ok", "reason"}` as `Pool.check`."""
+    resolved(pool.path)  # the ledger of what is asked lies in the pool, so a pool in an object store is refused
     try:
         found = _probe(pool, pool.entry(id))
     except DfmlError as error:
@@ -75,7 +77,8 @@ def check_service(pool: Pool, id: str) -> dict[str, Any]:
 
 def _probe(pool: Pool, entry: Entry) -> Probed:
     """Ask a service once. If nothing was sent, nothing is left on the disk that was not there before."""
-    ledger, new = pool.path / LEDGER, not pool.path.exists()
+    folder = resolved(pool.path)
+    ledger, new = folder / LEDGER, not folder.exists()
     asked = Asked(card=entry.card, terms=entry.terms, api=entry.api)
     try:
         return probe(asked, ledger)

@@ -36,12 +36,12 @@ class Ambush:
         self.folder, self.teacher = folder, teacher
         folder.mkdir()
 
-    def store(self, plain: Callable[[Any], Callable[[str], tuple]]) -> Callable[[Any], Callable[[str], tuple]]:
+    def store(self, plain: Callable[..., Callable[[str], tuple]]) -> Callable[..., Callable[[str], tuple]]:
         """`PoolStore` whose loads are noted; the first one of the teacher waits."""
         folder, teacher, patience = self.folder, self.teacher, PATIENCE
 
-        def make(teachers: Any) -> Callable[[str], tuple]:
-            stored = plain(teachers)
+        def make(*given: Any) -> Callable[[str], tuple]:
+            stored = plain(*given)
 
             def load(id: str) -> tuple:
                 with (folder / "loads").open("a") as log:

@@ -17,6 +17,7 @@ from ray_dfml.errors import ResourceError
 from ray_dfml.runtime import cluster, host
 from ray_dfml.runtime.accounts import Accounts
 from ray_dfml.runtime.cluster import Cluster
+from ray_dfml.runtime.inputs import Teachers
 
 MB = 10**6
 
@@ -123,7 +124,7 @@ def test_a_store_that_cannot_be_filled_leaves_nothing(ray: Callable[..., StandIn
     one = ray()
     one.put = failing(OSError(28, "No space left on device"))  # type: ignore[method-assign]
     with pytest.raises(OSError, match="No space"):
-        cluster.RaySession({}, None, [], {}, Path(), Accounts(), Cluster(workers=2))  # type: ignore[arg-type]
+        cluster.RaySession({}, None, [], Teachers({}), Path(), Accounts(), Cluster(workers=2))  # type: ignore[arg-type]
     assert (one.up, one.killed) == (False, 2)
 
 
@@ -194,7 +195,7 @@ def test_work_that_fails_beside_a_start_stops_it(ray: Callable[..., StandIn]) ->
 def test_a_session_leaves_a_cluster_that_was_lent_to_it(ray: Callable[..., StandIn]) -> None:
     one = ray()
     with Cluster(workers=2) as place:
-        cluster.RaySession({}, None, [], {}, Path(), Accounts(), place).close()  # type: ignore[arg-type]
+        cluster.RaySession({}, None, [], Teachers({}), Path(), Accounts(), place).close()  # type: ignore[arg-type]
         assert (one.up, one.killed) == (True, 0)
     assert (one.up, one.killed) == (False, 2)
 

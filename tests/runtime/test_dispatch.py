@@ -11,7 +11,7 @@ import torch
 
 from ray_dfml.errors import RejectedError, ResourceError
 from ray_dfml.ops import OPS
-from ray_dfml.runtime import cluster, dispatch
+from ray_dfml.runtime import dispatch, ray_teachers
 from ray_dfml.runtime.local import LocalBackend, no_teachers
 from ray_dfml.runtime.shard import Loaded
 from ray_dfml.types import Arrays, ImageSpec, Job, TeacherCard
@@ -123,8 +123,8 @@ def test_teachers_are_put_in_the_store_one_by_one(monkeypatch: pytest.MonkeyPatc
         def get(ref: int) -> list[float]:
             return stored[ref]
 
-    monkeypatch.setattr(cluster, "ray", Store)
-    store = cluster.PoolStore(teachers)
+    monkeypatch.setattr(ray_teachers, "ray", Store)
+    store = ray_teachers.PoolStore(teachers)
     assert alive == [1, 1, 1], "the one before is gone when the next is put"
     assert [store(id) for id in "acd"] == [[ord(id)] * 3 for id in "acd"]
     with pytest.raises(RejectedError, match=r"b: weights/b\.safetensors has changed"):
