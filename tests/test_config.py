@@ -35,6 +35,23 @@ def fields(method: str) -> set[str]:
 # ------------------------------------------------------------------------------------------------------------- profiles
 
 
+RELEASED: dict[str, Any] = {
+    "method.batch": 250, "method.optimiser": "sgd", "method.lr": 0.1, "method.weight_decay": 0.0005,
+    "method.last_steps": 0, "method.warmup_steps": 0, "method.average": 0.0, "method.balance": 0.0, "method.warp": 0.0,
+}  # fmt: skip
+"""What both profiles of the older methods of distillation share."""
+
+TURNS = RELEASED | {"method.generator_steps": 1, "method.replays": 0.0, "method.flip": "off"}
+INVERTED = RELEASED | {"method.iterations": 200, "method.replays": 12.8, "method.crop_pad": 2}
+OLDER: dict[str, dict[str, Any]] = {
+    "dfme": TURNS | {"method.generator_lr": 1e-4, "method.loss": "l1"},
+    "dafl": TURNS | {"method.weight_decay": 1e-4},
+    "zskt": TURNS | {"method.weight_decay": 1e-4},
+    "dast": TURNS,
+    "deepinversion": INVERTED | {"method.bn_weight": 10.0, "method.tv_weight": 1e-3},
+    "cmi": INVERTED | {"method.width": 64},
+}
+
 CHANGES: dict[tuple[str, str], dict[str, Any]] = {
     ("free", "paper"): {
         "method.warmup": 0,
@@ -146,6 +163,7 @@ CHANGES: dict[tuple[str, str], dict[str, Any]] = {
         "method.crop_pad": 4,
         "method.flip": "on",
     },
+    **{(name, profile): changes for name, changes in OLDER.items() for profile in ("paper", "code")},
 }
 """What each profile changes of a run, apart from its name and the choice of the test step."""
 

@@ -96,6 +96,8 @@ SETTINGS: dict[str, list[tuple[World, Any]]] = {
         (small_world(cards=1), small_ideal(reset=False, warp=0.0, crop_pad=2, budget=16)),
         (small_world(cards=1), small_ideal(requery=True, training="pass", code="fixed", optimiser="sgd", warp=0.0)),
         (mixed_world(), small_ideal(answers="soft", budget=16)),
+        (small_world(cards=1), small_ideal(generator="dcgan", budget=16)),
+        (small_world(cards=1), small_ideal(generator="transformer", budget=16)),
     ],
 }  # fmt: skip
 """Of the methods that recover something. The others are sent no recovery, and their op takes no jobs."""

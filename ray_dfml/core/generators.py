@@ -2,6 +2,7 @@
 
 [Wei2024] FREE, arXiv 2405.00984, Table 6: FREE, BiDf-MKD and the release of IDEAL use one generator, here `standard`.
 [Radford2016] Unsupervised Representation Learning with Deep Convolutional GANs, arXiv 1511.06434 (`dcgan`).
+[Jiang2021] TransGAN: Two Pure Transformers Can Make One Strong GAN, arXiv 2102.07074 (`transformer`).
 """
 
 import functools
@@ -122,8 +123,57 @@ class DcganGenerator:
         return torch.sigmoid(F.conv2d(x, layers.tensors["last.weight"], layers.tensors["last.bias"], padding=1))
 
 
-Kind = Literal["standard", "dcgan"]
+class TransformerGenerator:
+    """Linear d -> a token of 2w for each 4x4 patch, two blocks of attention, then patches, conv 3x3 to c, sigmoid.
+
+    A block is x + attention(norm(x)), then x + MLP(norm(x)), with four heads, layer norm, and GELU in an MLP that is
+    twice as wide. Every patch has a learned position. After the blocks a linear layer makes `CHANNELS` channels of
+    pixels of each token. This is the coarse stage of [Jiang2021]; its finer ones are left out, as the images are small.
+    Images of a batch do not depend on each other.
+    """
+
+    BLOCKS, HEADS, CHANNELS = 2, 4, 8
+
+    def __init__(self, shape: tuple[int, int, int], latent: int, width: int) -> None:
+        channels, height, breadth = shape
+        self.grid, self.size = (height // 4, breadth // 4), 2 * width
+        if self.size % self.HEADS:
+            raise ValueError(f"a transformer generator needs an even width, got {width}")
+        tokens, size = math.prod(self.grid), self.size
+        self.parameters = linear_shapes("project", latent, tokens * size) | {"position.weight": (tokens, size)}
+        for i in range(self.BLOCKS):
+            self.parameters |= norm_shapes(f"norm{i}.attention", size) | linear_shapes(f"heads{i}", size, 3 * size)
+            self.parameters |= linear_shapes(f"mixed{i}", size, size) | norm_shapes(f"norm{i}.mlp", size)
+            self.parameters |= linear_shapes(f"wide{i}", size, 2 * size) | linear_shapes(f"narrow{i}", 2 * size, size)
+        self.parameters |= norm_shapes("norm.last", size) | linear_shapes("patch", size, 16 * self.CHANNELS)
+        self.parameters |= conv_shapes("last", self.CHANNELS, channels, 3, bias=True)
+
+    def images(self, layers: Layers, z: Tensor) -> Tensor:
+        """Images [n c h w] in [0, 1] of codes [n d]."""
+        x = layers.linear("project", z).view(len(z), -1, self.size) + layers.tensors["position.weight"]
+        for i in range(self.BLOCKS):
+            x = x + self._attention(layers, i, self._norm(layers, f"norm{i}.attention", x))
+            wide = F.gelu(layers.linear(f"wide{i}", self._norm(layers, f"norm{i}.mlp", x)))
+            x = x + layers.linear(f"narrow{i}", wide)
+        x = layers.linear("patch", self._norm(layers, "norm.last", x)).mT.reshape(len(z), -1, *self.grid)
+        return torch.sigmoid(layers.conv("last", F.leaky_relu(F.pixel_shuffle(x, 4), 0.2)))
+
+    def _norm(self, layers: Layers, name: str, x: Tensor) -> Tensor:
+        return F.layer_norm(x, (self.size,), layers.tensors[f"{name}.weight"], layers.tensors[f"{name}.bias"])
+
+    def _attention(self, layers: Layers, i: int, x: Tensor) -> Tensor:
+        n, tokens, size = x.shape
+        split = layers.linear(f"heads{i}", x).view(n, tokens, 3, self.HEADS, size // self.HEADS)
+        query, key, value = split.permute(2, 0, 3, 1, 4)
+        share = (query @ key.mT / math.sqrt(size // self.HEADS)).softmax(-1)
+        return layers.linear(f"mixed{i}", (share @ value).transpose(1, 2).reshape(n, tokens, size))
+
+
+Kind = Literal["standard", "dcgan", "transformer"]
 """Architectures of generators."""
+
+UNTOLD = {"dcgan": DcganGenerator, "transformer": TransformerGenerator}
+"""Those that are not told the label."""
 
 
 class Generator:
@@ -135,13 +185,13 @@ class Generator:
     def __init__(
         self, shape: tuple[int, int, int], latent: int, width: int, classes: int = 0, kind: Kind = "standard"
     ) -> None:
-        if kind == "dcgan" and classes:
-            raise ValueError("a dcgan generator is not told the label")
+        if kind in UNTOLD and classes:
+            raise ValueError(f"a {kind} generator is not told the label")
         if shape[1] % 4 or shape[2] % 4:
             raise ValueError(f"the generator needs height and width divisible by 4, got {shape[1]}x{shape[2]}")
         self.shape, self.latent, self.classes = shape, latent, classes
-        network = DcganGenerator(shape, latent, width) if kind == "dcgan" else None
-        self._network = network or StandardGenerator(shape, latent, width, classes)
+        told = StandardGenerator(shape, latent, width, classes) if kind not in UNTOLD else None
+        self._network = told or UNTOLD[kind](shape, latent, width)
         self.layout = Layout(self._network.parameters)
 
     def __call__(self, theta: Tensor, z: Tensor, *, first_order: bool = False) -> Tensor:

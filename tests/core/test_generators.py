@@ -218,8 +218,9 @@ def test_a_dcgan_doubles_its_grid_as_often_as_the_size_allows(shape, doublings):
     assert 0 < float(images.min().detach()) < float(images.max().detach()) < 1
 
 
-def test_a_dcgan_has_the_gradient_of_finite_differences_and_one_value_in_both_ways():
-    net_g = Generator((1, 8, 8), 3, 2, kind="dcgan")
+@pytest.mark.parametrize("kind", ["dcgan", "transformer"])
+def test_the_other_generators_have_the_gradient_of_finite_differences_and_one_value_in_both_ways(kind):
+    net_g = Generator((1, 8, 8), 3, 2, kind=kind)
     theta = net_g.init(torch.Generator().manual_seed(0)).double().requires_grad_()
     z = torch.randn(4, 3, generator=torch.Generator().manual_seed(1)).double()
     direction = torch.randn(len(theta), generator=torch.Generator().manual_seed(2)).double()
@@ -229,5 +230,52 @@ def test_a_dcgan_has_the_gradient_of_finite_differences_and_one_value_in_both_wa
         rise = net_g(theta + eps * direction, z).square().sum() - net_g(theta - eps * direction, z).square().sum()
     assert float(grad @ direction) == pytest.approx(float(rise) / (2 * eps), rel=1e-4)
     torch.testing.assert_close(net_g(theta, z, first_order=True), net_g(theta, z))
-    with pytest.raises(ValueError, match="not told the label"):
-        Generator((1, 8, 8), 3, 2, 2, kind="dcgan")
+    with pytest.raises(ValueError, match=f"a {kind} generator is not told the label"):
+        Generator((1, 8, 8), 3, 2, 2, kind=kind)
+
+
+@pytest.mark.parametrize(("shape", "parameters"), [((1, 28, 28), 1_899_977), ((3, 32, 32), 2_395_483)])
+def test_a_transformer_has_a_token_for_each_patch_and_images_that_stand_alone(shape, parameters):
+    net_g = Generator(shape, 256, 64, kind="transformer")
+    assert net_g.layout.numel == parameters
+    assert net_g.layout.shapes["position.weight"] == (shape[1] * shape[2] // 16, 128)
+    for draw in (net_g.init, net_g.reset):
+        theta = draw(torch.Generator().manual_seed(0))
+        assert torch.equal(theta, draw(torch.Generator().manual_seed(0)))
+        z = torch.randn(4, 256, generator=torch.Generator().manual_seed(1))
+        images = net_g(theta, z)
+        assert tuple(images.shape) == (4, *shape)
+        assert 0 < float(images.min()) < float(images.max()) < 1
+        torch.testing.assert_close(net_g(theta, z[1:3]), images[1:3])
+        assert (images[0] - images[1]).abs().max() > 1e-3
+
+
+def test_the_blocks_of_a_transformer_equal_those_of_the_framework():
+    """torch's encoder layer with the norm first has the same tensors in the same order but for their names."""
+    net_g, z = Generator((1, 8, 12), 5, 4, kind="transformer"), normal(3, 5)
+    theta = net_g.init(torch.Generator().manual_seed(0)).double() + 0.1 * normal(net_g.layout.numel, seed=1)
+    own = net_g.layout.unflatten(theta)
+    x = F.linear(z, own["project.weight"], own["project.bias"]).view(3, 6, 8) + own["position.weight"]
+    for i in range(2):
+        block = nn.TransformerEncoderLayer(
+            8, 4, 16, dropout=0.0, activation="gelu", norm_first=True, batch_first=True
+        ).double()
+        names = {
+            "self_attn.in_proj": f"heads{i}", "self_attn.out_proj": f"mixed{i}", "linear1": f"wide{i}",
+            "linear2": f"narrow{i}", "norm1": f"norm{i}.attention", "norm2": f"norm{i}.mlp",
+        }  # fmt: skip
+        for theirs, ours in names.items():
+            joint = "_" if theirs.endswith("in_proj") else "."
+            for part in ("weight", "bias"):
+                block.get_parameter(f"{theirs}{joint}{part}").data.copy_(own[f"{ours}.{part}"])
+        x = block(x)
+    x = F.layer_norm(x, (8,), own["norm.last.weight"], own["norm.last.bias"])
+    patches = F.linear(x, own["patch.weight"], own["patch.bias"]).view(3, 2, 3, 8, 4, 4)
+    pixels = F.leaky_relu(patches.permute(0, 3, 1, 4, 2, 5).reshape(3, 8, 8, 12), 0.2)
+    expected = torch.sigmoid(F.conv2d(pixels, own["last.weight"], own["last.bias"], padding=1))
+    torch.testing.assert_close(net_g(theta, z), expected)
+
+
+def test_a_transformer_of_an_odd_width_is_an_error():
+    with pytest.raises(ValueError, match="even width"):
+        Generator((1, 8, 8), 3, 3, kind="transformer")

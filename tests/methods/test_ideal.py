@@ -101,7 +101,7 @@ def test_stage_1_changes_neither_student_nor_teacher_and_asks_nothing():
     assert one.service.asked == one.asked == 0
 
 
-@pytest.mark.parametrize("kind", ["standard", "dcgan"])
+@pytest.mark.parametrize("kind", ["standard", "dcgan", "transformer"])
 def test_the_generator_learns_to_please_the_student(kind):
     """After more steps the student sees more of the wished classes in the images of fixed codes."""
     found = []

@@ -48,7 +48,8 @@ class CmiConfig(InversionConfig):
     temperature: float = Field(default=0.2, gt=0, description="Temperature of the contrastive term.")
     negatives: int = Field(default=256, ge=0, description="Kept images that join the contrast; the code: 4096.")
     latent: int = Field(default=256, ge=1, description="d_z: length of a latent code.")
-    width: int = Field(default=64, ge=4, description="Channels of the generator's last hidden layer.")
+    iterations: int = Field(default=25, ge=1, description="Adam steps of an inversion.")
+    width: int = Field(default=32, ge=4, description="Channels of the generator's last hidden layer.")
 
 
 def _views(study: Study, images: Tensor) -> Tensor:
@@ -149,4 +150,4 @@ KEPT: dict[str, Any] = {"batch": 250, "iterations": 200, "replays": 12.8, "crop_
 """Inversions, and 50 steps of the student on batches of 64 for each 250 of them."""
 
 DEEPINVERSION = method_of(DeepInversionConfig, inverted(deep_inversion), **KEPT, bn_weight=10.0, tv_weight=1e-3)
-CMI = method_of(CmiConfig, inverted(cmi), **KEPT)
+CMI = method_of(CmiConfig, inverted(cmi), **KEPT, width=64)

@@ -104,7 +104,7 @@ class ReplayConfig(TrainingConfig):
 class GeneratorConfig(StudentConfig):
     """Settings of the generator that is trained on the student ([Zhang2023] section 3.2, stage 1)."""
 
-    generator: Kind = Field(default="standard", description="Architecture of the generator: standard or dcgan.")
+    generator: Kind = Field(default="standard", description="Architecture of the generator.")
     latent: int = Field(default=256, ge=1, description="d_z: length of a latent code.")
     width: int = Field(default=64, ge=4, description="Channels of the generator's last hidden layer.")
     generator_steps: int = Field(default=10, ge=0, description="E_G: Adam steps of the generator in a round.")
