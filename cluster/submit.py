@@ -21,6 +21,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 os.environ.setdefault("RAY_AUTH_MODE", "token")  # read when ray is imported; without it a client sends no token
+from ray.exceptions import RayError
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
 GRACE_SECONDS = 60
@@ -45,8 +46,8 @@ def main() -> int:
     except KeyboardInterrupt:
         print(f"submit: the job goes on; follow it with the same command, or stop it with --stop {options.id}")
         return STOPPED
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        print(f"submit: {options.address}: {' '.join(str(error).split())[:500]}", file=sys.stderr)
+    except (ConnectionError, RayError, RuntimeError, ValueError) as error:
+        print(f"submit: {options.address}: {str(error).strip().splitlines()[0]}", file=sys.stderr)
         return LOST
 
 

@@ -40,7 +40,7 @@ class Progress:
     """
 
     def __init__(self, shown: Mapping[str, str] | None = None, *, quiet: bool = False) -> None:
-        self._shown = {**(shown or {}), **VALIDATION}
+        self._shown = shown or {}
         self._console = Console(stderr=True)
         self._quiet = quiet
         self._live: RichProgress | None = None
@@ -56,8 +56,7 @@ class Progress:
 
     def round(self, done: int, eta: float, row: Mapping[str, Any]) -> None:
         """Report that round number `done` has ended, `row` being its metrics."""
-        shown = "  ".join(f"{w} {row[k]:.1f} %" for k, w in self._shown.items() if isinstance(row.get(k), float))
-        head, text = f"round {done}/{self._rounds}", f"eta {_clock(eta)}  {shown}"
+        head, text = round_line(self._shown, self._rounds, done, eta, row)
         if self._live is not None and self._task is not None:
             self._live.update(self._task, completed=done, head=head, description=text)
         elif done == self._rounds or self._due():
@@ -116,6 +115,15 @@ class Progress:
         if self._live is not None:
             self._live.stop()
             self._live = None
+
+
+def round_line(
+    shown: Mapping[str, str], rounds: int, done: int, eta: float, row: Mapping[str, Any]
+) -> tuple[str, str]:  # fmt: skip
+    """The two parts of the line of a round: its number, and the time left in seconds with the metrics in `shown`."""
+    words = {**shown, **VALIDATION}
+    said = "  ".join(f"{word} {row[key]:.1f} %" for key, word in words.items() if isinstance(row.get(key), float))
+    return f"round {done}/{rounds}", f"eta {_clock(eta)}  {said}"
 
 
 def _clock(seconds: float) -> str:

@@ -143,6 +143,11 @@ class RunFolder:
         with naming(path), path.open("a", encoding="utf-8") as handle:
             handle.write(json.dumps(row) + "\n")
 
+    def rows(self) -> list[dict[str, Any]]:
+        """The objects of `metrics.jsonl`. A last line that is being written is left out."""
+        lines = (self.path / "metrics.jsonl").read_text().splitlines(keepends=True)
+        return [json.loads(line) for line in lines if line.endswith("\n")]
+
     def resume_log(self, rounds: int, last: Mapping[str, Any]) -> None:
         """Keep the metrics of rounds 0..rounds-1, since a resumed run writes those of later rounds again.
 

@@ -1,0 +1,74 @@
+"""Reads how a run stands from its folder alone, on any machine that sees it, and shows it as a local run does."""
+
+import datetime
+import time
+from typing import Any
+
+from ray_dfml.methods import METHODS
+from ray_dfml.runtime.progress import Progress, round_line
+from ray_dfml.runtime.rundir import RunFolder
+
+EVERY_SECONDS = 1.0
+"""How often a folder that is followed is read."""
+
+LONG_SECONDS = 60.0
+"""A run that has said nothing for longer than this, and than ten of its rounds, may be dead."""
+
+
+def summary(folder: RunFolder) -> list[str]:
+    """How a run stands, in lines: method and state, its last round, what it said, and whether it is silent."""
+    status, method = folder.read_status(), folder.config().name
+    over = status.get("exit_code") is not None
+    lines = [f"{method}: {status.get('state')}" + (f", exit code {status['exit_code']}" if over else "")]
+    for row in folder.rows()[-1:]:
+        eta = 0.0 if over else status.get("eta_seconds") or 0.0
+        lines.append(
+            "  ".join(round_line(METHODS[method].shown, status.get("rounds") or 0, row["round"] + 1, eta, row))
+        )
+    return lines + _remarks(status) + _last(status)
+
+
+def follow(folder: RunFolder) -> int:
+    """Show each round of a run as it ends, until the run is over. Returns its exit code."""
+    progress = Progress(METHODS[folder.config().name].shown)
+    said: set[str] = set()
+    shown: int | None = None
+    try:
+        while True:
+            status = folder.read_status()  # before the rounds, so that none is missed when the run is over
+            rows = folder.rows()
+            for line in [line for line in _remarks(status) + _last(status) if line not in said]:
+                said.add(line)
+                progress.note(line)
+            if shown is None and status.get("rounds"):
+                shown = max(len(rows) - 1, 0)  # what was before is the past, but for the last round
+                progress.start(status["rounds"], shown)
+            if shown is not None:
+                for row in rows[min(shown, len(rows)) :]:  # a run that was resumed may have dropped a round
+                    progress.round(row["round"] + 1, status.get("eta_seconds") or 0.0, row)
+                shown = len(rows)
+            if status.get("exit_code") is not None:
+                return status["exit_code"]
+            time.sleep(EVERY_SECONDS)
+    finally:
+        progress.stop()
+
+
+def _remarks(status: dict[str, Any]) -> list[str]:
+    """The notes of a run, the teachers that it has left out, and that it tests."""
+    rejected = status.get("rejected") or {}
+    reasons = [f"left out: {id}: {why.removeprefix(f'{id}: ')}" for id, why in rejected.items()]
+    return [*(status.get("notes") or []), *reasons, *(["testing"] if status.get("state") == "testing" else [])]
+
+
+def _last(status: dict[str, Any]) -> list[str]:
+    """The last error of a run, if there is one; or a line about a run that should be at work and is silent."""
+    if status.get("last_error"):
+        return [f"last error: {status['last_error']}"]
+    if status.get("exit_code") is not None or "updated" not in status:
+        return []
+    now, then = datetime.datetime.now(datetime.UTC), datetime.datetime.fromisoformat(status["updated"])
+    each = (status.get("seconds") or 0.0) / max(status.get("round") or 0, 1)
+    if (now - then).total_seconds() < max(LONG_SECONDS, 10 * each):
+        return []
+    return [f"no news since {status['updated']}: if its process is gone, `train` with --resume continues the run"]
