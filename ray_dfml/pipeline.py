@@ -99,7 +99,28 @@ class Trainer:
         cfg, name = self.config.method, f"{self.config.name}.recover"
         jobs = self.method.plan(cfg, self.world, self.state, r)
         results = send(name, jobs, self.method.shared(cfg, self.world, self.state, r)) if jobs else []
+        if r >= cfg.total_rounds and not results:
+            raise NobodyLeft(f"those that were away still are ({self._said()}); --resume asks them again")
         return self.method.learn(cfg, self.world, self.state, r, results, send)
+
+    def missed(self, done: int) -> int:
+        """How many rounds the run has beyond those of its method, if `done` rounds are done.
+
+        They are those that a teacher with a student has missed, and does later. Teachers that are away now do not
+        count.
+        """
+        if self.method.students is None:
+            return 0
+        jobs = self.method.plan(self.config.method, self.world, self.state, done)
+        return max([0, *(done - job.values["r"] for job in jobs)])
+
+    def behind(self) -> list[str]:
+        """Ids of the teachers whose students have rounds to come, also of those that are away now."""
+        if self.method.students is None:
+            return []
+        cards = tuple(card for card in self._world.cards if card.id not in self.state["rejected"])
+        jobs = self.method.plan(self.config.method, replace(self._world, cards=cards), self.state, 0)
+        return [str(job.teacher) for job in jobs]
 
     def _quarantine(self, jobs: Sequence[Job], results: Sequence[Arrays]) -> None:
         for job, result in zip(jobs, results, strict=True):

@@ -3,6 +3,7 @@
 import math
 import re
 from collections.abc import Mapping, Sequence
+from decimal import Decimal
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal, Self
 
@@ -154,6 +155,12 @@ class Entry(Terms, _Strict):
         batch = self.api.images if self.api is not None else 1
         if self.budget is not None and self.budget < batch:
             raise ValueError(f"budget: {self.budget} is below one batch of {batch} images; lower api.batch (--batch)")
+        price = batch * Decimal(repr(self.price))
+        if self.money is not None and Decimal(repr(self.money)) < price:
+            raise ValueError(
+                f"money: {self.money:g} is below the price of one batch of {batch} images, {price:f}; lower api.batch "
+                "(--batch)"
+            )
         return self
 
     @field_validator("mean", "std")

@@ -7,6 +7,7 @@ from typing import Any
 
 from ray_dfml.data.services import Asked, Budget
 from ray_dfml.errors import UsageError
+from ray_dfml.services.budgets import exact
 from ray_dfml.services.client import missing_keys
 from ray_dfml.services.gateway import Gateway
 from ray_dfml.services.ledger import Ledger
@@ -45,14 +46,28 @@ class Accounts:
             raise UsageError(lines[0] + (f" ({len(lines) - 1} more services lack theirs)" if lines[1:] else ""))
 
     def check_budgets(self) -> None:
-        """Raise UsageError if what the run may spend is below one request to a service of the plan."""
-        for name, most in (("queries", self.run.queries), ("per_teacher", self.each.queries)):
-            for one in self.asked:
-                batch = min(one.api.images, self.planned.get(one.card.id, 0)) if one.api else 0
+        """Raise UsageError if a budget is below one request to a service of the plan, in images or in money.
+
+        That of an entry was checked when its pool was read.
+        """
+        for one in self.asked:
+            batch = min(one.api.images, self.planned.get(one.card.id, 0)) if one.api else 0
+            pool = self.pools.get(one.pool, NO_BUDGET)
+            price = batch * exact(one.terms.price)
+            for name, most in (
+                ("budget.queries", self.run.queries), ("budget.per_teacher", self.each.queries),
+                (f"budget.queries of {one.pool}", pool.queries),
+            ):  # fmt: skip
                 if most is not None and most < batch:
                     raise UsageError(
-                        f"budget.{name}: {most} is below one batch of {batch} images to {one.card.id}; raise it, or "
-                        "lower api.batch of its entry"
+                        f"{name}: {most} is below one batch of {batch} images to {one.card.id}; raise it, or lower "
+                        "api.batch of its entry"
+                    )
+            for name, most in (("budget.money", self.run.money), (f"budget.money of {one.pool}", pool.money)):
+                if most is not None and exact(most) < price:
+                    raise UsageError(
+                        f"{name}: {most:g} is below the price of one batch of {batch} images to {one.card.id}, "
+                        f"{price:f}; raise it, or lower api.batch of its entry"
                     )
 
     def gateway(self, folder: Path) -> Gateway:

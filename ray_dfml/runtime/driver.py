@@ -185,7 +185,7 @@ def _run(
         if not test:
             if isinstance(stopped, NobodyLeft):
                 raise stopped
-            whole = stopped is not None or done.rounds == config.total_rounds
+            whole = stopped is not None or done.rounds >= config.total_rounds
             folder.status(state=TRAINED if whole else STOPPED, last_error=stopped and str(stopped))
             return []
         if stopped is not None:
@@ -203,7 +203,8 @@ def _run(
         ended = "done" if stopped is None else BUDGET if isinstance(stopped, BudgetReached) else "failed"
         folder.status(
             state=ended, last_error=stopped and str(stopped), exit_code=stopped.exit_code if stopped else 0,
-            rejected=inputs.rejected | left_out, test_step=[asdict(step) for step in steps],
+            rejected=inputs.rejected | left_out, behind=session.call("behind"),
+            test_step=[asdict(step) for step in steps],
         )  # fmt: skip
         if stopped is not None:
             raise stopped
@@ -259,8 +260,8 @@ def _train(
     done = session.start()
     folder.resume_log(done.rounds, done.row)
     began, first = time.perf_counter(), done.rounds
-    progress.start(rounds, first)
-    while done.rounds < rounds:
+    progress.start(rounds + done.missed, first)
+    while done.rounds < rounds + done.missed:
         r, called = done.rounds, time.perf_counter()
         try:
             row: dict[str, Any] = {"round": r} | session.call("round", r)
@@ -280,10 +281,11 @@ def _train(
         busy += time.perf_counter() - called
         folder.log(row)
         elapsed = time.perf_counter() - began
-        eta = elapsed / (done.rounds - first) * (rounds - done.rounds)
+        eta = elapsed / (done.rounds - first) * (rounds + done.missed - done.rounds)
         folder.status(
-            state="running", round=done.rounds, seconds=round(elapsed, 3), eta_seconds=round(eta, 1),
-            driver_share=round(1 - busy / elapsed, 5), rejected=inputs.rejected | done.rejected,
+            state="running", round=done.rounds, rounds=rounds + done.missed, seconds=round(elapsed, 3),
+            eta_seconds=round(eta, 1), driver_share=round(1 - busy / elapsed, 5),
+            rejected=inputs.rejected | done.rejected,
             checkpoint=asdict(done.saved) if done.saved else None,
         )  # fmt: skip
         if inputs.accounts.asked:

@@ -30,7 +30,8 @@ def estimate(config: RunConfig, inputs: Inputs, machine: Machine) -> dict[str, A
     """The plan of a run as it is printed: rounds, teachers, minutes of validation and test, and memory.
 
     For a method with a `cost` it also has images, meta-updates and minutes of training. They are ranges if a plateau
-    decides on the number of updates. If teachers are asked, it has the number of queries to each, and their price.
+    decides on the number of updates. If teachers are asked, it has the number of queries to each, and their price, and
+    the minutes that the lowest `rate` of a service takes in any case.
     """
     world, cfg = inputs.world, config.method
     plan: dict[str, Any] = {
@@ -51,8 +52,12 @@ def estimate(config: RunConfig, inputs: Inputs, machine: Machine) -> dict[str, A
         plan["meta-updates"] = " to ".join(str(n) for n in dict.fromkeys(spans))
         minutes = [sum(column) / share / 60 for column in zip(*(_seconds(one, world) for one in parts), strict=True)]
         plan["training minutes"] = " to ".join(dict.fromkeys(f"{m:.1f}" for m in minutes))
+    elif METHODS[config.name].students is not None:
+        plan["training minutes"] = "no estimate: they depend on the services too"
     if inputs.accounts.asked:
         plan["queries"] = _queries(config, inputs)
+        if waits := _waits(inputs):
+            plan["minutes of asking, at least"] = f"{max(waits):.1f}"
     validation, test = (seconds / share / 60 for seconds in _evaluation(config, inputs))
     processes = machine.workers + 2 if machine.backend == "ray" else 1
     memory_bytes = processes * PROCESS_BYTES + (DAEMON_BYTES if machine.backend == "ray" else 0.0)
@@ -81,6 +86,14 @@ def _queries(config: RunConfig, inputs: Inputs) -> dict[str, Any]:
         "money": float(sum(exact(one["money"]) for one in each.values())),
         "teachers": each,
     }
+
+
+def _waits(inputs: Inputs) -> list[float]:
+    """Minutes that a service with a bound on images a second takes for those of the plan."""
+    return [
+        inputs.accounts.planned.get(one.card.id, 0) / one.api.rate / 60
+        for one in inputs.accounts.asked if one.api and one.api.rate
+    ]  # fmt: skip
 
 
 def _evaluation(config: RunConfig, inputs: Inputs) -> tuple[float, float]:

@@ -93,7 +93,8 @@ def continue_run(
     """Continue a run from its last checkpoint, with its own configuration, on any machine.
 
     `budget` are changes of its budgets, such as `budget.queries=20000`, which are written to `config.yaml`. A run that
-    is done stays as it is. Raises UsageError if there is no such run, or if its pool or data have changed.
+    is done stays as it is, unless a service was away and its student has rounds to come. Raises UsageError if there is
+    no such run, or if its pool or data have changed.
     """
     path = resolved(path)
     folder = RunFolder.open(path)
@@ -101,7 +102,8 @@ def continue_run(
     if config.name != method:
         raise UsageError(f"{path}: is a run of {config.name}, not of {method}")
     changed = with_budget(config, budget)
-    if folder.read_status().get("state") == "done":
+    status = folder.read_status()
+    if status.get("state") == "done" and not status.get("behind"):
         if not (path / "report.html").exists():
             report.write(path)
         return folder.read_scores()
@@ -162,9 +164,12 @@ def _finish(
         report.write(folder.path)
         raise
     report.write(folder.path)
-    rejected = folder.read_status().get("rejected", {})
+    status = folder.read_status()
+    rejected, behind = status.get("rejected", {}), status.get("behind", [])
     for line in left_out(rejected, len(inputs.world.cards) + len(inputs.rejected) - len(rejected)):
         progress.note(line)
+    if behind:
+        progress.note(f"when {first_of(behind)} can be reached again, --resume goes on with what is missing")
     return rows
 
 

@@ -25,6 +25,8 @@ class Done:
     saved: Saved | None = None
     row: dict[str, Any] = field(default_factory=dict)
     rejected: dict[str, str] = field(default_factory=dict)
+    missed: int = 0
+    """Rounds that the run has beyond those of its method (`Trainer.missed`)."""
 
     @property
     def rounds(self) -> int:
@@ -49,7 +51,8 @@ class Learning:
         found = self._checkpoints.load()
         saved, state, row = found or (None, None, {})
         self._trainer = Trainer(*self._arguments, state)
-        return Done(saved, row, self._trainer.rejected())
+        rounds = saved.rounds if saved else 0
+        return Done(saved, row, self._trainer.rejected(), self._trainer.missed(rounds))
 
     def call(self, name: str, *args: Any) -> Any:
         """Call a method of the trainer."""
@@ -58,4 +61,5 @@ class Learning:
     def save(self, rounds: int, row: dict[str, Any]) -> Done:
         """Write a checkpoint of the state after `rounds` rounds. `row` holds the metrics of the last round."""
         state = self._trainer.state
-        return Done(self._checkpoints.save(rounds, state, row), row, self._trainer.rejected())
+        saved = self._checkpoints.save(rounds, state, row)
+        return Done(saved, row, self._trainer.rejected(), self._trainer.missed(rounds))

@@ -56,7 +56,7 @@ class Progress:
 
     def round(self, done: int, eta: float, row: Mapping[str, Any]) -> None:
         """Report that round number `done` has ended, `row` being its metrics."""
-        head, text = round_line(self._shown, self._rounds, done, eta, row)
+        head, text = round_line(self._shown, max(done, self._rounds), done, eta, row)
         if self._live is not None and self._task is not None:
             self._live.update(self._task, completed=done, head=head, description=text)
         elif done == self._rounds or self._due():

@@ -63,6 +63,7 @@ def test_a_service_is_listed_and_has_no_weights(pool: Pool) -> None:
         ({"top_k": 4}, ": top_k: there are 3 classes, got 4"),
         ({"budget": 0}, ".budget: input should be greater than or equal to 1, got 0"),
         ({"budget": 249}, ": budget: 249 is below one batch of 250 images; lower api.batch"),
+        ({"price": 0.1, "money": 24.9}, ": money: 24.9 is below the price of one batch of 250 images, 25.0"),
         ({"price": -1.0}, ".price: input should be greater than or equal to 0, got -1.0"),
         (
             {"api": API | {"url": "http://host/path"}},
@@ -105,7 +106,7 @@ def test_terms_may_change_and_answers_not(pool: Pool) -> None:
     edit(pool, 1, **SERVICE)
     before = Pool.open(pool.path).sha256()
     changed = API | {"key_env": "KEY", "rate": 5.0, "concurrency": 7, "batch": 9}
-    edit(pool, 1, budget=10, money=3.0, price=0.5, api=changed)
+    edit(pool, 1, budget=10, money=5.0, price=0.5, api=changed)
     assert Pool.open(pool.path).sha256() == before
     edit(pool, 1, api=changed | {"model": "other"})
     assert Pool.open(pool.path).sha256() != before

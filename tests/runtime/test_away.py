@@ -63,6 +63,54 @@ def test_a_service_that_goes_away_leaves_its_student(tmp_path: Path, pool: Path,
     assert toy.last_state(run)["rejected"] == {}
 
 
+def test_a_run_that_ended_without_a_service_goes_on_with_it_to_the_bits_of_a_quiet_run(
+    tmp_path: Path, pool: Path, leave: Leave, command: Callable[..., toy.Done]
+) -> None:
+    """What it missed is made up, and the others are not asked again."""
+    run, quiet, first = tmp_path / "run", tmp_path / "quiet", ids(pool)[0]
+    toy.train(toy.config("ideal", pool, None), quiet)
+    leave(first)
+    words = ("train", "ideal", "--run-dir", run, "--backend", "local")
+    done = command(*words, "--pool", pool, *toy.flags("ideal"))
+    said = f"when {first} can be reached again, --resume goes on with what is missing"
+    assert (done.code, said in done.err) == (0, True)
+    assert toy.status(run)["behind"] == [first]
+
+    leave(*ids(pool))
+    again = command(*words, "--resume")
+    assert (again.code, sums(run)[first]) == (3, (2 * BATCH, 2 * BATCH)), "it answers once, and is away again"
+    leave()
+    again = command(*words, "--resume")
+    assert again.code == 0, again.err
+    assert sums(run) == dict.fromkeys(ids(pool), (PLAN, PLAN))
+    toy.assert_equal(toy.last_state(run), toy.last_state(quiet))
+    assert [file.read_bytes() for file in sorted((run / "students").rglob("*.safetensors"))] == [
+        file.read_bytes() for file in sorted((quiet / "students").rglob("*.safetensors"))
+    ]
+    found = toy.status(run)
+    assert (found["state"], found["rejected"], found["behind"]) == ("done", {}, [])
+    assert command(*words, "--resume").err == "", "a run that is done stays as it is"
+
+
+def test_a_service_that_is_still_away_costs_no_round(tmp_path: Path, pool: Path, leave: Leave) -> None:
+    run, first = tmp_path / "run", ids(pool)[0]
+    leave(first)
+    launch.new_run(toy.config("ideal", pool, None), run, toy.LOCAL, quiet=True)
+    before = (run / "metrics.jsonl").read_text()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(WrappedModel, "query", lambda self, images: gone(self))
+        with pytest.raises(NobodyLeft, match=f"still are .{first}: the server is down.; --resume asks them again"):
+            launch.continue_run(run, "ideal", toy.LOCAL, quiet=True)
+    assert (run / "metrics.jsonl").read_text() == before
+    leave()
+    launch.continue_run(run, "ideal", toy.LOCAL, quiet=True)
+    assert sums(run) == dict.fromkeys(ids(pool), (PLAN, PLAN))
+
+
+def gone(one: WrappedModel) -> np.ndarray:
+    raise ServiceAway(f"{one.card.id}: the server is down")
+
+
 def test_a_run_whose_services_are_all_away_keeps_what_is_done_and_goes_on_later(
     tmp_path: Path, pool: Path, leave: Leave, command: Callable[..., toy.Done]
 ) -> None:

@@ -82,6 +82,22 @@ def test_a_budget_below_one_request_is_refused_before_anything_is_sent(
     read_inputs(toy.config("ideal", pool, None, f"budget.{name}=8"))
 
 
+@pytest.mark.parametrize("whole", [False, True], ids=["run", "pool"])
+def test_money_below_the_price_of_one_request_is_refused(tmp_path: Path, toy_pool: Path, url: str, whole: bool) -> None:
+    pool = services(toy_pool, tmp_path / "pool", url, {"batch": 8})
+    content = yaml.safe_load((pool / "pool.yaml").read_text())
+    content["teachers"][0]["price"] = 0.1
+    content |= {"budget": {"money": 0.79}} if whole else {}
+    (pool / "pool.yaml").write_text(yaml.safe_dump(content))
+    more = () if whole else ("budget.money=0.79",)
+    with pytest.raises(
+        UsageError, match=r"budget.money.*: 0.79 is below the price of one batch of 8 images to .*, 0.8"
+    ):
+        read_inputs(toy.config("ideal", pool, None, *more))
+    (pool / "pool.yaml").write_text((pool / "pool.yaml").read_text().replace("0.79", "0.8"))
+    read_inputs(toy.config("ideal", pool, None, *(text.replace("0.79", "0.8") for text in more)))
+
+
 def test_the_gateway_of_a_cluster_looks_for_the_keys_in_its_own_environment(
     tmp_path: Path, toy_pool: Path, url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

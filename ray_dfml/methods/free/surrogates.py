@@ -58,8 +58,11 @@ def notes(cfg: Config, world: World) -> list[str]:
 
 
 def plan(cfg: Config, world: World, state: State, r: int) -> list[Job]:
-    """The jobs of round `r` of the distillation, one for each service."""
-    return loop.plan(cfg.surrogate.distillation, replace(world, cards=services(world)), state, r)
+    """The jobs of round `r` of the distillation, one for each service. What one has missed is not made up."""
+    settings = cfg.surrogate.distillation
+    jobs = loop.plan(settings, replace(world, cards=services(world)), state, r)
+    last = r == settings.total_rounds - 1
+    return [replace(job, values={**job.values, "last": True}) for job in jobs] if last else jobs
 
 
 def shared(cfg: Config) -> Arrays:

@@ -96,17 +96,25 @@ def fresh(cfg: StudentConfig, world: World, card: TeacherCard) -> State:
     """A student before its first round, drawn from the run's seed."""
     pupil = Pupil.fresh(network(cfg, card), seeds.rng(world.seed, "student", card.id))
     images = np.zeros((0, *card.image.shape), np.uint8)
-    return {"pupil": pupil.values(), "images": images, "answers": np.zeros(0, np.int64), "asked": 0, "own": {}}
+    answers = np.zeros(0, np.int64)
+    return {"pupil": pupil.values(), "images": images, "answers": answers, "asked": 0, "rounds": 0, "own": {}}
 
 
 def plan(cfg: StudentConfig, world: World, state: State, r: int) -> list[Job]:
-    """One job for each teacher, with its student, and the images and answers that are known."""
-    batch, last, jobs = cfg.batches()[r], r == cfg.total_rounds - 1, []
+    """One job for each teacher that has rounds to come, with its student, and the images and answers that are known.
+
+    Each teacher has rounds of its own: one that was away in a round of the run does it in the next one. So a student
+    does not depend on when its teacher was away, and the rounds of a run are more by those that a teacher missed.
+    """
+    batches, jobs = cfg.batches(), []
     for j, card in enumerate(world.cards):
         known, of = state["students"][card.id], network(cfg, card)
+        own = known["rounds"]
+        if own == len(batches):
+            continue
         values = {name: known[name] for name in ("pupil", "images", "answers", "own")}
-        values |= {"r": r, "last": last, "batch": list(batch)}
-        seed = seeds.derive(world.seed, r, "recover", card.id)
+        values |= {"r": own, "last": own == len(batches) - 1, "batch": list(batches[own])}
+        seed = seeds.derive(world.seed, own, "recover", card.id)
         memory = 4 * 6 * of.layout.numel + known["images"].nbytes
         jobs.append(Job(index=j, seed=seed, teacher=card.id, values=values, cost=float(of.macs), memory=memory))
     return jobs
@@ -167,6 +175,7 @@ def learn(
             "images": images,
             "answers": np.concatenate([kept, result["answers"]]) if len(kept) else result["answers"],
             "asked": known["asked"] + result["asked"],
+            "rounds": known["rounds"] + 1,
             "own": result["own"],
         }
     alive = [students[card.id] for card in world.cards]
