@@ -86,7 +86,7 @@ class Trainer:
             else:
                 (state, metrics), began = self._learned(r - first, send), self.state["began"]
         except RejectedError as error:
-            if not self.world.cards or not self._reasons:
+            if isinstance(error, NobodyLeft) or not self._reasons:
                 raise
             raise RejectedError(f"{error} (rejected: {self._said()})") from None
         self.state = state | {name: self.state[name] for name in KEPT} | {"began": began}
