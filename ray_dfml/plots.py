@@ -113,16 +113,18 @@ def _stage_panel(metrics: Sequence[Mapping[str, Any]]) -> Callable[[Axes], None]
     return draw
 
 
-def _svg(slug: str, label: str, draw: Callable[[Axes], None]) -> Markup:
-    """An SVG element for a page: without metadata, with ids of its own, and with the same bytes for the same data."""
+def svg(
+    slug: str, label: str, draw: Callable[[Axes], None], *, size: tuple[float, float] = (5.4, 2.9)
+) -> Markup:  # fmt: skip
+    """What `draw` draws as an SVG element for a page; `size` is in inches.
+
+    It is without metadata, has ids of its own, and has the same bytes for the same data.
+    """
     style: dict[Any, Any] = {**_STYLE, "svg.hashsalt": slug}
     with matplotlib.rc_context(style):
-        figure = Figure(figsize=(5.4, 2.9), layout="constrained")
+        figure = Figure(figsize=size, layout="constrained")
         axes = figure.add_subplot()
         draw(axes)
-        axes.set_xlabel("round")
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
-        axes.margins(x=0.02)
         names = axes.get_legend_handles_labels()[1]
         if len(names) > 1:
             figure.legend(loc="outside upper left", ncols=min(3, len(names)), frameon=False, fontsize=9)
@@ -134,6 +136,16 @@ def _svg(slug: str, label: str, draw: Callable[[Axes], None]) -> Markup:
     return Markup(text.replace("<svg ", f'<svg role="img" aria-label="{html.escape(label)}" ', 1))
 
 
+def _over_rounds(plot: Callable[[Axes], None]) -> Callable[[Axes], None]:
+    def draw(axes: Axes) -> None:
+        plot(axes)
+        axes.set_xlabel("round")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
+        axes.margins(x=0.02)
+
+    return draw
+
+
 def draw(metrics: Sequence[Mapping[str, Any]], panels: Sequence[Panel]) -> list[dict[str, Any]]:
     """The plots for which there are metrics: of the validation, of the `panels` and of the time.
 
@@ -143,7 +155,7 @@ def draw(metrics: Sequence[Mapping[str, Any]], panels: Sequence[Panel]) -> list[
     drawn = [(panel.title, panel.about, _line_panel(panel, metrics)) for panel in (VALIDATION, *panels)]
     drawn.append(("Time per stage", about, _stage_panel(metrics)))
     return [
-        {"title": title, "about": about, "svg": _svg(f"plot{i}", title, plot)}
+        {"title": title, "about": about, "svg": svg(f"plot{i}", title, _over_rounds(plot))}
         for i, (title, about, plot) in enumerate(drawn)
         if plot is not None
     ]

@@ -5,7 +5,7 @@ A plan is made of the sweep alone, so it is the same whenever it is made again. 
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ray_dfml.config import RunConfig, resolve
@@ -84,7 +84,12 @@ def trials(sweep: Sweep, pools: Sequence[str]) -> list[Trial]:
     found = list(points(axes(sweep, pools), samples=sweep.samples, seed=sweep.search_seed))
     if sweep.defaults:
         found = [{}, *found]
-    return [trial for number, point in enumerate(found) for trial in of_point(sweep, pools, number, point)]
+    made = [trial for number, point in enumerate(found) for trial in of_point(sweep, pools, number, point)]
+    if sweep.scheduler.type != "pbt":
+        return made
+    return [  # each is on its own, since its point changes as it runs
+        replace(one, number=number, name=f"{number:04d}-seed{one.seed}") for number, one in enumerate(made)
+    ]
 
 
 def of_point(sweep: Sweep, pools: Sequence[str], number: int, point: Point) -> list[Trial]:

@@ -80,7 +80,7 @@ def _row(number: int, members: Sequence[Trial], folder: Path) -> Row:
         number=number, point=members[0].point, runs=[one.name for one in members], seeds=[one.seed for one in members],
         values=[value for value in values if value is not None],
         rounds=float(np.mean([of.rounds for of in found])), stopped=states.count(driver.STOPPED),
-        failed=states.count("failed"),
+        failed=sum(not of.final and of.state != driver.STOPPED for of in found),
         seconds=sum(row.get("seconds/round", 0.0) for of in found for row in of.rows),
         queries=sum(_sent(folder / one.name) for one in members),
         tests=_tests([folder / one.name for one in members]),

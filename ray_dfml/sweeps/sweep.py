@@ -14,11 +14,12 @@ from typing import Any
 import filelock
 
 from ray_dfml import yaml_text
+from ray_dfml.config import build
 from ray_dfml.errors import DfmlError, Interrupted, UsageError
 from ray_dfml.runtime import driver
 from ray_dfml.runtime.driver import Machine, interruptible
 from ray_dfml.runtime.rundir import RunFolder, write_text
-from ray_dfml.sweeps import plan, pools, results, spec, trial
+from ray_dfml.sweeps import page, pbt, plan, pools, results, spec, trial
 from ray_dfml.sweeps.plan import Trial
 from ray_dfml.sweeps.results import Row
 from ray_dfml.sweeps.spec import PoolRecipe, Sweep
@@ -69,15 +70,19 @@ def _run(sweep: Sweep, trials: Sequence[Trial], folder: Path, place: Place, say:
         if isinstance(sweep.pool, PoolRecipe):
             pools.build(sweep.pool, folder / pools.POOL, local=place.machine.backend == "local", say=say)
         inputs = driver.read_inputs(trials[0].config)  # a pool or data that cannot be used ends the sweep here
+        if sweep.scheduler.type == "pbt":
+            pbt.check(sweep, trials, inputs.world)
         for line in _announced(trials, inputs):
             say(line)
         _status(folder, state="running")
-        _train(sweep, trials, folder, place, say)
+        trials = _train(sweep, trials, folder, place, say)
         rows = results.collect(trials, folder / TRIALS)
         _status(folder, state="testing")
         _test(sweep, trials, rows, folder, place, say)
     rows = results.collect(trials, folder / TRIALS)
-    results.write(folder, rows, [axis.key for axis in plan.axes(sweep, pools.of(sweep, folder))])
+    axes = plan.axes(sweep, pools.of(sweep, folder))
+    results.write(folder, rows, [axis.key for axis in axes])
+    page.write(folder, sweep, rows, axes)
     failed = sum(row.failed for row in rows)
     _status(folder, state="done", failed=failed, last_error=None)
     if failed:
@@ -87,42 +92,54 @@ def _run(sweep: Sweep, trials: Sequence[Trial], folder: Path, place: Place, say:
     return rows
 
 
-def _train(sweep: Sweep, trials: Sequence[Trial], folder: Path, place: Place, say: Say) -> None:
-    """Run the trials that have not ended. With ASHA the others tell it their rounds again, since it compares them."""
+def _train(sweep: Sweep, trials: Sequence[Trial], folder: Path, place: Place, say: Say) -> Sequence[Trial]:
+    """Run the trials that have not ended. Returns those that count: with PBT some have gone on in a new run folder."""
+    if sweep.scheduler.type != "pbt":
+        _run_tasks([_task(one, folder, place) for one in trials], sweep.scheduler, folder, place, say)
+        return trials
+    members, rounds = list(trials), trials[0].config.total_rounds
+    where, axes = pools.of(sweep, folder), plan.axes(sweep, pools.of(sweep, folder))
+    for done in pbt.boundaries(rounds, sweep.scheduler.interval):
+        tasks = [_task(one, folder, place, until=done) for one in members]
+        _run_tasks(tasks, spec.Scheduler(), folder, place, say)
+        if done < rounds:
+            members = pbt.next_members(sweep, axes, members, folder / TRIALS, done, where)
+    return members
+
+
+def _run_tasks(tasks: Sequence[Task], scheduler: spec.Scheduler, folder: Path, place: Place, say: Say) -> None:
+    """Run tasks up to their ends. With ASHA those that have ended tell their rounds again, since it compares them."""
     from ray_dfml.sweeps import ray_tune
 
-    asha = sweep.scheduler.type == "asha"
-    tasks = [_task(one, folder, place) for one in trials]
-    states = {task.path: trial.look(task.path) for task in tasks}
-    todo = [task for task in tasks if not states[task.path].final]
-    if not todo or (asha and all(states[task.path].state == driver.STOPPED for task in todo)):
+    asha = scheduler.type == "asha"
+    todo = [task for task in tasks if not trial.has_ended(task)]
+    if not todo:
         return
-    names, ended = {folder / TRIALS / one.name: one.label for one in trials}, len(tasks) - len(todo)
+    ended = 0 if asha else len(tasks) - len(todo)
 
     def on_end(task: Task, error: str | None) -> None:
         nonlocal ended
         ended += 1
         found = trial.look(task.path)
-        if found.state == "running":  # its scheduler has stopped it
+        if asha and not error and found.state == "running":  # it is stopped before it could say so
             RunFolder(task.path).status(state=driver.STOPPED)
             found = trial.look(task.path)
         best = trial.validation(found.rows, task.config["name"])
         score = "no validation" if best is None else f"validation {best:.2f} %"
         state = f"failed: {error}" if error else found.state
-        say(f"[{ended}/{len(tasks)}] {names[task.path]}: {state}, {found.rounds} rounds, {score}")
+        say(f"[{ended}/{len(tasks)}] {task.path.name}, {task.label}: {state}, {found.rounds} rounds, {score}")
 
-    if asha:
-        todo, ended = tasks, 0
-    rounds = max(one.config.total_rounds for one in trials)
-    ray_tune.run(todo, folder / TUNE, sweep.scheduler, rounds=rounds, concurrent=place.concurrent, on_end=on_end)
+    rounds = max(build(task.config).total_rounds for task in tasks)
+    ray_tune.run(
+        tasks if asha else todo, folder / TUNE, scheduler, rounds=rounds, concurrent=place.concurrent, on_end=on_end
+    )
 
 
 def _test(sweep: Sweep, trials: Sequence[Trial], rows: Sequence[Row], folder: Path, place: Place, say: Say) -> None:
     """Test the winners and the defaults on all seeds: the only tests of a sweep."""
     from ray_dfml.sweeps import ray_tune
 
-    wanted = [row.number for row in rows if row.whole][: sweep.winners]
-    wanted += [row.number for row in rows if row.whole and not row.point and row.number not in wanted]
+    wanted = _winners(sweep, rows)
     tasks = [_task(one, folder, place, test=True) for one in trials if one.number in wanted and one.config.data]
     todo = [task for task in tasks if trial.look(task.path).state not in ("done", driver.BUDGET)]
     if not todo:
@@ -136,10 +153,19 @@ def _test(sweep: Sweep, trials: Sequence[Trial], rows: Sequence[Row], folder: Pa
     ray_tune.run(todo, folder / TUNE, spec.Scheduler(), rounds=1, concurrent=place.concurrent, on_end=on_end)
 
 
-def _task(one: Trial, folder: Path, place: Place, *, test: bool = False) -> Task:
+def _winners(sweep: Sweep, rows: Sequence[Row]) -> list[int]:
+    """The points that are tested: the best ones, with PBT those of each seed's population, and the defaults."""
+    whole = [row for row in rows if row.whole]
+    groups = [[row for row in whole if row.seeds == [seed]] for seed in sweep.seeds]
+    best = [group[: sweep.winners] for group in (groups if sweep.scheduler.type == "pbt" else [whole])]
+    found = [row.number for group in best for row in group]
+    return found + [row.number for row in whole if not row.point and row.number not in found]
+
+
+def _task(one: Trial, folder: Path, place: Place, *, until: int | None = None, test: bool = False) -> Task:
     return Task(
-        path=folder / TRIALS / one.name, config=one.config.model_dump(mode="json"), machine=place.machine, test=test,
-        shown={"seed": one.seed} | dict(one.point),
+        path=folder / TRIALS / one.name, config=one.config.model_dump(mode="json"), machine=place.machine, until=until,
+        test=test, label=one.label, shown={"seed": one.seed} | dict(one.point),
     )  # fmt: skip
 
 

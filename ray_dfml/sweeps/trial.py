@@ -38,8 +38,10 @@ class Task:
     """Rounds after which it stops; None: all"""
     test: bool = False
     """Instead of training, test the run"""
+    label: str
+    """The point and the seed, for people"""
     shown: Mapping[str, Any]
-    """The point and the seed, for loggers"""
+    """The same, for loggers"""
 
 
 @dataclass(frozen=True)
@@ -93,6 +95,14 @@ def figures(rows: list[dict[str, Any]], name: str) -> dict[str, Any]:
     return numbers | {"round": row["round"] + 1} | ({"validation": best} if best is not None else {})
 
 
+def has_ended(task: Task) -> bool:
+    """Whether a task that trains has nothing more to do: the run is at its end, or where it is to stop."""
+    found = look(task.path)
+    if task.until is None:
+        return found.final or found.state == driver.STOPPED
+    return found.final or found.rounds >= task.until
+
+
 def train(task: Task, tell: Tell) -> None:
     """Train a run up to `task.until`. Rounds that its folder holds already are told first."""
     config = build(task.config)
@@ -102,8 +112,7 @@ def train(task: Task, tell: Tell) -> None:
         rows.append(row)
         if not tell(figures(rows, config.name)):
             return
-    ended = found.final or (found.state == driver.STOPPED and task.until is None)
-    if ended or (task.until is not None and found.rounds >= task.until):
+    if has_ended(task):
         return
 
     def on_round(row: Mapping[str, Any]) -> bool:

@@ -1,0 +1,137 @@
+"""The file of a sweep, its space, and the trials that are planned from it. No Ray."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ray_dfml.errors import UsageError
+from ray_dfml.sweeps import plan, spec
+from ray_dfml.sweeps.space import Axis, axes_of, points
+
+LR = {"loguniform": [1e-4, 1e-1]}
+
+
+def sweep(space: dict[str, Any], **changes: Any) -> spec.Sweep:
+    return spec.build({"method": "free", "pool": "p", "data": "glyphs", "space": space} | changes, "s.yaml")
+
+
+def test_points_are_grids_crossed_with_draws() -> None:
+    axes = axes_of({"method": {"steps": {"grid": [1, 2]}, "lr_meta": LR}, "learner.head": {"grid": ["maml", "anil"]}})
+    found = list(points(axes, samples=3, seed=0))
+    assert len(found) == 12
+    assert list(found[0]) == ["method.steps", "method.lr_meta", "learner.head"]
+    assert [(p["method.steps"], p["learner.head"]) for p in found[::3]] == [
+        (1, "maml"), (1, "anil"), (2, "maml"), (2, "anil"),
+    ]  # fmt: skip
+    assert len({p["method.lr_meta"] for p in found}) == 12
+    assert found == list(points(axes, samples=3, seed=0))
+    assert found != list(points(axes, samples=3, seed=1))
+
+
+def test_a_draw_is_the_same_whatever_else_is_drawn() -> None:
+    few = list(points(axes_of({"method": {"lr_meta": LR}}), samples=2, seed=0))
+    more = list(points(axes_of({"method": {"lr_meta": LR, "warmup": {"randint": [0, 9]}}}), samples=5, seed=0))
+    assert [p["method.lr_meta"] for p in few] == [p["method.lr_meta"] for p in more[:2]]
+
+
+@pytest.mark.parametrize(
+    ("kind", "low", "high", "middle"),
+    [("uniform", 1.0, 3.0, 2.0), ("loguniform", 1e-4, 1.0, 1e-2), ("randint", 1, 4, 2)],
+)
+def test_draws_fill_their_range(kind: str, low: float, high: float, middle: float) -> None:
+    """The median is where the distribution has it."""
+    axis = Axis("a", kind, (low, high))
+    drawn = sorted(p["a"] for p in points([axis], samples=401, seed=0))
+    assert drawn[0] >= low
+    assert drawn[-1] < high
+    assert low + (drawn[0] - low) < drawn[200] < drawn[-1]
+    assert drawn[200] == pytest.approx(middle, rel=0.35)
+    assert kind != "randint" or set(drawn) == {1, 2, 3}
+
+
+def test_choices_are_each_as_likely() -> None:
+    drawn = [p["a"] for p in points([Axis("a", "choice", ("x", "y"))], samples=400, seed=0)]
+    assert 160 < drawn.count("x") < 240
+
+
+def test_trials_are_points_on_seeds_with_their_whole_configuration() -> None:
+    found = plan.trials(
+        sweep({"method": {"steps": {"grid": [1, 2]}}, "preset": {"grid": ["quickstart"]}}, seeds=[3, 5], defaults=True,
+              set={"eval": {"every": 2}}, budget={"queries": 7}),
+        ["p"],
+    )  # fmt: skip
+    assert [one.name for one in found] == [f"{n:04d}-seed{s}" for n in (0, 1, 2) for s in (3, 5)]
+    assert [one.config.seed for one in found] == [3, 5] * 3
+    assert found[0].point == {}
+    assert found[0].label == "defaults seed 3"
+    assert [one.config.preset for one in found] == [None, None, *["quickstart"] * 4]
+    assert [one.config.method.model_dump()["steps"] for one in found[2:]] == [1, 1, 2, 2]
+    assert {(one.config.eval.every, one.config.budget.queries) for one in found} == {(2, 7)}
+    assert found[-1].label == "steps=2 preset=quickstart seed 5"
+
+
+FAULTS: list[tuple[dict[str, Any], str]] = [
+    ({"seedz": 1}, r"s.yaml: unknown key seedz \(did you mean 'seeds'\?\)"),
+    ({"scheduler": {"type": "asha", "grase": 1}}, r"unknown key scheduler.grase \(did you mean 'grace'\?\)"),
+    ({"pool": {"data": "glyphs", "modells": 3}}, r"unknown key pool.modells \(did you mean 'models'\?\)"),
+    ({"pool": {"data": "glyphs", "models": 3, "way": 1}}, "pool.way: input should be greater than or equal to 2"),
+    ({"seeds": [1, 1]}, "seeds: expected different seeds"),
+    ({"seeds": 0}, "seeds: "),
+    ({"scheduler": {"type": "bohb"}}, "scheduler.type: input should be 'none', 'asha' or 'pbt'"),
+    ({"space": {}}, "space: expected settings"),
+    ({"space": {"method": {"stepz": {"grid": [1]}}}}, r"unknown key method.stepz \(did you mean 'steps'\?\)"),
+    ({"space": {"method": {"steps": {"gird": [1]}}}}, r"space.method.steps: unknown kind 'gird' \(did you mean 'grid'"),
+    ({"space": {"method": {"steps": {"uniform": [1.5, 5]}}}}, "method.steps: input should be a valid integer"),
+    ({"space": {"method": {"steps": {"randint": [1, 1]}}}}, "takes two numbers, the lower one first"),
+    ({"space": {"method": {"lr_meta": {"loguniform": [0, 1]}}}}, "loguniform takes numbers above 0"),
+    ({"space": {"method": {"lr_meta": {"uniform": [-1, 1]}}}}, "method.lr_meta: input should be greater than or equal"),
+    ({"space": {"method": {"steps": {"grid": [1, 1]}}}}, "grid takes different values"),
+    ({"space": {"method": {"steps": 3}}}, "space.method.steps: expected settings such as"),
+    ({"set": {"method": {"steps": 3}}}, "space.method.steps: is under `set` too"),
+    ({"method": "fre"}, r"unknown method 'fre' \(did you mean 'free'\?\)"),
+    ({"budget": {"querys": 3}}, r"unknown key budget.querys \(did you mean 'queries'\?\)"),
+]
+
+
+@pytest.mark.parametrize(("changes", "said"), FAULTS)
+def test_a_fault_is_named_before_anything_runs(changes: dict[str, Any], said: str) -> None:
+    with pytest.raises(UsageError, match=said) as error:
+        plan.trials(sweep(**{"space": {"method": {"steps": {"grid": [1, 2]}}}} | changes), ["p"])
+    assert "\n" not in str(error.value)
+
+
+SMALL = """
+method: free
+seeds: 5
+data: glyphs
+set: {method: {rounds: 9, lr_meta: 1e-4}}
+space: {method: {steps: {grid: [1, 2, 3]}}}
+small:
+  seeds: 1
+  set: {method: {rounds: 2}}
+  space: {method: {steps: {grid: [1]}}}
+"""
+
+
+def test_the_small_form_replaces_values_above_it(tmp_path: Path) -> None:
+    path = tmp_path / "s.yaml"
+    path.write_text(SMALL)
+    whole, small = spec.read(path), spec.read(path, small=True)
+    assert whole.seeds == (0, 1, 2, 3, 4)
+    assert small.seeds == (0,)
+    assert small.set == {"method": {"rounds": 2, "lr_meta": 1e-4}}
+    assert small.space == {"method": {"steps": {"grid": [1]}}}
+    path.write_text(SMALL.partition("small:")[0])
+    with pytest.raises(UsageError, match="has no key `small`; leave out --small"):
+        spec.read(path, small=True)
+
+
+@pytest.mark.parametrize(("text", "said"), [("a: [", "no YAML"), ("- 1", "expected keys"), ("", "expected keys")])
+def test_a_file_that_is_no_sweep(tmp_path: Path, text: str, said: str) -> None:
+    path = tmp_path / "s.yaml"
+    path.write_text(text)
+    with pytest.raises(UsageError, match=said):
+        spec.read(path)
+    with pytest.raises(UsageError, match="name the YAML file"):
+        spec.read(tmp_path / "none.yaml")
