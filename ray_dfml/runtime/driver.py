@@ -200,11 +200,12 @@ def _run(
             left_out = done.rejected
             scores, steps = _assess(config, folder, assessment, done)
         rows = folder.write_scores(scores, config.profile)
+        behind = {"behind": session.call("behind")} if METHODS[config.name].students else {}
         ended = "done" if stopped is None else BUDGET if isinstance(stopped, BudgetReached) else "failed"
         folder.status(
             state=ended, last_error=stopped and str(stopped), exit_code=stopped.exit_code if stopped else 0,
-            rejected=inputs.rejected | left_out, behind=session.call("behind"),
-            test_step=[asdict(step) for step in steps],
+            rejected=inputs.rejected | left_out,
+            test_step=[asdict(step) for step in steps], **behind,
         )  # fmt: skip
         if stopped is not None:
             raise stopped

@@ -81,13 +81,18 @@ class RunFolder:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Let this process alone write to the folder. Raises UsageError if another one is at work in it."""
+        """Let this process alone write to the folder. Raises UsageError if another one is at work in it.
+
+        What a killed one left half written is removed.
+        """
         lock = filelock.FileLock(self.path / ".lock", timeout=0)
         try:
             lock.acquire()
         except filelock.Timeout:
             raise UsageError(f"{self.path}: another process is at work in this run folder; wait, or stop it") from None
         try:
+            for left in self.path.rglob(".*.tmp"):
+                left.unlink(missing_ok=True)
             yield
         finally:
             lock.release()

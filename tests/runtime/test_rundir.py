@@ -77,6 +77,15 @@ def test_a_failed_replacement_leaves_the_old_text(tmp_path: Path, monkeypatch: p
     assert file.read_text() == "old"
 
 
+def test_what_a_killed_process_left_half_written_goes_with_the_next_one(folder: RunFolder) -> None:
+    half = folder.path / "checkpoints" / ".round-000001.json.0f.tmp", folder.path / ".status.json.0e.tmp"
+    for file in half:
+        file.write_text("{")
+    with folder.locked():
+        assert not any(file.exists() for file in half)
+    assert (folder.path / "status.json").exists()
+
+
 def test_status_keeps_what_it_is_not_told(folder: RunFolder) -> None:
     folder.status(state="running", round=3)
     folder.status(eta_seconds=1.5)
