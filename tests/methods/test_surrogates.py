@@ -12,10 +12,12 @@ from ray_dfml.core.images import to_bytes
 from ray_dfml.errors import RejectedError, UsageError
 from ray_dfml.methods import METHODS
 from ray_dfml.methods.base import World
-from ray_dfml.methods.free import bell, surrogates
+from ray_dfml.methods.free import answers, bell
 from ray_dfml.methods.free import method as free
-from ray_dfml.methods.free.config import LEAST, Config, SurrogateConfig
+from ray_dfml.methods.free.config import Config
 from ray_dfml.methods.inversion import Inversion
+from ray_dfml.methods.surrogates import stage as surrogates
+from ray_dfml.methods.surrogates.config import LEAST, SurrogateConfig
 from ray_dfml.types import Access, Arrays, Teacher
 from tests.support import FakeService, FakeShard, FakeTeacher, card, play, same, small_config, small_world
 
@@ -185,7 +187,7 @@ def task_of(shard: FakeShard, id: str, labels: list[int], classes: Sequence[str]
     service = shard.service(id)
     images = to_bytes(torch.rand(len(labels), *service.card.image.shape, generator=rng))
     task: Arrays = {"images": images, "labels": np.array(labels), "classes": list(classes), "view": (0, 1, True)}
-    return task, surrogates.asked_once(cfg, service, task)
+    return task, answers.asked_once(cfg, service, task)
 
 
 @pytest.fixture
@@ -229,7 +231,7 @@ def asked_about_two(service: Fixed, labels: Sequence[int], cfg: Config) -> Array
     classes = [service.card.classes[2], service.card.classes[0]]
     images = np.arange(len(labels), dtype=np.uint8)[:, None, None, None].repeat(3, 1).repeat(16, 2).repeat(16, 3)
     task: Arrays = {"images": images, "labels": np.array(labels), "classes": classes, "view": (0, 0, False)}
-    return surrogates.asked_once(cfg, service, task)
+    return answers.asked_once(cfg, service, task)
 
 
 def test_a_task_of_some_classes_leaves_out_images_of_the_others() -> None:
@@ -245,25 +247,25 @@ def test_bell_leaves_out_images_whose_answers_say_nothing_of_the_task() -> None:
     cfg = small(surrogate={"labels": "keep"})
     found = asked_about_two(Fixed("label", [0, 1, 2, 1, 2]), [0, 0, 0, 1, 1], cfg)
     assert found["labels"].tolist() == [0, 0, 0, 1, 1]
-    left = surrogates.told(cfg, found)
+    left = answers.told(cfg, found)
     assert left["images"][:, 0, 0, 0].tolist() == [0, 2, 4]
     assert left["labels"].tolist() == [0, 0, 1]
     assert left["logits"].argmax(1).tolist() == [1, 0, 0]
-    assert surrogates.told(cfg.model_copy(update={"distill": "hard"}), found) is found
+    assert answers.told(cfg.model_copy(update={"distill": "hard"}), found) is found
 
 
 def test_an_answer_that_gives_the_task_little_is_still_learned_from() -> None:
     """Probabilities say nothing if all classes of the task have 0, as `top_k` can make them."""
     cfg = small(surrogate={"labels": "keep"})
     found = asked_about_two(Fixed("probs", [[0.1, 0.9, 0.0], [0.0, 1.0, 0.0], [0.2, 0.6, 0.2]]), [0, 1, 1], cfg)
-    left = surrogates.told(cfg, found)
+    left = answers.told(cfg, found)
     assert left["images"][:, 0, 0, 0].tolist() == [0, 2]
     torch.testing.assert_close(torch.tensor(left["logits"]).softmax(1)[1], torch.tensor([0.5, 0.5]))
 
 
 def test_only_what_is_told_reaches_bell(monkeypatch: pytest.MonkeyPatch) -> None:
     world, cfg = world_of("label", "label"), small(teachers_per_round=2, surrogate={"labels": "keep"})
-    original, sizes = surrogates.asked_once, list[int]()
+    original, sizes = answers.asked_once, list[int]()
 
     def half(cfg: Config, service: Any, task: Arrays) -> Arrays:
         found = original(cfg, service, task)
@@ -273,7 +275,7 @@ def test_only_what_is_told_reaches_bell(monkeypatch: pytest.MonkeyPatch) -> None
         sizes.extend(len(task.images) for task in tasks)
         return state, {}
 
-    monkeypatch.setattr(surrogates, "asked_once", half)
+    monkeypatch.setattr(answers, "asked_once", half)
     monkeypatch.setattr(bell, "update", count)
     _, _, metrics = play("free", cfg, world, rounds=3, first=0, shard=NoWeights(world))
     assert sizes == [4, 4]
@@ -304,19 +306,19 @@ def test_an_image_of_another_size_is_asked_about_as_the_teacher_takes_it() -> No
     shard = FakeShard(world_of("label"))
     large = np.random.default_rng(0).integers(0, 256, (4, 3, 20, 20), dtype=np.uint8)
     task = {"images": large, "labels": np.array([0, 1, 0, 1]), "classes": list(shard.teachers["conv4-0"].card.classes)}
-    found = surrogates.asked_once(small(surrogate={"labels": "keep"}), shard.service("conv4-0"), task)
+    found = answers.asked_once(small(surrogate={"labels": "keep"}), shard.service("conv4-0"), task)
     assert found["images"].shape == (4, 3, 20, 20)
 
 
 def test_no_image_may_be_left_of_a_task(monkeypatch: pytest.MonkeyPatch) -> None:
     """If the service agrees with nothing, the learner has nothing of that teacher, and the round goes on."""
-    original = surrogates.asked_once
+    original = answers.asked_once
 
     def disagrees(cfg: Config, service: Any, task: Arrays) -> Arrays:
         return original(cfg, service, task | {"labels": 1 - task["labels"]})
 
     world, cfg = world_of("label", "label"), small(teachers_per_round=2, surrogate={"student": "conv4"})
-    monkeypatch.setattr(surrogates, "asked_once", lambda cfg, service, task: {
+    monkeypatch.setattr(answers, "asked_once", lambda cfg, service, task: {
         name: value[:0] if name in ("images", "labels", "logits", "told") else value
         for name, value in disagrees(cfg, service, task).items()
     })  # fmt: skip

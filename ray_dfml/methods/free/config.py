@@ -5,60 +5,21 @@
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field
 
 from ray_dfml.methods.bank import BankKey
 from ray_dfml.methods.base import Preset, ReplayConfig, Values
 from ray_dfml.methods.characters import REPLAY, STEP
 from ray_dfml.methods.inversion import InversionConfig
-from ray_dfml.methods.students.config import DistilConfig
-
-LEAST = 2 * DistilConfig().batch
-"""The fewest queries of a surrogate: two rounds of IDEAL, of which the second tells how well the first was learned."""
+from ray_dfml.methods.surrogates.config import SurrogateConfig
 
 
-class SurrogateConfig(BaseModel):
-    """What is spent on services, which give no weights, and how their answers are used."""
+class AnsweredConfig(SurrogateConfig):
+    """Surrogates whose recovered images the services are asked about."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    budget: int = Field(
-        default=0, ge=0, description="Images that each service is asked about for its surrogate; 0 leaves services out."
-    )
-    images: tuple[str, ...] = Field(
-        default=("dip", "dipw"), min_length=1, description="Sources of these images, as `images` of `ideal`."
-    )
-    invert: bool = Field(default=False, description="Whether dark and light of these sources change places.")
-    lam: float = Field(default=5.0, ge=0, description="lambda of IDEAL, for images of the source `generator`.")
-    generator_steps: int = Field(default=10, ge=0, description="E_G of IDEAL, for the same images.")
-    student: str = Field(
-        default="teacher", description="Architecture of the surrogates; `teacher` is the service's own, if it is known."
-    )
-    last_steps: int = Field(
-        default=800, ge=0, description="Steps of a surrogate after its last queries, with cosine decay to 0."
-    )
-    answers: Literal["hard", "soft"] = Field(
-        default="soft", description="What is learned of an answer: its best class, or probabilities if they are given."
-    )
     labels: Literal["keep", "drop", "relabel"] = Field(
         default="drop", description="What becomes of a recovered image to which its service gives another class."
     )
-
-    @model_validator(mode="after")
-    def _distils(self) -> "SurrogateConfig":
-        if 0 < self.budget < LEAST:
-            raise ValueError(
-                f"budget: a surrogate needs {LEAST} queries or more; raise it, or leave services out with 0"
-            )
-        assert self.distillation
-        return self
-
-    @property
-    def distillation(self) -> DistilConfig:
-        """The settings of the distillation of a service. Raises ValueError for what it cannot take."""
-        budget = max(self.budget, LEAST)
-        own = self.model_dump(exclude={"labels"}) | {"budget": budget, "first": min(DistilConfig().first, budget // 2)}
-        return DistilConfig.model_validate(own)
 
 
 class Config(InversionConfig):
@@ -119,14 +80,14 @@ class Config(InversionConfig):
         description="A bank class is a class name (side information of the cards), or a (teacher, unit) pair.",
     )
     replay: ReplayConfig = ReplayConfig()
-    surrogate: SurrogateConfig = Field(
-        default=SurrogateConfig(), description="How services, which give no weights, are asked and used."
+    surrogate: AnsweredConfig = Field(
+        default=AnsweredConfig(), description="How services, which give no weights, are asked and used."
     )
 
     @property
     def total_rounds(self) -> int:
         """The rounds that distil services, and `rounds`."""
-        return self.rounds + (self.surrogate.distillation.total_rounds if self.surrogate.budget else 0)
+        return self.rounds + self.surrogate.rounds
 
 
 PROFILES: dict[str, Values] = {

@@ -16,7 +16,6 @@ from ray_dfml.core import optim, seeds
 from ray_dfml.core.generators import generator
 from ray_dfml.core.images import normalise, to_pixels, view
 from ray_dfml.core.net import net
-from ray_dfml.errors import UsageError
 from ray_dfml.methods import bank as bank_of
 from ray_dfml.methods import cost as cost_of
 from ray_dfml.methods import panels, recovery, replay
@@ -33,20 +32,20 @@ from ray_dfml.methods.base import (
     stacked,
     teacher_job,
 )
-from ray_dfml.methods.free import bell, surrogates
+from ray_dfml.methods.free import answers, bell
 from ray_dfml.methods.free.config import PRESETS, PROFILES, Config
 from ray_dfml.methods.free.five import five
 from ray_dfml.methods.inversion import checked_generator, dropped_statistics
+from ray_dfml.methods.surrogates import stage as surrogates
 from ray_dfml.types import LEVELS, Arrays, Job, Shard, Teacher, TeacherCard
 
 
 def notes(cfg: Config, world: World) -> list[str]:
     """Lines about services, teachers to which the statistics term does not apply, and classes that no task can hold."""
-    used = surrogates.usable(cfg, world)
-    known = [replace(card, arch=surrogates.arch_of(cfg, card)) for card in used.cards]
+    used = surrogates.known(cfg.surrogate, world)
     return [
-        *surrogates.notes(cfg, world),
-        *dropped_statistics(known, cfg.bn_weight),
+        *surrogates.notes("free", cfg.surrogate, world),
+        *dropped_statistics(used.cards, cfg.bn_weight),
         *bank_of.notes(cfg.replay, world.way, bank_of.of_pool(used, cfg.bank_key)),
     ]
 
@@ -57,14 +56,14 @@ def init(cfg: Config, world: World) -> State:
     If services are distilled first, the state also holds their students. Raises UsageError for an input size that the
     generator cannot make, for a teacher with too few classes, if no task can be drawn, and if no teacher can be used.
     """
-    world = _checked(cfg, world)
+    world = surrogates.checked("free", cfg.surrogate, world)
     bank_of.check_capacity("free", cfg.replay, cfg.bank_capacity)
     bank_of.check("free", "method.replay", cfg.replay, world.way, bank_of.of_pool(world, cfg.bank_key))
     theta_g = checked_generator("free", cfg, world).init(seeds.rng(world.seed, "theta_g"))
     learner = replay.with_optimiser(initial_learner(world))
     return (
         learner
-        | (surrogates.begin(cfg, world) if cfg.surrogate.budget else {})
+        | surrogates.begin(cfg.surrogate, world)
         | {
             "theta_g": theta_g,
             "adam_g": optim.Adam.zeros(theta_g)._asdict(),
@@ -74,34 +73,15 @@ def init(cfg: Config, world: World) -> State:
     )
 
 
-def _checked(cfg: Config, world: World) -> World:
-    """The teachers that can be used. Raises UsageError if there are none, or no service for `surrogate`."""
-    found, asked = surrogates.usable(cfg, world), surrogates.services(world)
-    if cfg.surrogate.budget and not asked:
-        raise UsageError("free: method.surrogate.budget is set, but every teacher gives its weights; leave it at 0")
-    if asked and not found.cards:
-        raise UsageError(
-            f"free: no teacher gives its weights ({asked[0].id} gives {asked[0].access}); method.surrogate.budget=1500 "
-            "would distil each into a surrogate, which is inverted in its place"
-        )
-    return found
-
-
 def plan(cfg: Config, world: World, state: State, r: int) -> list[Job]:
     """The jobs of the distillation of all services in its rounds, then jobs for b teachers, drawn as `draws` says.
 
     There are none for a sequential generator, whose jobs `learn` sends one by one.
     """
-    r, distils = _round(cfg, r)
+    r, distils = surrogates.round_of(cfg.surrogate, r)
     if distils:
-        return surrogates.plan(cfg, world, state, r)
+        return surrogates.plan(cfg.surrogate, world, state, r)
     return _drawn(cfg, world, state, r) if cfg.generator_sharing == "meta" else []
-
-
-def _round(cfg: Config, r: int) -> tuple[int, bool]:
-    """The number of a round among those that distil services or among those that follow, and which it is."""
-    first = cfg.total_rounds - cfg.rounds
-    return (r, True) if r < first else (r - first, False)
 
 
 def _drawn(cfg: Config, world: World, state: State, r: int) -> list[Job]:
@@ -109,13 +89,13 @@ def _drawn(cfg: Config, world: World, state: State, r: int) -> list[Job]:
         teacher_job(
             card, index=j, seed=seeds.derive(world.seed, r, "recover", j), values=surrogates.values(state, card)
         )
-        for j, card in enumerate(_visited(cfg, surrogates.inverted(world, state), r))
+        for j, card in enumerate(_visited(cfg, surrogates.inverted("free", world, state), r))
     ]
 
 
 def _visited(cfg: Config, world: World, r: int) -> list[TeacherCard]:
     """The teachers that round `r` inverts."""
-    world, count = surrogates.usable(cfg, world), cfg.teachers_per_round
+    world, count = surrogates.usable(cfg.surrogate, world), cfg.teachers_per_round
     if cfg.draws == "turns":
         picks = [_in_turn(world, place) for place in range(r * count, (r + 1) * count)]
     else:
@@ -135,8 +115,8 @@ def _in_turn(world: World, place: int) -> int:
 
 def shared(cfg: Config, world: World, state: State, r: int) -> Arrays:
     """The weights of generator and learner, and the settings of the inversion; or those of the distillation."""
-    r, distils = _round(cfg, r)
-    return surrogates.shared(cfg) if distils else _inversion(cfg, world, state, r)
+    r, distils = surrogates.round_of(cfg.surrogate, r)
+    return surrogates.shared(cfg.surrogate) if distils else _inversion(cfg, world, state, r)
 
 
 def _inversion(cfg: Config, world: World, state: State, r: int) -> Arrays:
@@ -174,7 +154,7 @@ def recover(shard: Shard, jobs: Sequence[Job], shared: Arrays) -> list[Arrays]:
         ]
 
     def answered(job: Job, task: Arrays) -> Arrays:
-        return surrogates.asked_once(cfg, shard.service(str(job.teacher)), task) if job.values else task
+        return answers.asked_once(cfg, shard.service(str(job.teacher)), task) if job.values else task
 
     return recovery.recover(shard, jobs, invert, partial(surrogates.teacher, shard))
 
@@ -193,10 +173,10 @@ def learn(cfg: Config, world: World, state: State, r: int, results: list[Arrays]
 
     The learner takes the step of BELL, then replays until a plateau. The rounds that distil services only do that.
     """
-    r, distils = _round(cfg, r)
+    r, distils = surrogates.round_of(cfg.surrogate, r)
     if distils:
-        return surrogates.learn(cfg, world, state, r, results)
-    world = surrogates.usable(cfg, world)
+        return surrogates.learn(cfg.surrogate, world, state, r, results)
+    world = surrogates.usable(cfg.surrogate, world)
     sequential = cfg.generator_sharing == "sequential"
     state, tasks = _chain(cfg, world, state, r, send) if sequential else (state, results)
     if not tasks:
@@ -220,7 +200,7 @@ def learn(cfg: Config, world: World, state: State, r: int, results: list[Arrays]
     state = {**state, "bank": bank}
 
     if cfg.learner_update != "none":
-        answered = [surrogates.told(cfg, task) for task in tasks]
+        answered = [answers.told(cfg, task) for task in tasks]
         sets = [_distill_set(cfg, world, task) for task in answered if len(task["images"]) > 1]
         if sets:
             state, found = bell.update(cfg, world, state, sets, r)
@@ -281,8 +261,7 @@ def cost(cfg: Config, world: World, shard: Shard) -> Cost:
 
     The distillation of services is not timed.
     """
-    used = surrogates.usable(cfg, world)
-    used = replace(used, cards=tuple(replace(card, arch=surrogates.arch_of(cfg, card)) for card in used.cards))
+    used = surrogates.known(cfg.surrogate, world)
 
     def one_pass(card: TeacherCard) -> float:
         net_g = generator(world.image.shape, cfg.latent, cfg.width)

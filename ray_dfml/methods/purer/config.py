@@ -5,6 +5,7 @@ from pydantic import Field
 from ray_dfml.methods.bank import BankKey
 from ray_dfml.methods.base import MetaConfig, MethodConfig, Preset, Values
 from ray_dfml.methods.characters import REPLAY, STEP
+from ray_dfml.methods.surrogates.config import SurrogateConfig
 
 
 class Config(MethodConfig):
@@ -35,6 +36,14 @@ class Config(MethodConfig):
         description="A class of pseudo tasks is a class name (side information of the cards), or a (teacher, class).",
     )
     meta: MetaConfig = MetaConfig(tasks=4)
+    surrogate: SurrogateConfig = Field(
+        default=SurrogateConfig(), description="How services, which give no weights, are asked before the inversion."
+    )
+
+    @property
+    def total_rounds(self) -> int:
+        """The rounds that distil services, and `rounds`."""
+        return self.rounds + self.surrogate.rounds
 
 
 PROFILES: dict[str, Values] = {

@@ -10,7 +10,7 @@ has the images of all of them. docs/methods_purer_bidf.md lists the deviations f
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -25,33 +25,43 @@ from ray_dfml.methods.base import Cost, Method, Metrics, Panel, Send, State, Wor
 from ray_dfml.methods.inversion import dropped_statistics
 from ray_dfml.methods.purer import eci
 from ray_dfml.methods.purer.config import PRESETS, PROFILES, Config
-from ray_dfml.types import Arrays, Job, Shard, Teacher, TeacherCard
+from ray_dfml.methods.surrogates import stage as surrogates
+from ray_dfml.types import LEVELS, Arrays, Job, Shard, Teacher, TeacherCard
 
 
 def notes(cfg: Config, world: World) -> list[str]:
-    """Lines that name teachers to which the statistics term does not apply, and classes that no task can hold."""
-    return dropped_statistics(world.cards, cfg.bn_weight) + bank_of.notes(
-        cfg.meta, world.way, bank_of.of_pool(world, cfg.image_key)
-    )
+    """Lines about services, teachers to which the statistics term does not apply, and classes that no task can hold."""
+    used = surrogates.known(cfg.surrogate, world)
+    return [
+        *surrogates.notes("purer", cfg.surrogate, world),
+        *dropped_statistics(used.cards, cfg.bn_weight),
+        *bank_of.notes(cfg.meta, world.way, bank_of.of_pool(used, cfg.image_key)),
+    ]
 
 
 def init(cfg: Config, world: World) -> State:
     """The learner, images N(0, 1) of each teacher, and the gradient switch.
 
-    Raises UsageError if a class has too few images for a task, or if no data set has enough classes.
+    If services are distilled first, the state also holds their students. Raises UsageError if a class has too few
+    images for a task, if no data set has enough classes, or if no teacher can be used.
     """
     if cfg.meta.shot + cfg.meta.query > cfg.images_per_class:
         raise UsageError(
             f"purer: tasks take {cfg.meta.shot} + {cfg.meta.query} images of a class, method.images_per_class is "
             f"{cfg.images_per_class}; raise it or lower method.meta.query"
         )
+    world = surrogates.checked("purer", cfg.surrogate, world)
     bank_of.check("purer", "method.meta", cfg.meta, world.way, bank_of.of_pool(world, cfg.image_key))
     state = replay.with_optimiser(initial_learner(world))
-    return state | {
-        "images": {card.id: fresh(cfg, world, card) for card in world.cards},
-        "push": {},
-        "switch": {"best": -1.0, "waited": 0, "due": 0, "fired": 0},
-    }
+    return (
+        state
+        | surrogates.begin(cfg.surrogate, world)
+        | {
+            "images": {card.id: fresh(cfg, world, card) for card in world.cards},
+            "push": {},
+            "switch": {"best": -1.0, "waited": 0, "due": 0, "fired": 0},
+        }
+    )
 
 
 def fresh(cfg: Config, world: World, card: TeacherCard) -> State:
@@ -62,8 +72,14 @@ def fresh(cfg: Config, world: World, card: TeacherCard) -> State:
 
 
 def plan(cfg: Config, world: World, state: State, r: int) -> list[Job]:
-    """One job per teacher, with its images, their moments, and the push of the curriculum."""
-    cards = list(world.cards)
+    """One job per teacher, with its images, their moments, and the push of the curriculum.
+
+    In the rounds that distil services there is one for each of them.
+    """
+    r, distils = surrogates.round_of(cfg.surrogate, r)
+    if distils:
+        return surrogates.plan(cfg.surrogate, world, state, r)
+    cards = list(_used(cfg, world, state).cards)
     if 0 < cfg.teachers_per_round < len(cards):
         rng = seeds.rng(world.seed, r, "plan")
         cards = [cards[i] for i in torch.randperm(len(cards), generator=rng)[: cfg.teachers_per_round].tolist()]
@@ -73,17 +89,29 @@ def plan(cfg: Config, world: World, state: State, r: int) -> list[Job]:
         values = {k: own[k].numpy() for k in ("x", "m", "v")} | {"step": own["step"]}
         push = state["push"].get(card.id)
         values["push"] = None if push is None else np.asarray(push)
+        values |= surrogates.values(state, card)
         jobs.append(teacher_job(card, index=j, seed=seeds.derive(world.seed, r, "recover", j), values=values))
     return jobs
 
 
+def _used(cfg: Config, world: World, state: State) -> World:
+    """The teachers that are inverted, services with the architecture of their surrogate."""
+    return surrogates.inverted("purer", surrogates.usable(cfg.surrogate, world), state)
+
+
 def shared(cfg: Config, world: World, state: State, r: int) -> Arrays:
-    """The settings of the inversion."""
-    return {"cfg": cfg.model_dump()}
+    """The settings of the inversion; or those of the distillation of services."""
+    distils = surrogates.round_of(cfg.surrogate, r)[1]
+    return surrogates.shared(cfg.surrogate) if distils else {"cfg": cfg.model_dump()}
 
 
 def recover(shard: Shard, jobs: Sequence[Job], shared: Arrays) -> list[Arrays]:
-    """The `purer.recover` op: `eci.invert` on the images that each job brings."""
+    """The `purer.recover` op: `eci.invert` on the images that each job brings.
+
+    In the rounds that distil services it is `surrogates.distil`.
+    """
+    if "distil" in shared:
+        return surrogates.distil(shard, jobs, shared)
     cfg = Config.model_validate(shared["cfg"])
 
     def invert(jobs: Sequence[Job], teachers: Sequence[Teacher], batched: bool) -> list[Arrays | None]:
@@ -93,11 +121,18 @@ def recover(shard: Shard, jobs: Sequence[Job], shared: Arrays) -> list[Arrays]:
             one | {"teacher": job.teacher} if fine else None for job, one, fine in zip(jobs, found, finite, strict=True)
         ]
 
-    return recovery.recover(shard, jobs, invert)
+    return recovery.recover(shard, jobs, invert, partial(surrogates.teacher, shard))
 
 
 def learn(cfg: Config, world: World, state: State, r: int, results: list[Arrays], send: Send) -> tuple[State, Metrics]:
-    """Store the images, make meta-updates on pseudo tasks of them, and ask for the curriculum's push if it is due."""
+    """Store the images, make meta-updates on pseudo tasks of them, and ask for the curriculum's push if it is due.
+
+    The rounds that distil services only do that.
+    """
+    r, distils = surrogates.round_of(cfg.surrogate, r)
+    if distils:
+        return surrogates.learn(cfg.surrogate, world, state, r, results)
+    world = _used(cfg, world, state)
     metrics: Metrics = {"recover/tasks": len(results)}
     if results:
         metrics |= {
@@ -201,13 +236,25 @@ class _Store:
         return {name: np.stack([self.images[i][row] for i, row in rows]) for name, rows in task.items()}
 
 
+def queries(cfg: Config, world: World) -> dict[str, int]:
+    """Id of each service -> how many images it is asked about for its surrogate."""
+    settings = cfg.surrogate.distillation
+    asked = surrogates.services(world) if cfg.surrogate.budget else ()
+    return {card.id: settings.asked(settings.total_rounds) for card in asked}
+
+
 def cost(cfg: Config, world: World, shard: Shard) -> Cost:
-    """Time the image steps that a mean teacher takes in a round."""
+    """Time the image steps that a mean teacher takes in a round, or a fresh surrogate.
+
+    The distillation of services is not timed.
+    """
+    world = surrogates.known(cfg.surrogate, world)
 
     def one_round(card: TeacherCard) -> float:
-        alone = replace(world, cards=(card,))
-        jobs = plan(cfg, alone, {"images": {card.id: fresh(cfg, world, card)}, "push": {}}, 0)
-        return cost_of.seconds(lambda: recover(shard, jobs, shared(cfg, alone, {}, 0)))
+        own = fresh(cfg, world, card)
+        values = {k: own[k].numpy() for k in ("x", "m", "v")} | {"step": 0, "push": None}
+        job, teacher = teacher_job(card, index=0, seed=0, values=values), surrogates.sample(shard, card)
+        return cost_of.seconds(lambda: eci.invert(cfg, [teacher], [job], device=shard.device, batched=False))
 
     count = min(cfg.teachers_per_round or len(world.cards), len(world.cards))
     updates = max(cfg.rounds - cfg.image_warmup, 0) * cfg.updates
@@ -241,5 +288,7 @@ METHOD = Method(
         Panel("Curriculum: steps", "steps so far", "Adversarial steps: one whenever the learner stops improving.",
               {"curriculum/fired": "steps"}),
     ),
+    access=LEVELS,
+    queries=queries,
     shown={"recover/accuracy": "recover", "replay/accuracy": "replay"},
 )  # fmt: skip
