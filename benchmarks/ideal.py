@@ -1,7 +1,7 @@
 """Students of one teacher that names a class: top-1 accuracy against true queries, for IDEAL's profiles and the others.
 
 Usage: python benchmarks/ideal.py POOL SPEC OUT [--budgets 1000,2500,...] [--methods fixed,paper,...] [--seeds 0,1,2]
-       python benchmarks/ideal.py POOL SPEC OUT --sweep             lambda and E_G of profile paper, at the first budget
+       python benchmarks/ideal.py POOL SPEC OUT --sweep             lambda and E_G of the generator, at the first budget
        python benchmarks/ideal.py POOL SPEC OUT --table             the table of what is there; nothing is run
 A pool has one teacher, which may be behind HTTP. A cell is `ray-dfml train`, from its own seed to its own budget; its
 run folder is OUT/runs/CELL and its row OUT/CELL.json. Rows that exist are kept, and a run that was stopped is resumed,
@@ -9,7 +9,8 @@ so that a stopped table goes on, and two processes may share the seeds. `sent` i
 
 `fixed`, `paper` and `code` are IDEAL's profiles; with `code` the budget is what is sent, as everywhere. Other names are
 methods, in their profile `fixed` unless one is named, as in `dfme,paper`. A word with `=` is a setting, of IDEAL where
-no method is named. Scores are top-1 on the test split, the last
+no method is named. The sweep is of IDEAL's generator in the loop of `fixed`: all images are the generator's, a round asks
+about 250, and the student trains on all answers so far. In the loop of `paper` each of its cells names one class. Scores are top-1 on the test split, the last
 weights, mean over seeds with the sample standard deviation in brackets.
 """
 
@@ -26,7 +27,10 @@ from ray_dfml.config import PROFILES
 
 BUDGETS = (1000, 2500, 5000, 10_000, 25_000)
 METHODS = (*PROFILES, "dfme", "dafl", "zskt", "deepinversion", "cmi", "dast")
-SWEEP = tuple(f"paper,method.generator_steps={steps},method.lam={lam}" for steps in (3, 5, 10, 30) for lam in (0, 1, 5))
+LOOP = "method.images=generator,method.candidates=1,method.first=250,method.growth=0"
+SWEEP = tuple(
+    f"{LOOP},method.generator_steps={steps},method.lam={lam}" for steps in (3, 5, 10, 30) for lam in (0, 1, 5)
+)
 
 
 def words(method: str, budget: int) -> list[str]:
