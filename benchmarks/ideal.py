@@ -9,9 +9,9 @@ so that a stopped table goes on, and two processes may share the seeds. `sent` i
 
 `fixed`, `paper` and `code` are IDEAL's profiles; with `code` the budget is what is sent, as everywhere. Other names are
 methods, in their profile `fixed` unless one is named, as in `dfme,paper`. A word with `=` is a setting, of IDEAL where
-no method is named. The sweep is of IDEAL's generator in the loop of `fixed`: all images are the generator's, a round asks
-about 250, and the student trains on all answers so far. In the loop of `paper` each of its cells names one class. Scores are top-1 on the test split, the last
-weights, mean over seeds with the sample standard deviation in brackets.
+no method is named. The sweep is of IDEAL's generator in the loop of `fixed`: all images are the generator's, a round
+asks about 250, and the student trains on all answers so far. In the loop of `paper` each of its cells names one class.
+Scores are top-1 on the test split, the last weights, mean over seeds with the sample standard deviation in brackets.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from pathlib import Path
 from ray_dfml.config import PROFILES
 
 BUDGETS = (1000, 2500, 5000, 10_000, 25_000)
-METHODS = (*PROFILES, "dfme", "dafl", "zskt", "deepinversion", "cmi", "dast")
+METHODS = (*PROFILES, "dfme", "dafl", "zskt", "deepinversion", "cmi", "dast", "zsdb3")
 LOOP = "method.images=generator,method.candidates=1,method.first=250,method.growth=0"
 SWEEP = tuple(
     f"{LOOP},method.generator_steps={steps},method.lam={lam}" for steps in (3, 5, 10, 30) for lam in (0, 1, 5)

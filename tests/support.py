@@ -248,13 +248,15 @@ def small_distiller(name: str, **changes: Any) -> Any:
     """One of the older methods of distillation in seconds."""
     small: dict[str, Any] = {
         "batch": 8,
-        "budget": 96,
+        "budget": 96 if name != "zsdb3" else 300,
         "student": "conv4",
         "width": 4,
         "latent": 4,
         "student_steps": 2,
         "iterations": 2,
         "generator_steps": 2 if name != "dfme" else 1,
+        "candidates": 2,
+        "directions": 2,
         "replays": 1.0,
         "last_steps": 2,
         "student_batch": 4,

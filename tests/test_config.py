@@ -50,6 +50,22 @@ OLDER: dict[str, dict[str, Any]] = {
     "dast": TURNS,
     "deepinversion": INVERTED | {"method.bn_weight": 10.0, "method.tv_weight": 1e-3},
     "cmi": INVERTED | {"method.width": 64},
+    "zsdb3": {key: value for key, value in RELEASED.items() if key not in ("method.optimiser", "method.weight_decay")}
+    | {
+        "method.budget": 10_000_000,
+        "method.batch": 200,
+        "method.lr": 1e-3,
+        "method.student_batch": 512,
+        "method.replays": 200.0,
+        "method.candidates": 1,
+        "method.iterations": 40,
+        "method.starts": 20,
+        "method.halvings": 10,
+        "method.searches": 20,
+        "method.directions": 200,
+        "method.epsilon": 1e-3,
+        "method.tries": 3,
+    },
 }
 
 CHANGES: dict[tuple[str, str], dict[str, Any]] = {

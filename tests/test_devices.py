@@ -71,7 +71,7 @@ def large_world() -> World:
     return replace(small_world(), cards=tuple(replace(one, id=f"{one.id} of 3") for one in cards))
 
 
-DISTILLERS = ("dfme", "dafl", "zskt", "deepinversion", "cmi", "dast")
+DISTILLERS = ("dfme", "dafl", "zskt", "deepinversion", "cmi", "dast", "zsdb3")
 
 SETTINGS: dict[str, list[tuple[World, Any]]] = {
     **{name: [(small_world(), small_distiller(name))] for name in DISTILLERS},

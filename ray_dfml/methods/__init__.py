@@ -29,5 +29,6 @@ METHODS: dict[str, Method[Any]] = {
     "deepinversion": distillers.DEEPINVERSION,
     "cmi": distillers.CMI,
     "dast": distillers.DAST,
+    "zsdb3": distillers.ZSDB3,
 }
 """Name of a method -> the method."""

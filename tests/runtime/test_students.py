@@ -222,7 +222,7 @@ def test_the_untrained_student_is_the_one_that_the_run_began_with(run: Path, spl
     assert torch.equal(untrained(student).theta, drawn)
 
 
-@pytest.mark.parametrize("method", ["dfme", "dafl", "zskt", "dast", "deepinversion", "cmi"])
+@pytest.mark.parametrize("method", ["dfme", "dafl", "zskt", "dast", "deepinversion", "cmi", "zsdb3"])
 def test_the_older_methods_run_and_leave_students(method: str, tmp_path: Path, single: Path, split_data: str) -> None:
     config = toy.config(method, single, split_data)
     rows = toy.train(config, tmp_path / "run")

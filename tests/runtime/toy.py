@@ -69,6 +69,7 @@ DISTILLER = (
     "method.student_batch=4", "eval.every=1",
 )  # fmt: skip
 INVERTER = (*DISTILLER, "method.iterations=2")
+ZSDB3 = (*DISTILLER, "method.budget=200", "method.batch=2", "method.candidates=4", "method.directions=2")
 
 IDEAL = (
     "method.budget=24", "method.batch=8", "method.first=8", "method.growth=0", "method.student=conv4",
@@ -79,7 +80,8 @@ IDEAL = (
 SETTINGS: dict[str, tuple[str, ...]] = {
     "free": FREE + EVAL, "maml-oracle": ORACLE + EVAL, "purer": PURER + EVAL, "bidf-mkd": BIDF + EVAL,
     "dro": DRO + EVAL, "no-pool": NO_POOL + EVAL, "ideal": IDEAL,
-    **dict.fromkeys(("dfme", "dafl", "zskt", "dast"), DISTILLER), **dict.fromkeys(("deepinversion", "cmi"), INVERTER),
+    **dict.fromkeys(("dafl", "zskt", "dast"), DISTILLER), **dict.fromkeys(("deepinversion", "cmi"), INVERTER),
+    "dfme": (*DISTILLER, "method.generator_steps=1"), "zsdb3": ZSDB3,
 }  # fmt: skip
 """Method -> its small settings; the baselines have only those of the test."""
 

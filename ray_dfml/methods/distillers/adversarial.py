@@ -12,21 +12,21 @@ from typing import Any, Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from ray_dfml.core import zero_order
 from ray_dfml.core.images import to_bytes, to_pixels
 from ray_dfml.methods.base import Metrics
-from ray_dfml.methods.distillers.making import LastingGenerator, method_of
+from ray_dfml.methods.distillers.making import LastingGenerator, NamedConfig, method_of
 from ray_dfml.methods.students import lessons
-from ray_dfml.methods.students.config import Batch, ReplayConfig
+from ray_dfml.methods.students.config import Batch
 from ray_dfml.methods.students.loop import Study, Work
 from ray_dfml.methods.students.stage import FLOOR
 from ray_dfml.methods.students.training import labels_of
 
 
-class AdversarialConfig(ReplayConfig):
+class AdversarialConfig(NamedConfig):
     """Settings of a generator and a student that take turns.
 
     The defaults replay what was paid for. With `replays` 0 each batch serves one step of the student, as published.
@@ -43,13 +43,6 @@ class AdversarialConfig(ReplayConfig):
     def generator_batches(self) -> int:
         """Batches that the generator asks about in a round."""
         return 0
-
-    @field_validator("answers")
-    @classmethod
-    def _named_class(cls, answers: str) -> str:
-        if answers != "hard":
-            raise ValueError("these methods learn the class that a teacher names; leave method.answers at hard")
-        return answers
 
     @model_validator(mode="after")
     def _pays_for_a_round(self) -> "AdversarialConfig":
@@ -279,7 +272,7 @@ def _of_dfme(cfg: AdversarialConfig, logits: Tensor, answers: Tensor) -> Tensor:
 TURNS: dict[str, Any] = {"batch": 250, "generator_steps": 1, "replays": 0.0, "flip": "off"}
 """A step of the generator, and steps of the student on batches that are seen once."""
 
-DAFL = method_of(DaflConfig, turns(dafl_steps, _cross_entropy), **TURNS, weight_decay=1e-4)
-ZSKT = method_of(ZsktConfig, turns(zskt_steps, _cross_entropy), **TURNS, weight_decay=1e-4)
-DFME = method_of(DfmeConfig, turns(dfme_steps, _of_dfme), **TURNS, loss="l1", generator_lr=1e-4)
-DAST = method_of(DastConfig, turns(dast_steps, _cross_entropy, told=True), **TURNS)
+DAFL = method_of(DaflConfig, turns(dafl_steps, _cross_entropy), TURNS | {"weight_decay": 1e-4})
+ZSKT = method_of(ZsktConfig, turns(zskt_steps, _cross_entropy), TURNS | {"weight_decay": 1e-4})
+DFME = method_of(DfmeConfig, turns(dfme_steps, _of_dfme), TURNS | {"generator_lr": 1e-4, "loss": "l1"})
+DAST = method_of(DastConfig, turns(dast_steps, _cross_entropy, told=True), TURNS)

@@ -149,5 +149,5 @@ def inverted(make: Callable[[Any, Study], Tensor]) -> Work:
 KEPT: dict[str, Any] = {"batch": 250, "iterations": 200, "replays": 12.8, "crop_pad": 2}
 """Inversions, and 50 steps of the student on batches of 64 for each 250 of them."""
 
-DEEPINVERSION = method_of(DeepInversionConfig, inverted(deep_inversion), **KEPT, bn_weight=10.0, tv_weight=1e-3)
-CMI = method_of(CmiConfig, inverted(cmi), **KEPT, width=64)
+DEEPINVERSION = method_of(DeepInversionConfig, inverted(deep_inversion), KEPT | {"bn_weight": 10.0, "tv_weight": 1e-3})
+CMI = method_of(CmiConfig, inverted(cmi), KEPT | {"width": 64})

@@ -1,17 +1,17 @@
 """The wiring that these methods share: a `Method` of a `work`, and a generator that lives as long as the run."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
-from typing import Any
 
 import torch
+from pydantic import field_validator
 from torch import Tensor
 
 from ray_dfml.core import optim
 from ray_dfml.core.generators import Generator, generator
-from ray_dfml.methods.base import Method, Panel
+from ray_dfml.methods.base import Method, Panel, Values
 from ray_dfml.methods.students import loop
-from ray_dfml.methods.students.config import StudentConfig
+from ray_dfml.methods.students.config import ReplayConfig, StudentConfig
 from ray_dfml.methods.students.loop import Study, Work
 from ray_dfml.types import LEVELS, Arrays, Job, Shard
 
@@ -24,24 +24,37 @@ PANELS = (
 )  # fmt: skip
 
 
-PUBLISHED: Mapping[str, Any] = {
+PUBLISHED: Values = {
     "optimiser": "sgd", "lr": 0.1, "weight_decay": 5e-4, "last_steps": 0, "warmup_steps": 0, "average": 0.0,
     "balance": 0.0, "warp": 0.0,
 }  # fmt: skip
 """How the released codes train a student: what their profiles share."""
 
 
-def method_of(Config: type[StudentConfig], work: Work, **published: Any) -> Method[StudentConfig]:
+class NamedConfig(ReplayConfig):
+    """Settings of a method that learns the class that a teacher names, and nothing else of its answers."""
+
+    @field_validator("answers")
+    @classmethod
+    def _named_class(cls, answers: str) -> str:
+        if answers != "hard":
+            raise ValueError("these methods learn the class that a teacher names; leave method.answers at hard")
+        return answers
+
+
+def method_of(
+    Config: type[StudentConfig], work: Work, published: Values, panels: tuple[Panel, ...] = PANELS
+) -> Method[StudentConfig]:
     """A method whose round of one teacher is `work`. The profiles `paper` and `code` are PUBLISHED and `published`."""
 
     def recover(shard: Shard, jobs: Sequence[Job], shared: Arrays) -> list[Arrays]:
         """The op: a round of each job's teacher (`students.loop.recover`)."""
         return loop.recover(shard, jobs, Config.model_validate(shared["cfg"]), work)
 
-    published = {"method": {**PUBLISHED, **published}}
+    profile = {"method": {**PUBLISHED, **published}}
     return Method(
         Config=Config, init=loop.init, learn=loop.learn, plan=loop.plan, shared=loop.shared, recover=recover,
-        profiles={"paper": published, "code": published}, panels=PANELS, access=LEVELS,
+        profiles={"paper": profile, "code": profile}, panels=panels, access=LEVELS,
         queries=loop.queries, students=loop.students,
     )  # fmt: skip
 
