@@ -19,6 +19,7 @@ import torch
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 from torch import Tensor
 
+from ray_dfml import published
 from ray_dfml.core.backbones import known_arch
 from ray_dfml.core.images import normalise, to_pixels
 from ray_dfml.core.inner_loop import Head
@@ -26,7 +27,7 @@ from ray_dfml.data import weights_file
 from ray_dfml.data.manifest import Input
 from ray_dfml.errors import RejectedError, UsageError
 from ray_dfml.evaluate import BatchNormMode, adapt_to
-from ray_dfml.files import resolved
+from ray_dfml.files import Uri, located
 from ray_dfml.types import ImageSpec, LearnerWeights
 
 WEIGHTS = "learner.safetensors"
@@ -134,12 +135,14 @@ class Learner:
         self.method, self.profile, self.selection, self.seed = card.method, card.profile, card.selection, card.seed
 
     @classmethod
-    def load(cls, path: str | Path) -> "Learner":
+    def load(cls, path: str | Path | Uri) -> "Learner":
         """Load the learner of a run folder, or a `learner.safetensors` file with its `.json` beside it.
+
+        The run folder may be in an object store.
 
         Raises UsageError if there is none, and RejectedError if it is damaged or does not fit its `.json`.
         """
-        path = resolved(path)
+        path = published.local(located(path))
         file = path / WEIGHTS if path.is_dir() else path
         if not file.exists():
             raise UsageError(f"{file}: no such file; name the folder of a finished run, or its {WEIGHTS}")

@@ -107,6 +107,14 @@ def names(folder: Uri) -> list[str]:
     return sorted(path.rstrip("/").rpartition("/")[2] for path in found)
 
 
+def below(folder: Uri) -> list[str]:
+    """The sorted names of all files below a folder, such as `a/b`. Raises OSError."""
+    with _saying(folder):
+        store = _of(folder)
+        root = store._strip_protocol(folder)
+        return sorted(path.removeprefix(root).lstrip("/") for path in store.find(folder))
+
+
 def fetch(uri: Uri, into: Path) -> Path:
     """Copy a file, or a folder with all that is below it, to the disk. Returns the copy.
 

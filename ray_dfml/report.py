@@ -18,10 +18,11 @@ import jinja2
 import yaml
 from markupsafe import Markup
 
-from ray_dfml import plots
+from ray_dfml import plots, published
 from ray_dfml.data import weights_file
 from ray_dfml.data.pool import Pool
 from ray_dfml.errors import DfmlError, RejectedError, UsageError
+from ray_dfml.files import Uri
 from ray_dfml.methods import METHODS, UNTRAINED
 from ray_dfml.plots import number
 
@@ -33,7 +34,9 @@ SPENT = ("answered", "sent", "cost")
 class Record:
     """What a run folder says."""
 
+    place: Path | Uri
     path: Path
+    """The files to read: the folder itself, or a copy of one in an object store."""
     config: dict[str, Any]
     manifest: dict[str, Any]
     status: dict[str, Any]
@@ -48,6 +51,11 @@ class Record:
     """`learner.json`, which describes the exported weights; empty if there are none yet."""
     students: dict[str, dict[str, Any]]
     """Teacher -> the card of its student, in a run that distilled."""
+
+    @property
+    def where(self) -> str:
+        """The place, without links."""
+        return self.place if isinstance(self.place, Uri) else str(self.place.resolve())
 
     @property
     def name(self) -> str:
@@ -73,11 +81,13 @@ class Record:
         return float(spent.sum()) if len(spent) else number(self.status.get("seconds"))
 
 
-def read(run: Path) -> Record:
-    """Read the files of a run folder.
+def read(place: Path | Uri) -> Record:
+    """Read the files of a run folder, on a disk or in an object store.
 
-    Raises UsageError if there is no run, and RejectedError for a file that cannot be read.
+    Raises UsageError if there is no run, RejectedError for a file that cannot be read, and ResourceError if an object
+    store does not answer.
     """
+    run = published.local(place)
     if not (run / "config.yaml").is_file():
         raise UsageError(f"{run}: not a run folder (no config.yaml); name the --run-dir of a run")
     try:
@@ -96,6 +106,7 @@ def read(run: Path) -> Record:
     learner = _json(run / "learner.json", dict) or {}
     cards = [learner, *(_json(file, dict) for file in sorted((run / "students").glob("*.json")))]
     return Record(
+        place=place,
         path=run,
         config=config,
         manifest=_json(run / "manifest.json", dict) or {},
@@ -270,7 +281,7 @@ def _values(record: Record) -> dict[str, Any]:
     learner, weights = record.learner, record.path / "learner.safetensors"
     selections = {row.get("selection") for row in record.scores} | ({learner.get("selection")} if learner else set())
     return {
-        "run": record.path.resolve().name,
+        "run": record.where.rpartition("/")[2],
         "name": record.name,
         "config": record.config,
         "settings": _facts({k: record.config.get(k) for k in ("learner", "method", "eval")}),

@@ -18,11 +18,12 @@ import torch
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
+from ray_dfml import published
 from ray_dfml.core.backbones import known_arch
 from ray_dfml.data import weights_file
 from ray_dfml.data.manifest import Input
 from ray_dfml.errors import RejectedError, UsageError, first_of
-from ray_dfml.files import resolved
+from ray_dfml.files import located
 from ray_dfml.learner import CHUNK, WEIGHTS, Finite, is_student, network_input, read_card
 from ray_dfml.types import ImageSpec, LearnerWeights
 
@@ -123,7 +124,7 @@ class Student:
         A run that distilled several teachers has several students, and `teacher` names one. Raises UsageError if there
         is no such student, and RejectedError if it is damaged or does not fit its `.json`.
         """
-        path = resolved(path)
+        path = published.local(located(path))
         file = _chosen(path, teacher) if path.is_dir() else path
         if file.suffix != ".safetensors" or not file.exists():
             raise UsageError(f"{file}: no such student; name the folder of a finished run, or a .safetensors file")

@@ -4,10 +4,12 @@ import re
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+import pytest
 from s3fs import S3FileSystem
 
 from ray_dfml import object_store
@@ -41,3 +43,45 @@ def s3_server() -> Iterator[dict[str, str]]:
     finally:
         server.kill()
         server.wait()
+
+
+class Killed(BaseException):
+    """A process that is dead: nothing catches it, and the store takes nothing from it any more."""
+
+
+class Mortal:
+    """Lets the writer of a store die at a call that changes the store: before it, or `late`, after it."""
+
+    def __init__(self, patch: pytest.MonkeyPatch, *, late: bool) -> None:
+        self.calls, self._moment, self._late = 0, -1, late
+        for name in ("write", "create", "remove"):
+            patch.setattr(object_store, name, self._guarded(getattr(object_store, name)))
+
+    def _guarded(self, call: Callable[..., None]) -> Callable[..., None]:
+        def guarded(*given: Any) -> None:
+            number, self.calls = self.calls, self.calls + 1
+            if 0 <= self._moment < number or (number == self._moment and not self._late):
+                raise Killed
+            call(*given)
+            if number == self._moment:
+                raise Killed
+
+        return guarded
+
+    def count(self, act: Callable[[], object]) -> int:
+        """How many such calls `act` makes."""
+        self.calls = 0
+        act()
+        return self.calls
+
+    @contextmanager
+    def dying(self, moment: int) -> Iterator[list[bool]]:
+        """Die at the call of that number. Yields a list that is not empty when it came to that."""
+        self.calls, self._moment = 0, moment
+        died: list[bool] = []
+        try:
+            yield died
+        except Killed:
+            died.append(True)
+        finally:
+            self._moment = -1

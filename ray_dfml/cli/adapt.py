@@ -5,15 +5,16 @@ from pathlib import Path
 import click
 
 from ray_dfml.cli import options
+from ray_dfml.files import Uri
 
 
 @click.command(epilog="\b\nExample:\n  ray-dfml adapt runs/free --support my_classes/ --query unsorted/ --json")
-@click.argument("run", type=options.PATH)
+@click.argument("run", type=options.PLACE)
 @click.option("--support", required=True, type=options.PATH, help="Folder of class folders, 1-5 images each.")
 @click.option("--query", required=True, type=options.PATH, help="Folder of images to name.")
 @click.option("--background", default="white", show_default=True, help="Colour that transparent parts are put on.")
 @options.as_json
-def adapt(run: Path, support: Path, query: Path, background: str, json_out: bool) -> None:
+def adapt(run: Path | Uri, support: Path, query: Path, background: str, json_out: bool) -> None:
     """Adapt the learner of RUN to your own classes and name the query images."""
     from ray_dfml.data.folders import read_folder
     from ray_dfml.learner import Learner

@@ -5,6 +5,7 @@ from pathlib import Path
 import click
 
 from ray_dfml.cli import options
+from ray_dfml.files import Uri
 
 EPILOG = """\b
 Example:
@@ -13,7 +14,7 @@ Example:
 
 
 @click.command(epilog=EPILOG)
-@click.argument("weights", metavar="RUN|WEIGHTS", type=options.PATH)
+@click.argument("weights", metavar="RUN|WEIGHTS", type=options.PLACE)
 @click.option("--data", "spec", required=True, metavar="SPEC", help="Real data.")
 @click.option("--split", type=click.Choice(["train", "val", "test"]), default="test", show_default=True)
 @click.option("--way", type=click.IntRange(min=2), help="Classes of an episode; default: the learner's.")
@@ -26,7 +27,7 @@ Example:
 @options.workers
 @click.option("--backend", type=click.Choice(["ray", "local"]), default="local", show_default=True)
 @options.as_json
-def evaluate(weights: Path, json_out: bool, **given: object) -> None:
+def evaluate(weights: Path | Uri, json_out: bool, **given: object) -> None:
     """Test a learner on real episodes, or students on all images of a split, and `random` beside them.
 
     Students are not adapted, so they take none of --way, --shot, --episodes, --bn and --seed.

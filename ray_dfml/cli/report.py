@@ -6,6 +6,7 @@ import click
 
 from ray_dfml.cli import options
 from ray_dfml.errors import UsageError
+from ray_dfml.files import Uri
 
 EPILOG = """\b
 Example:
@@ -14,10 +15,10 @@ Example:
 
 
 @click.command("report", epilog=EPILOG)
-@click.argument("runs", metavar="RUN...", nargs=-1, required=True, type=options.PATH)
+@click.argument("runs", metavar="RUN...", nargs=-1, required=True, type=options.PLACE)
 @click.option("--out", metavar="FILE", type=options.PATH, help="Write .md, .csv or .html; replaces FILE.")
 @options.as_json
-def report_runs(runs: tuple[Path, ...], out: Path | None, json_out: bool) -> None:
+def report_runs(runs: tuple[Path | Uri, ...], out: Path | None, json_out: bool) -> None:
     """Compare runs: accuracy, time, and the paired difference to the best baseline on the same episodes."""
     from ray_dfml.cli import tables
     from ray_dfml.compare import compare

@@ -9,6 +9,7 @@ import click
 from ray_dfml.cli import options
 from ray_dfml.config import PROFILES, RunConfig, presets, resolve
 from ray_dfml.errors import BudgetReached, NobodyLeft, UsageError
+from ray_dfml.files import Uri
 from ray_dfml.methods import METHODS
 
 EPILOG = """\b
@@ -24,7 +25,9 @@ Example:
 @click.option(
     "--data", "data", multiple=True, metavar="SPEC", help="Real data for validation and test only; repeatable."
 )
-@click.option("--run-dir", required=True, type=options.PATH, help="Run folder; must not exist.")
+@click.option(
+    "--run-dir", required=True, type=options.PLACE, help="Run folder, or its URI in an object store; must not exist."
+)
 @click.option("--profile", type=click.Choice(PROFILES), default="fixed", show_default=True)
 @click.option("--preset", type=click.Choice(list(presets())), help="Named settings.")
 @options.settings
@@ -49,8 +52,8 @@ Example:
 @options.as_json
 @click.pass_context
 def train(
-    ctx: click.Context, method: str, run_dir: Path, resume: bool, resume_or_start: bool, dry_run: bool, json_out: bool,
-    **given: Any,
+    ctx: click.Context, method: str, run_dir: Path | Uri, resume: bool, resume_or_start: bool, dry_run: bool,
+    json_out: bool, **given: Any,
 ) -> None:  # fmt: skip
     """Train METHOD on a pool of teachers. With --data, also validate and test, and score `random` beside it."""
     from ray_dfml.runtime.driver import Machine, read_inputs
@@ -88,20 +91,21 @@ def train(
     _show(run_dir, rows, json_out)
 
 
-def _kept(run_dir: Path, json_out: bool, run: Callable[[], list[dict[str, Any]]]) -> list[dict[str, Any]]:
+def _kept(run_dir: Path | Uri, json_out: bool, run: Callable[[], list[dict[str, Any]]]) -> list[dict[str, Any]]:
     """The scores of a run. What it kept is shown before an error goes on that ended it early."""
+    from ray_dfml.published import local
     from ray_dfml.runtime.rundir import RunFolder
 
     try:
         return run()
     except (BudgetReached, NobodyLeft):
-        folder = RunFolder(run_dir)
+        folder = RunFolder(local(run_dir))
         if folder.read_status().get("round"):
             _show(run_dir, folder.read_scores(), json_out)
         raise
 
 
-def _show(run_dir: Path, rows: list[dict[str, Any]], json_out: bool) -> None:
+def _show(run_dir: Path | Uri, rows: list[dict[str, Any]], json_out: bool) -> None:
     if json_out:
         options.print_json({"run": str(run_dir), "scores": rows})
     else:

@@ -15,7 +15,7 @@ from ray_dfml import report
 from ray_dfml.compare.entries import BASELINES as BASELINES
 from ray_dfml.compare.entries import FIELDS, Entry, entries_of, without_scores
 from ray_dfml.core.scoring import mean_ci95
-from ray_dfml.files import resolved
+from ray_dfml.files import Uri, located
 from ray_dfml.methods import CONTROL, UNTRAINED
 
 KEYS = (
@@ -44,12 +44,12 @@ class Comparison:
 _KINDS = {"runs": "run", "groups": "mean"}
 
 
-def compare(runs: Sequence[Path]) -> Comparison:
+def compare(runs: Sequence[Path | Uri]) -> Comparison:
     """Compare all scores of run folders. A folder named twice counts once.
 
     Raises UsageError for a folder that is no run, and RejectedError for a file that cannot be read.
     """
-    records = list({run.resolve(): report.read(run) for run in map(resolved, runs)}.values())
+    records = list({_name(run): report.read(run) for run in map(located, runs)}.values())
     entries = _once([entry for record in records for entry in entries_of(record)])
     sets: dict[tuple[str, ...], list[Entry]] = {}
     for entry in sorted(entries, key=_place):
@@ -61,6 +61,11 @@ def compare(runs: Sequence[Path]) -> Comparison:
         notes += [(i, remark) for remark in _left_out(members, entries)]
     rows += [without_scores(record) for record in records if not record.scores]
     return Comparison([{key: row.get(key) for key in KEYS} for row in rows], notes)
+
+
+def _name(run: Path | Uri) -> Path | Uri:
+    """By what a run is known that is named twice."""
+    return run.resolve() if isinstance(run, Path) else run
 
 
 def _once(entries: Sequence[Entry]) -> list[Entry]:

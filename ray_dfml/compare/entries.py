@@ -73,7 +73,7 @@ def _about(record: Record) -> dict[str, Any]:
         "recover_seconds": None if spent is None else round(float(spent.sum()), 3),
         "seconds": None if record.seconds is None else round(record.seconds, 3),
         "state": text(record.status.get("state", "unknown")),
-        "runs": [text(record.path)],
+        "runs": [text(record.place)],
     }
 
 
@@ -96,7 +96,7 @@ def entries_of(record: Record) -> list[Entry]:
         row |= {"eval_seed": eval_seed, "mean": number(score.get("mean")), "ci95": number(score.get("ci95"))}
         row["steps"] = _steps(record, method, str(score.get("selection")), data)
         where = (known, row["split"], row["way"], row["shot"], query, eval_seed, row["episodes"], row["bn"])
-        unknown = f"not recorded in {record.path.resolve()}"
+        unknown = f"not recorded in {record.where}"
         must = {"data", "query", "eval.seed"}
         named = [unknown if v is None and f in must else json.dumps(v) for f, v in zip(FIELDS, where, strict=True)]
         accuracies, flaw = _checked(row, pairs)
@@ -118,7 +118,7 @@ def _of_student(
     row |= dict.fromkeys(("way", "shot", "query", "eval_seed", "episodes"))
     row |= {"method": text(method), "data": data, "mean": number(score.get("mean")), "ci95": number(score.get("ci95"))}
     row["steps"] = []
-    here = f"not recorded in {record.path.resolve()}"
+    here = f"not recorded in {record.where}"
     where = [f"{known or here} of {_taught(record, method) or here}", str(row["split"]), "top-1"]
     where += ["top-1"] * 3 + [str(len(pairs)), str(row["bn"])]
     accuracies, flaw = _checked(row, pairs)

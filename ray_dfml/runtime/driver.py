@@ -148,7 +148,7 @@ def run(
         except KeyboardInterrupt:
             _note_interrupt(folder)
             raise Interrupted(
-                f"interrupted; continue with: ray-dfml train {config.name} --run-dir {folder.path} --resume"
+                f"interrupted; continue with: ray-dfml train {config.name} --run-dir {folder.place} --resume"
             ) from None
         except Exception as error:
             code = error.exit_code if isinstance(error, DfmlError) else DfmlError.exit_code
@@ -172,6 +172,7 @@ def _run(
     )  # fmt: skip
     for line in notes:
         progress.note(line)
+    folder.publish()
     session = machine.session(config, inputs, folder.path, cluster)
     if session.notes:
         folder.status(notes=[*notes, *session.notes])
@@ -191,6 +192,7 @@ def _run(
         if stopped is not None:
             _note_end(folder, done, stopped, progress)
         folder.status(state="testing")
+        folder.publish()
         progress.note("testing")
         try:
             left_out = session.call("rejected")
@@ -212,6 +214,8 @@ def _run(
         return rows
     except KeyboardInterrupt:
         _note_interrupt(folder)  # before what takes time: whoever stops a job gives it some seconds
+        if folder.remote:
+            folder.remote.publish_once()
         raise
     finally:
         progress.stop()
@@ -291,6 +295,7 @@ def _train(
         )  # fmt: skip
         if inputs.accounts.asked:
             folder.spent(session.spent())
+        folder.publish()
         progress.round(done.rounds, eta, row)
         if on_round is not None and not on_round(row):
             break

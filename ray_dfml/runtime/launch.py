@@ -1,18 +1,20 @@
 """Starts a run from a configuration, or continues one from its folder, for the command line and `ray_dfml.train`."""
 
 import json
+import socket
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ray_dfml import report
+from ray_dfml import published, report
 from ray_dfml.config import RunConfig, resolve, with_budget
 from ray_dfml.errors import BudgetReached, NobodyLeft, UsageError, first_of
-from ray_dfml.files import resolved
+from ray_dfml.files import Uri, located
 from ray_dfml.methods import METHODS
 from ray_dfml.runtime import driver, rundir
 from ray_dfml.runtime.driver import Machine, OnRound
 from ray_dfml.runtime.progress import Progress
+from ray_dfml.runtime.remote_run import check_ledger, working
 from ray_dfml.runtime.rundir import RunFolder
 
 if TYPE_CHECKING:
@@ -50,23 +52,25 @@ def train(
         pool=tuple(str(p) for p in pools),
         data=specs,
     )
-    return new_run(config, resolved(run_dir), Machine(backend=backend, workers=workers, job_seconds=job_seconds))
+    return new_run(config, located(run_dir), Machine(backend=backend, workers=workers, job_seconds=job_seconds))
 
 
 def new_run(
-    config: RunConfig, path: Path, machine: Machine, *, quiet: bool = False, cluster: "Cluster | None" = None
+    config: RunConfig, place: Path | Uri, machine: Machine, *, quiet: bool = False, cluster: "Cluster | None" = None
 ) -> list[dict[str, Any]]:
     """Make the run folder, train, test, and write the report. Returns the rows of `scores.json`.
 
-    With Ray the run uses `cluster`, or starts one. Raises UsageError if `path` exists.
+    With Ray the run uses `cluster`, or starts one. Raises UsageError if there is something at `place`.
     """
-    path = resolved(path)
-    if path.exists():
-        raise UsageError(f"{path}: exists already; add --resume to continue that run, or choose another --run-dir")
-    inputs = driver.read_inputs(config)
-    manifest = rundir.manifest(config, pools=inputs.pools, data=inputs.data)
-    folder = RunFolder.create(path, config, manifest)
-    return _finish(config, inputs, folder, machine, quiet, cluster)
+    with working(located(place), new=True) as (path, remote):
+        if path.exists():
+            raise UsageError(f"{path}: exists already; add --resume to continue that run, or choose another --run-dir")
+        inputs = driver.read_inputs(config)
+        manifest = rundir.manifest(config, pools=inputs.pools, data=inputs.data)
+        if remote:
+            manifest["scratch"] = {"host": socket.gethostname(), "folder": str(path)}
+        folder = RunFolder.create(path, config, manifest, remote)
+        return _finish(config, inputs, folder, machine, quiet, cluster)
 
 
 def train_only(config: RunConfig, path: Path, machine: Machine, on_round: OnRound, **origin: Any) -> None:
@@ -88,31 +92,35 @@ def train_only(config: RunConfig, path: Path, machine: Machine, on_round: OnRoun
 
 
 def continue_run(
-    path: Path, method: str, machine: Machine, *, budget: Sequence[str] = (), quiet: bool = False
+    place: Path | Uri, method: str, machine: Machine, *, budget: Sequence[str] = (), quiet: bool = False
 ) -> list[dict[str, Any]]:
     """Continue a run from its last checkpoint, with its own configuration, on any machine.
 
     `budget` are changes of its budgets, such as `budget.queries=20000`, which are written to `config.yaml`. A run that
     is done stays as it is, unless a service was away and its student has rounds to come. Raises UsageError if there is
-    no such run, or if its pool or data have changed.
+    no such run, if its pool or data have changed, or if it is in an object store, asks services, and its ledger is
+    elsewhere.
     """
-    path = resolved(path)
-    folder = RunFolder.open(path)
-    config = folder.config()
-    if config.name != method:
-        raise UsageError(f"{path}: is a run of {config.name}, not of {method}")
-    changed = with_budget(config, budget)
-    status = folder.read_status()
-    if status.get("state") == "done" and not status.get("behind"):
-        if not (path / "report.html").exists():
-            report.write(path)
-        return folder.read_scores()
-    config, before = changed, config
-    inputs = driver.read_inputs(config)
-    _check_unchanged(folder, inputs)
-    if config != before:
-        folder.change_budget(config)
-    return _finish(config, inputs, folder, machine, quiet)
+    with working(located(place), new=False) as (path, remote):
+        folder = RunFolder.open(path, remote)
+        config = folder.config()
+        if config.name != method:
+            raise UsageError(f"{place}: is a run of {config.name}, not of {method}")
+        changed = with_budget(config, budget)
+        status = folder.read_status()
+        if status.get("state") == "done" and not status.get("behind"):
+            if not (path / "report.html").exists():
+                report.write(path)
+                folder.publish()
+            return folder.read_scores()
+        config, before = changed, config
+        inputs = driver.read_inputs(config)
+        _check_unchanged(folder, inputs)
+        if remote and inputs.accounts.asked:
+            check_ledger(path, folder.manifest().get("scratch"))
+        if config != before:
+            folder.change_budget(config)
+        return _finish(config, inputs, folder, machine, quiet)
 
 
 def _check_unchanged(folder: RunFolder, inputs: driver.Inputs) -> None:
@@ -121,25 +129,25 @@ def _check_unchanged(folder: RunFolder, inputs: driver.Inputs) -> None:
     for kind, now in (("pool", inputs.pools), ("data", inputs.data)):
         for then, one in zip(began[kind], now, strict=True):
             if then != one:
-                raise UsageError(f"{folder.path}: the {kind} has changed since the run began ({one}); start a new run")
+                raise UsageError(f"{folder.place}: the {kind} has changed since the run began ({one}); start a new run")
 
 
-def start_or_continue(config: RunConfig, path: Path, machine: Machine) -> list[dict[str, Any]]:
-    """Continue the run in `path` if there is one, else start it there. So one command may be given any number of times.
+def start_or_continue(config: RunConfig, place: Path | Uri, machine: Machine) -> list[dict[str, Any]]:
+    """Continue the run at `place` if there is one, else start it there. So a command may be given any number of times.
 
     The settings must be those that the run began with, but for its budgets, which are taken from `config`. Raises
-    UsageError otherwise, or if `path` is no run folder.
+    UsageError otherwise, or if `place` is no run folder.
     """
-    path = resolved(path)
-    if not path.exists():
-        return new_run(config, path, machine)
-    began = RunFolder.open(path).config()
+    place = located(place)
+    if not (published.exists(place) if isinstance(place, Uri) else place.exists()):
+        return new_run(config, place, machine)
+    began = RunFolder.open(published.local(place)).config()
     if config.name == began.name:
         differs = first_difference(began.model_dump(mode="json"), config.model_dump(mode="json"))
         if differs:
-            raise UsageError(f"{path}: is a run with another {differs}; give its own settings, or another --run-dir")
+            raise UsageError(f"{place}: is a run with another {differs}; give its own settings, or another --run-dir")
     budget = [f"budget.{key}={json.dumps(value)}" for key, value in config.model_dump(mode="json")["budget"].items()]
-    return continue_run(path, config.name, machine, budget=budget)
+    return continue_run(place, config.name, machine, budget=budget)
 
 
 def first_difference(one: Any, other: Any, key: str = "") -> str:
@@ -158,12 +166,15 @@ def _finish(
     progress = Progress(METHODS[config.name].shown, quiet=quiet)
     for line in left_out(inputs.rejected, len(inputs.world.cards)):
         progress.note(line)
+    if folder.remote and inputs.accounts.asked:
+        progress.note(f"the ledger of this run stays on this machine, so it can go on here alone: {folder.path}")
     try:
         rows = driver.run(config, inputs, folder, machine, progress, cluster)
     except (BudgetReached, NobodyLeft):
         report.write(folder.path)
         raise
     report.write(folder.path)
+    folder.publish()
     status = folder.read_status()
     rejected, behind = status.get("rejected", {}), status.get("behind", [])
     for line in left_out(rejected, len(inputs.world.cards) + len(inputs.rejected) - len(rejected)):

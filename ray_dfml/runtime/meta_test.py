@@ -8,10 +8,11 @@ from typing import Any
 
 import numpy as np
 
+from ray_dfml import published
 from ray_dfml.data import datasets
 from ray_dfml.errors import RejectedError, UsageError
 from ray_dfml.evaluate import EvalConfig
-from ray_dfml.files import resolved
+from ray_dfml.files import Uri, located
 from ray_dfml.learner import Learner
 from ray_dfml.methods import UNTRAINED
 from ray_dfml.methods.base import World
@@ -30,7 +31,7 @@ readings = ("finetune",)
 
 
 def meta_test(
-    weights: Path, *, spec: str, split: str, way: int | None, shots: Sequence[int], episodes: int, bn: str | None,
+    weights: Path | Uri, *, spec: str, split: str, way: int | None, shots: Sequence[int], episodes: int, bn: str | None,
     seed: int, workers: int, backend: str,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Test a learner, or students (`top1_test`), which have no episodes. Returns rows as in `scores.json`.
@@ -40,7 +41,8 @@ def meta_test(
     learner's, and a line says so. Raises UsageError if the channels of the data or `way` do not fit the learner.
     """
     progress = Progress()
-    students = of_run(resolved(weights))
+    weights = published.local(located(weights))
+    students = of_run(weights)
     if students:
         shards = workers if backend == "ray" else 1
         with _shards(backend, workers) as here:

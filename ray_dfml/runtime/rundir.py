@@ -29,6 +29,7 @@ from ray_dfml.errors import RejectedError, UsageError
 from ray_dfml.files import naming
 from ray_dfml.runtime.accounts import EXPORTED, spending
 from ray_dfml.runtime.learning import CHECKPOINTS
+from ray_dfml.runtime.remote_run import Remote
 from ray_dfml.runtime.shard import accelerators
 from ray_dfml.scores import as_row
 from ray_dfml.types import Score, Spent
@@ -42,12 +43,24 @@ def write_text(path: Path, text: str) -> None:
 class RunFolder:
     """Reads and writes one run folder."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, remote: Remote | None = None) -> None:
+        """`remote` publishes the folder, if it is the scratch folder of a run in an object store."""
+        self.path, self.remote = path, remote
+        self.place = remote.uri if remote else path
         self._began = time.time()
 
+    def publish(self) -> None:
+        """Let readers of an object store see the folder as it is now; for a run on a disk they do already.
+
+        Raises ResourceError if the store refuses.
+        """
+        if self.remote:
+            self.remote.publish()
+
     @classmethod
-    def create(cls, path: Path, config: RunConfig, manifest: Mapping[str, Any]) -> "RunFolder":
+    def create(
+        cls, path: Path, config: RunConfig, manifest: Mapping[str, Any], remote: Remote | None = None
+    ) -> "RunFolder":  # fmt: skip
         """Make a new run folder with configuration and manifest. Raises UsageError if `path` exists."""
         if path.exists():
             raise UsageError(f"{path}: exists already; add --resume to continue that run, or choose another --run-dir")
@@ -70,14 +83,16 @@ class RunFolder:
             raise
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
-        return cls(path)
+        return cls(path, remote)
 
     @classmethod
-    def open(cls, path: Path) -> "RunFolder":
+    def open(cls, path: Path, remote: Remote | None = None) -> "RunFolder":
         """Open an existing run folder. Raises UsageError if there is none."""
         if not (path / "config.yaml").is_file():
             raise UsageError(f"{path}: not a run folder (no config.yaml); start a run without --resume")
-        return cls(path)
+        if remote:
+            (path / CHECKPOINTS).mkdir(exist_ok=True)  # object stores have no empty folders
+        return cls(path, remote)
 
     @contextmanager
     def locked(self) -> Iterator[None]:

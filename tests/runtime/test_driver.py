@@ -27,6 +27,8 @@ class Dying:
     """A session whose learner dies in round `last`, each time; `starts` are the rounds that were done when it was
     started."""
 
+    notes = ()
+
     def __init__(self, last: int) -> None:
         self.last = last
         self.starts: list[Any] = []
