@@ -2,6 +2,7 @@
 
 import datetime
 import time
+from collections.abc import Callable
 from typing import Any
 
 from ray_dfml.methods import METHODS
@@ -28,13 +29,17 @@ def summary(folder: RunFolder) -> list[str]:
     return lines + _remarks(status) + _last(status)
 
 
-def follow(folder: RunFolder) -> int:
-    """Show each round of a run as it ends, until the run is over. Returns its exit code."""
+def follow(folder: RunFolder, refresh: Callable[[], object] = lambda: None) -> int:
+    """Show each round of a run as it ends, until the run is over. Returns its exit code.
+
+    `refresh` brings a folder that is a copy up to date.
+    """
     progress = Progress(METHODS[folder.config().name].shown)
     said: set[str] = set()
     shown: int | None = None
     try:
         while True:
+            refresh()
             status = folder.read_status()  # before the rounds, so that none is missed when the run is over
             rows = folder.rows()
             for line in [line for line in _remarks(status) + _last(status) if line not in said]:

@@ -107,6 +107,10 @@ def test_a_run_is_read_by_its_uri(
     assert {run for row in shown["runs"] for run in row["runs"]} == {uri}
     tested = command("evaluate", uri, "--data", toy_data, "--shot", 1, "--episodes", 2, "--json")
     assert [row["method"] for row in json.loads(tested.out)] == ["free", "random"]
+    done = command("status", uri, "--json")
+    assert json.loads(done.out)["status"] == toy.status(on_disk)
+    followed = command("status", uri, "--follow")
+    assert (followed.code, f"run: {uri}" in followed.out, "3/3" in followed.err) == (0, True, True)
     done = command("train", "free", "--run-dir", uri, "--resume", "--backend", "local", "--json")
     assert json.loads(done.out) == {"run": uri, "scores": json.loads((on_disk / "scores.json").read_text())}
     again = command("train", "free", "--pool", "x", "--run-dir", uri, "--backend", "local")
