@@ -162,7 +162,7 @@ def main() -> int:
     steps, folder = Steps(), Path(tempfile.mkdtemp(prefix="ray-dfml-job-"))
     run, pool = folder / "runs" / "glyphs-1", folder / "pools" / "glyphs"
     words = ["train", "free", "--pool", pool, "--data", "glyphs", "--set", f"method.rounds={options.rounds}"]
-    words += ["--set", "eval.episodes=100", "--seed", 1]
+    words += ["--preset", "quickstart", "--set", "eval.episodes=100", "--seed", 1]
     job = [*words, "--run-dir", run, "--workers", options.workers]
     with head(options.workers) as one:
         steps.done("head with a token is up")

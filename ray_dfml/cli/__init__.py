@@ -26,6 +26,7 @@ COMMANDS = {
     "adapt": ("ray_dfml.cli.adapt", "adapt"),
     "tune": ("ray_dfml.cli.tune", "tune"),
     "serve": ("ray_dfml.cli.serve", "serve"),
+    "check": ("ray_dfml.cli.check", "check"),
     "status": ("ray_dfml.cli.status", "status"),
     "report": ("ray_dfml.cli.report", "report_runs"),
 }

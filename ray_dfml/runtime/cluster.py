@@ -1,6 +1,6 @@
 """Ray: the connection to it, the shard actors, and the learner actor.
 
-Only this module, `dispatch`, `ray_gateway` and `ray_teachers` use Ray.
+Only this module, `preflight`, `dispatch`, `ray_gateway` and `ray_teachers` use Ray.
 
 Shards and the learner are plain classes, which are wrapped as actors here. The driver owns the shards and the arrays of
 the pool, so that they outlive a learner that dies. The learner sends jobs to the shards.
@@ -12,6 +12,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
@@ -22,8 +23,9 @@ from typing import Any
 import torch
 
 from ray_dfml.errors import LearnerLost, ResourceError
+from ray_dfml.files import Uri
 from ray_dfml.methods.base import World
-from ray_dfml.runtime import host
+from ray_dfml.runtime import host, preflight
 from ray_dfml.runtime.accounts import EXPORTED, Accounts
 from ray_dfml.runtime.asking import Desk
 from ray_dfml.runtime.dispatch import RayBackend, ShardActor, cause
@@ -32,6 +34,7 @@ from ray_dfml.runtime.learning import CHECKPOINTS, Done, Learning
 from ray_dfml.runtime.local import no_teachers
 from ray_dfml.runtime.ray_environment import IMPORTED_BEFORE, OnNode, exceptions, ray
 from ray_dfml.runtime.ray_gateway import RayGateway
+from ray_dfml.runtime.ray_metrics import RunMetrics
 from ray_dfml.runtime.ray_teachers import PoolStore, seen_by, through_here
 from ray_dfml.runtime.shard import LoadWeights, pick_device, pin
 from ray_dfml.types import Labelled, Spent
@@ -97,6 +100,32 @@ def store_size(wanted: int) -> int:
     what it cannot hold.
     """
     return max(min(wanted, 3 * host.memory() // 10, 9 * host.shared_memory() // 10), LEAST_STORE_BYTES)
+
+
+def examine(
+    *, workers: int, gpus_per_worker: float, storage: Path | Uri | None, seconds: float
+) -> list[preflight.Finding]:  # fmt: skip
+    """Join a cluster, or start a private one, and look whether it is fit for a run of so many shards.
+
+    Room for the shards is waited for up to `seconds`, since nodes may be on their way. Raises ResourceError if there
+    is no cluster.
+    """
+    connected, until = connect(0, 0.0), time.monotonic() + seconds
+    try:
+        while True:
+            try:
+                _check_size(workers, gpus_per_worker, 0.0)
+                room = preflight.Finding("resources", True, f"room for {workers} shards")
+                break
+            except ResourceError as error:
+                room = preflight.Finding("resources", False, str(error))
+                if time.monotonic() >= until:
+                    break
+                time.sleep(1.0)
+        return [room, *preflight.examine(storage)]
+    finally:
+        if connected:
+            ray.shutdown()
 
 
 def _check_size(workers: int, gpus_per_worker: float, gpus_per_learner: float) -> None:
@@ -189,6 +218,9 @@ class Cluster:
     def __enter__(self) -> "Cluster":
         try:
             self._connected = connect(self._workers, self._gpus, self.gpus_per_learner, store_bytes=self._store_bytes)
+            if self._connected and os.environ.get("RAY_ADDRESS"):
+                for warning in preflight.require():
+                    print(f"warning: {warning.text}", file=sys.stderr)
             self.shards = start_shards(workers=self._workers, gpus_per_worker=self._gpus)
         except BaseException:
             self.close()
@@ -269,6 +301,7 @@ class RaySession:
         if self._own:
             cluster.__enter__()
         try:
+            self._metrics = RunMetrics(folder.name)
             if accounts.asked:
                 self._gateway = RayGateway.start(accounts, folder, _node())
             desk = Desk(self._gateway, accounts.by_id) if self._gateway else None
@@ -311,14 +344,18 @@ class RaySession:
 
     def save(self, rounds: int, row: dict[str, Any]) -> Done:
         """See `Learning.save`. Raises LearnerLost if the actor died."""
-        return self._ask("save", rounds, row)
+        done: Done = self._ask("save", rounds, row)
+        self._metrics.round(rounds, row, len(done.rejected))
+        return done
 
     def spent(self) -> dict[str, Spent]:
         """See `Session.spent`."""
         if self._gateway is None:
             return {}
         self._gateway.export(self._folder / EXPORTED)
-        return self._gateway.totals()
+        totals = self._gateway.totals()
+        self._metrics.spent(totals)
+        return totals
 
     def _ask(self, verb: str, *args: Any) -> Any:
         try:

@@ -19,6 +19,7 @@ from ray_dfml.files import Uri
 from ray_dfml.runtime import balance
 from ray_dfml.runtime.local import no_teachers
 from ray_dfml.runtime.ray_environment import exceptions, ray
+from ray_dfml.runtime.ray_metrics import waiting
 from ray_dfml.runtime.shard import CACHE_BYTES, Shard
 from ray_dfml.types import Arrays, Job
 
@@ -180,6 +181,7 @@ class _Dispatch:
                 ref = self._backend.shards[i].run_for.remote([self._backend.load], self._op, list(chunk), self._shared)
                 self._flying[ref] = (i, chunk)
                 queue.append(ref)
+        waiting(self._op, sum(map(len, self._waiting)))
 
     def _wake(self, i: int) -> None:
         self._backend.waking.add(i)

@@ -26,6 +26,7 @@ if not IMPORTED_BEFORE:
 
 import ray  # noqa: E402
 from ray import exceptions  # noqa: E402
+from ray.util.metrics import Gauge  # noqa: E402
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy as OnNode  # noqa: E402
 
-__all__ = ["IMPORTED_BEFORE", "OnNode", "exceptions", "ray"]
+__all__ = ["IMPORTED_BEFORE", "Gauge", "OnNode", "exceptions", "ray"]

@@ -1,6 +1,9 @@
 """The files of `cluster/`, checked without a cloud: by Ray's own checks, and by closed schemas of Kubernetes' kinds."""
 
+import json
 import re
+import shutil
+import subprocess
 import tomllib
 from collections.abc import Iterator
 from copy import deepcopy
@@ -56,7 +59,7 @@ def pods() -> Iterator[dict[str, Any]]:
 
 
 def test_nothing_else_is_here() -> None:
-    other = {"Dockerfile", "README.md", "requirements.lock", "submit.py"}
+    other = {"Dockerfile", "README.md", "requirements.lock", "submit.py", "grafana.json"}
     assert {path.name for path in CLUSTER.iterdir() if path.suffix != ".pyc"} - {"__pycache__"} == {
         *RAY_UP, *KUBERAY, *other,
     }  # fmt: skip
@@ -191,6 +194,32 @@ def test_rays_version_is_the_same_everywhere() -> None:
     assert {name: set(found) for name, found in named.items() if name != "kuberay-base.yaml"} == {
         path.name: {version} for path in files if path.name != "kuberay-base.yaml"
     }
+
+
+PANELS = json.loads((CLUSTER / "grafana.json").read_text())["panels"]
+EXPRESSIONS = {panel["title"]: target["expr"] for panel in PANELS for target in panel["targets"]}
+
+
+def test_the_dashboard_shows_every_metric_and_no_other() -> None:
+    source = (ROOT / "ray_dfml" / "runtime" / "ray_metrics.py").read_text()
+    published = {f"ray_{name}" for name in re.findall(r'Gauge\(\s*"(\w+)"', source)}
+    shown = {name for expression in EXPRESSIONS.values() for name in re.findall(r"ray_dfml_\w+", expression)}
+    assert len(published) == 7
+    assert shown == published
+
+
+def test_promtool_takes_every_expression(tmp_path: Path) -> None:
+    """Each panel's expression becomes a recording rule, with Grafana's variables filled in."""
+    promtool = shutil.which("promtool")
+    if promtool is None:
+        pytest.skip("no promtool: put Prometheus on the PATH, such as Debian's package")
+    filled = [expression.replace("$run", ".*") for expression in EXPRESSIONS.values()]
+    rules = [{"record": f"panel:{i}", "expr": expression} for i, expression in enumerate(filled)]
+    for name, wrong, code in (("good", [], 0), ("bad", [{"record": "panel:bad", "expr": "sum by ("}], 1)):
+        file = tmp_path / f"{name}.yaml"
+        file.write_text(yaml.safe_dump({"groups": [{"name": "panels", "rules": rules + wrong}]}))
+        done = subprocess.run([promtool, "check", "rules", str(file)], capture_output=True, text=True, check=False)
+        assert done.returncode == code, done.stdout + done.stderr
 
 
 def test_the_image_has_what_is_copied_into_it() -> None:
