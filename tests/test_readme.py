@@ -29,7 +29,7 @@ README = (ROOT / "README.md").read_text("utf-8")
 PAGES = (
     "README.md", "docs/architecture.md", "docs/inputs.md", "docs/methods.md", "docs/methods_purer_bidf.md",
     "docs/methods_black_box.md",
-    "docs/methods_ideal.md", "docs/services.md", "docs/storage.md",
+    "docs/methods_ideal.md", "docs/services.md", "docs/storage.md", "docs/sweeps.md",
     "docs/CHANGELOG.md", "docs/own_models.md", "docs/training.md",
     "docs/run_folder.md", "docs/cluster.md", "docs/results.md", "docs/SECURITY.md", "docs/CONTRIBUTING.md",
     "cluster/README.md",

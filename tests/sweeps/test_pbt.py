@@ -1,7 +1,6 @@
 """Population-based training: who takes over from whom, with which settings, and from which state. No Ray."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,6 +12,7 @@ from ray_dfml.sweeps import pbt, plan, spec, trial
 from ray_dfml.sweeps.space import Axis
 from ray_dfml.sweeps.trial import Task
 from tests.runtime import toy
+from tests.sweeps.conftest import SweepFile
 
 AXES = [
     Axis("a", "uniform", (0.0, 1.0)), Axis("b", "loguniform", (1e-4, 1e-1)), Axis("c", "randint", (1, 20)),
@@ -71,7 +71,7 @@ def test_boundaries() -> None:
 
 
 def test_a_member_goes_on_from_the_state_of_a_better_one(
-    tmp_path: Path, sweep_file: Callable[..., Path], toy_pool: Path, free_run: Path
+    tmp_path: Path, sweep_file: SweepFile, toy_pool: Path, free_run: Path
 ) -> None:
     """In a folder of its own, with the better one's checkpoint and metrics, and it trains on to the end.
 
@@ -127,9 +127,7 @@ FAULTS = [
 
 
 @pytest.mark.parametrize(("changes", "said"), FAULTS)
-def test_a_population_that_cannot_exchange(
-    sweep_file: Callable[..., Path], changes: dict, said: str, toy_pool: Path
-) -> None:
+def test_a_population_that_cannot_exchange(sweep_file: SweepFile, changes: dict, said: str, toy_pool: Path) -> None:
     sweep = spec.read(sweep_file(**{"scheduler": {"type": "pbt", "interval": 2}} | changes))
     sweep.set["method"].pop("width", None)
     trials = plan.trials(sweep, [str(toy_pool)])

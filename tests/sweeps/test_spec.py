@@ -1,10 +1,13 @@
 """The file of a sweep, its space, and the trials that are planned from it. No Ray."""
 
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from ray_dfml import yaml_text
+from ray_dfml.config import ChoiceConfig
 from ray_dfml.errors import UsageError
 from ray_dfml.sweeps import plan, spec
 from ray_dfml.sweeps.space import Axis, axes_of, points
@@ -99,6 +102,19 @@ def test_a_fault_is_named_before_anything_runs(changes: dict[str, Any], said: st
     with pytest.raises(UsageError, match=said) as error:
         plan.trials(sweep(**{"space": {"method": {"steps": {"grid": [1, 2]}}}} | changes), ["p"])
     assert "\n" not in str(error.value)
+
+
+PAGE = (Path(__file__).parent.parent.parent / "docs" / "sweeps.md").read_text("utf-8")
+
+
+def test_the_page_has_a_sweep_that_can_be_planned_and_names_all_settings_of_pools() -> None:
+    (text,) = re.findall(r"^```yaml\n(.*?)^```", PAGE, flags=re.M | re.S)
+    sweep_of_page = spec.build(yaml_text.load(text), "docs/sweeps.md")
+    assert len(plan.trials(sweep_of_page.model_copy(update={"data": ()}), ["p"])) == 4 * 10 * 3
+    assert set(re.findall(r"^\| `pool\.(\w+)`", PAGE, flags=re.M)) == set(ChoiceConfig.model_fields)
+    recipe = re.search(r"recipe such as (\{.*\})", text)
+    assert recipe
+    assert spec.PoolRecipe.model_validate(yaml_text.load(recipe[1]))
 
 
 SMALL = """
