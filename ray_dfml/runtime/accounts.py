@@ -8,8 +8,8 @@ from typing import Any
 from ray_dfml.data.services import Asked, Budget
 from ray_dfml.errors import UsageError
 from ray_dfml.services.budgets import exact
-from ray_dfml.services.client import missing_keys
 from ray_dfml.services.gateway import Gateway
+from ray_dfml.services.keys import missing_keys
 from ray_dfml.services.ledger import Ledger
 from ray_dfml.types import Spent
 

@@ -6,13 +6,14 @@ request is made, and stands in no message.
 """
 
 import asyncio
+import contextlib
 import email.utils
 import logging
 import math
 import os
 import random
 import time
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from typing import NamedTuple, Protocol, TypeVar
 from urllib.parse import urlsplit
 
@@ -22,10 +23,11 @@ import orjson
 import tenacity
 
 from ray_dfml.data.services import KEY, Api, Asked
-from ray_dfml.errors import RejectedError, ServiceAway, UsageError
+from ray_dfml.errors import Interrupted, RejectedError, ServiceAway
 from ray_dfml.files import shown
 from ray_dfml.services.adapters import Oip, Request, adapter
 from ray_dfml.services.checks import BadAnswer, Unreadable
+from ray_dfml.services.keys import hidden, key_of, starred
 from ray_dfml.services.pace import Pace
 
 TRIES = 3
@@ -94,18 +96,6 @@ def session() -> aiohttp.ClientSession:
     return aiohttp.ClientSession(connector=connector, cookie_jar=aiohttp.DummyCookieJar())
 
 
-def key_of(asked: Asked) -> str | None:
-    """The key of a service; None if it takes none. Raises UsageError, which names the variable, if it is missing."""
-    name = asked.api.key_env if asked.api else None
-    if name is None:
-        return None
-    key = os.environ.get(name, "")
-    if not key or not key.isascii() or not key.isprintable() or key != key.strip():
-        fault = "holds spaces at its ends, a line break, or no ASCII" if key else "is not set"
-        raise UsageError(f"{asked.card.id}: the environment variable {name} {fault}; it must hold the key")
-    return key
-
-
 def retry_after(headers: Mapping[str, str], now: float) -> float | None:
     """Seconds that an answer asks to wait: `retry-after-ms`, or `Retry-After` as seconds or a date. At most 300.
 
@@ -151,6 +141,8 @@ class Client:
         """Whether the service has answered once; the first request holds one image."""
         self.first = asyncio.Lock()
         """Held while the first request is made."""
+        self.closing = asyncio.Event()
+        """Set when the gateway closes: what only waits ends at once."""
         self._asked, self._id, self._api = asked, asked.card.id, asked.api
         self._connections, self._patience, self._tries = connections, patience, tries
         self._slots = asyncio.Semaphore(self.concurrency)
@@ -172,8 +164,9 @@ class Client:
         if not isinstance(self.adapter, Oip):
             return
         request = Request(self.adapter.metadata_path, {}, b"")
-        found = await self._repeated(lambda number: self._once("GET", request, number))
-        self.adapter.describe(found.body)
+        with self._discreet():
+            found = await self._repeated(lambda number: self._once("GET", request, number))
+            self.adapter.describe(found.body)
 
     async def answers(self, images: np.ndarray, id: str, attempts: Attempts) -> np.ndarray:
         """The answers to a batch [n c h w]; `id` names the batch in all its attempts.
@@ -184,7 +177,8 @@ class Client:
         key_of(self._asked)
         if isinstance(self.adapter, Oip) and (self.adapter.input is None or self.adapter.datatype is None):
             await self.describe()
-        found = await self._repeated(lambda number: self._attempt(images, id, number, attempts))
+        with self._discreet():
+            found = await self._repeated(lambda number: self._attempt(images, id, number, attempts))
         self.proven = True
         return found
 
@@ -209,11 +203,12 @@ class Client:
         def say(state: tenacity.RetryCallState) -> None:
             error = state.outcome and state.outcome.exception()
             again = f"; trying again in {wait(state):.1f} s" if wait(state) else ""
-            _LOG.warning("%s: %s%s", self._id, error, again)
+            _LOG.warning("%s: %s%s", self._id, hidden(str(error), self._asked), again)
 
         retrying = tenacity.AsyncRetrying(
-            retry=tenacity.retry_if_exception_type(_Again), stop=stop, wait=wait, before_sleep=say, reraise=True
-        )
+            retry=tenacity.retry_if_exception_type(_Again), stop=stop, wait=wait, before_sleep=say, reraise=True,
+            sleep=self._pause,
+        )  # fmt: skip
         try:
             async for attempt in retrying:
                 with attempt:
@@ -222,6 +217,22 @@ class Client:
             kind = RejectedError if isinstance(error, _Useless) else ServiceAway
             raise kind(f"{self._id}: {error}") from None
         raise AssertionError("tenacity returns or raises")
+
+    async def _pause(self, seconds: float) -> None:
+        """Wait, but not longer than until the gateway closes. Raises Interrupted then."""
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self.closing.wait(), seconds)
+        if self.closing.is_set():
+            raise Interrupted(f"{self._id}: the run ends; what was answered is kept")
+
+    @contextlib.contextmanager
+    def _discreet(self) -> Iterator[None]:
+        """Let no error hold the key, which a server may have repeated anywhere."""
+        try:
+            yield
+        except RejectedError as error:
+            kind = ServiceAway if isinstance(error, ServiceAway) else RejectedError
+            raise kind(hidden(str(error), self._asked)) from None
 
     async def _attempt(self, images: np.ndarray, id: str, number: int, attempts: Attempts) -> np.ndarray:
         trying = isinstance(self.adapter, Oip) and self.adapter.binary is None
@@ -249,8 +260,8 @@ class Client:
     async def _turn(self, images: int) -> None:
         """Wait while the service asked for quiet, and for the pace."""
         while wait := self._pace.wait():
-            await asyncio.sleep(wait)
-        await asyncio.sleep(self._pace.take(images))
+            await self._pause(wait)
+        await self._pause(self._pace.take(images))
 
     async def _once(
         self, method: str, request: Request, number: int, images: int = 0, attempts: Attempts | None = None
@@ -287,7 +298,7 @@ class Client:
                 body += part
                 if len(body) > ANSWER_BYTES:
                     raise RejectedError(f"{self._id}: answers more than {ANSWER_BYTES >> 20} MiB")
-            return _Reply(response.status, response.headers, bytes(body))
+            return _Reply(response.status, response.headers, starred(bytes(body), self._asked))
 
     def _headers(self, request: Request) -> dict[str, str]:
         key = key_of(self._asked)
@@ -331,8 +342,7 @@ class Client:
             case 413:
                 return f"a batch is too large (413); lower api.batch, now {api.batch}"
             case status if 300 <= status < 400:
-                to = urlsplit(reply.headers.get("Location", ""))
-                target = shown(f"{to.scheme}://{to.netloc.rpartition('@')[2]}")[:200] if to.netloc else "another path"
+                target = _target(hidden(reply.headers.get("Location", ""), self._asked))
                 return f"answers with a redirect to {target}, which is not followed; write the final address as the url"
             case status:
                 return f"refuses the request with status {status}"
@@ -345,10 +355,17 @@ class Client:
             return ""
         known = found if isinstance(found, dict) else {}
         said = next((known[name] for name in ("error", "detail", "message") if name in known), "")
-        text = said if isinstance(said, str) else orjson.dumps(said).decode()
-        if key := key_of(self._asked):
-            text = text.replace(key, "[key]")
+        text = hidden(said if isinstance(said, str) else orjson.dumps(said).decode(), self._asked)
         return f": {shown(text[:200])}" if text else ""
+
+
+def _target(location: str) -> str:
+    """Scheme and host of a redirect, which may be anything."""
+    try:
+        to = urlsplit(location.replace("[key]", "key-hidden"))
+    except ValueError:
+        return "no address"
+    return shown(f"{to.scheme}://{to.netloc.rpartition('@')[2]}")[:200] if to.netloc else "another path"
 
 
 def _why(error: aiohttp.ClientConnectorError) -> str:
@@ -359,14 +376,3 @@ def _why(error: aiohttp.ClientConnectorError) -> str:
 def _backoff(number: int) -> float:
     """Seconds to wait after attempt `number`, drawn so that clients do not come back together."""
     return random.uniform(0.5, 1.0) * min(60.0, FIRST_WAIT * 2.0 ** min(number - 1, 16))
-
-
-def missing_keys(asked: Iterable[Asked]) -> list[str]:
-    """A line for each service whose key is not in the environment."""
-    lines = []
-    for one in asked:
-        try:
-            key_of(one)
-        except UsageError as error:
-            lines.append(str(error))
-    return lines

@@ -209,6 +209,8 @@ class Gateway:
         self._end()
 
     async def _land(self) -> None:
+        for client in self._clients.values():
+            client.closing.set()
         others = asyncio.all_tasks() - {asyncio.current_task()}
         if others:
             _, late = await asyncio.wait(others, timeout=GRACE)
