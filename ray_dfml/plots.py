@@ -41,7 +41,7 @@ VALIDATION = Panel(
     "Validation accuracy", "%", "Accuracy on validation episodes of the largest shot; the best weights are kept.",
     {"validation": "validation"},
 )  # fmt: skip
-"""The panel that every run has; methods bring further ones."""
+"""The panel of every run whose method has no own one of the validation; methods bring further ones."""
 
 
 def number(value: object) -> float | None:
@@ -49,14 +49,15 @@ def number(value: object) -> float | None:
     return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
 
 
-def series(metrics: Sequence[Mapping[str, Any]], key: str) -> tuple[np.ndarray, np.ndarray]:
-    """The rounds [m] in which a metric is a finite number, and its values [m] there."""
-    pairs = [(row["round"], value) for row in metrics if (value := number(row.get(key))) is not None]
-    return np.array([r for r, _ in pairs], dtype=float), np.array([v for _, v in pairs], dtype=float)
+def series(metrics: Sequence[Mapping[str, Any]], key: str, over: str = "round") -> tuple[np.ndarray, np.ndarray]:
+    """The values [m] of `over`, and of a metric [m], of the rounds in which both are finite numbers."""
+    found = [(number(row.get(over)), number(row.get(key))) for row in metrics]
+    pairs = [(x, y) for x, y in found if x is not None and y is not None]
+    return np.array([x for x, _ in pairs], dtype=float), np.array([y for _, y in pairs], dtype=float)
 
 
 def _line_panel(panel: Panel, metrics: Sequence[Mapping[str, Any]]) -> Callable[[Axes], None] | None:
-    found = [(legend, *series(metrics, key)) for key, legend in panel.series.items()]
+    found = [(legend, *series(metrics, key, panel.over)) for key, legend in panel.series.items()]
     found = [(legend, x, y) for legend, x, y in found if len(x)]
     if not found:
         return None
@@ -136,11 +137,12 @@ def svg(
     return Markup(text.replace("<svg ", f'<svg role="img" aria-label="{html.escape(label)}" ', 1))
 
 
-def _over_rounds(plot: Callable[[Axes], None]) -> Callable[[Axes], None]:
+def _over(over: str, plot: Callable[[Axes], None]) -> Callable[[Axes], None]:
     def draw(axes: Axes) -> None:
         plot(axes)
-        axes.set_xlabel("round")
+        axes.set_xlabel(over)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
         axes.margins(x=0.02)
 
     return draw
@@ -152,10 +154,12 @@ def draw(metrics: Sequence[Mapping[str, Any]], panels: Sequence[Panel]) -> list[
     Each is a dict of `title`, `about` and `svg`.
     """
     about = "Seconds of each round; with many rounds, means of neighbours."
-    drawn = [(panel.title, panel.about, _line_panel(panel, metrics)) for panel in (VALIDATION, *panels)]
-    drawn.append(("Time per stage", about, _stage_panel(metrics)))
+    own = any("validation" in panel.series for panel in panels)
+    shown = [*panels] if own else [VALIDATION, *panels]
+    drawn = [(panel.title, panel.about, _line_panel(panel, metrics), panel.over) for panel in shown]
+    drawn.append(("Time per stage", about, _stage_panel(metrics), "round"))
     return [
-        {"title": title, "about": about, "svg": svg(f"plot{i}", title, _over_rounds(plot))}
-        for i, (title, about, plot) in enumerate(drawn)
+        {"title": title, "about": about, "svg": svg(f"plot{i}", title, _over(over, plot))}
+        for i, (title, about, plot, over) in enumerate(drawn)
         if plot is not None
     ]

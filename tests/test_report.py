@@ -14,6 +14,7 @@ from ray_dfml import config, plots, report
 from ray_dfml.core.net import net
 from ray_dfml.errors import RejectedError, UsageError
 from ray_dfml.learner import export
+from ray_dfml.methods import METHODS
 from ray_dfml.types import ImageSpec, LearnerWeights
 from tests.data.pools import two_teachers
 
@@ -309,3 +310,19 @@ def test_notes_and_test_steps_are_shown_and_escaped(tmp_path: Path) -> None:
         assert "free/val 0.2" in text
         assert "odd" not in text
         assert "<b>x</b>" not in text
+
+
+def test_a_student_is_drawn_over_its_queries() -> None:
+    """The axis is that of the images asked about, and no other plot of the validation says that weights are kept."""
+    rows = [{"round": r, "queries": 1500.0 * (r + 1), "validation": 50.0 + r} for r in range(4)]
+    x, y = plots.series([*rows, {"round": 4, "queries": None, "validation": 60.0}], "validation", "queries")
+    assert (x.tolist(), y.tolist()) == ([1500, 3000, 4500, 6000], [50, 51, 52, 53])
+    for name in ("ideal", "dfme", "zsdb3"):
+        first, *rest = plots.draw(rows, METHODS[name].panels)
+        assert first["title"] == "Accuracy over queries"
+        assert ">queries<" in first["svg"]
+        assert re.search(r">[1-6],\d00<", first["svg"])
+        assert not any("alidation" in plot["title"] for plot in rest)
+    (first,) = plots.draw(rows, METHODS["free"].panels)
+    assert first["title"] == "Validation accuracy"
+    assert ">round<" in first["svg"]

@@ -131,6 +131,8 @@ class Panel(NamedTuple):
     unit: str
     about: str
     series: Mapping[str, str]
+    over: str = "round"
+    """The metric on the x axis."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -234,6 +234,6 @@ SEARCHED: Values = {
 
 ZSDB3 = method_of(
     Zsdb3Config, work, SEARCHED,
-    (PANELS[0], Panel("Distance to the boundary", "L2, pixels", "Mean of a round's samples before their last move.",
+    (*PANELS[:2], Panel("Distance to the boundary", "L2, pixels", "Mean of a round's samples before their last move.",
                       {"boundary": "mean over the teachers"})),
 )  # fmt: skip

@@ -16,6 +16,7 @@ from ray_dfml.methods.students.loop import Study, Work
 from ray_dfml.types import LEVELS, Arrays, Job, Shard
 
 PANELS = (
+    loop.ACCURACY,
     Panel("Student loss", "nats per image", "Mean over a round's steps.", {"student/loss": "mean over the teachers"}),
     Panel(
         "Generator loss", "as the method defines it", "Mean over a round's steps.",

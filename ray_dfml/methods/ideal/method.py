@@ -24,6 +24,7 @@ def recover(shard: Shard, jobs: Sequence[Job], shared: Arrays) -> list[Arrays]:
 
 
 PANELS = (
+    loop.ACCURACY,
     Panel(
         "Students and teachers agree", "%", "Share of a round's new images that both give the same class, before the "
         "student learns from them.", {"agreement": "mean over the teachers"},

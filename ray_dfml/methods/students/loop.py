@@ -15,12 +15,19 @@ import torch
 from ray_dfml.core import seeds
 from ray_dfml.core.net import Net, net
 from ray_dfml.errors import RejectedError, rejection
-from ray_dfml.methods.base import Metrics, Send, State, Student, World
+from ray_dfml.methods.base import Metrics, Panel, Send, State, Student, World
 from ray_dfml.methods.students.config import Batch, StudentConfig, architecture
 from ray_dfml.methods.students.training import Lesson, Pupil, labels_of, learnable
 from ray_dfml.types import Arrays, Job, LearnerWeights, Service, Shard, TeacherCard
 
 C = TypeVar("C", bound=StudentConfig)
+
+
+ACCURACY = Panel(
+    "Accuracy over queries", "%", "Top-1 on validation images, mean over the teachers, against the images that a "
+    "teacher was asked about; nothing is selected by it.", {"validation": "validation"}, over="queries",
+)  # fmt: skip
+"""The first panel of every method that distils."""
 
 
 def network(cfg: StudentConfig, card: TeacherCard) -> Net:
