@@ -12,6 +12,7 @@ from ray_dfml.methods import METHODS, no_pool
 from ray_dfml.methods.baselines import fetch, mean
 from ray_dfml.pipeline import Trainer
 from ray_dfml.runtime import driver
+from ray_dfml.runtime.estimate import estimate
 from ray_dfml.runtime.local import LocalBackend
 from ray_dfml.types import Job
 from tests.runtime import toy
@@ -118,3 +119,10 @@ def test_teachers_unlike_the_learner_have_no_mean(toy_pool: Path) -> None:
 def test_too_few_classes_of_the_start_are_refused(toy_pool: Path) -> None:
     with pytest.raises(UsageError, match=r"start\.images_per_class is 2; raise it"):
         driver.read_inputs(toy.config("free", toy_pool, None, *WARM, "start.images_per_class=2"))
+
+
+def test_a_dry_run_counts_the_rounds_and_the_updates_of_the_start(toy_pool: Path) -> None:
+    """Two rounds of three updates before PURER's four rounds, of which three make two updates."""
+    config = toy.config("purer", toy_pool, None, *WARM)
+    plan = estimate(config, driver.read_inputs(config), toy.LOCAL)
+    assert (plan["rounds"], plan["meta-updates"]) == (2 + 4, str(2 * 3 + 3 * 2))
