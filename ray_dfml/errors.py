@@ -39,7 +39,7 @@ class RejectedError(DfmlError):
 
 
 class ServiceAway(RejectedError):
-    """A service does not answer now, and may later: it cannot be reached, is busy, or fails."""
+    """A service does not answer now, and may later: it cannot be reached, is busy, fails, or refuses a request."""
 
 
 class NobodyLeft(RejectedError):

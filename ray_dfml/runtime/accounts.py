@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ray_dfml.data.services import Asked, Budget
-from ray_dfml.errors import UsageError
+from ray_dfml.errors import RejectedError, UsageError
 from ray_dfml.services.budgets import exact
 from ray_dfml.services.gateway import Gateway
 from ray_dfml.services.keys import missing_keys
@@ -69,6 +69,25 @@ class Accounts:
                         f"{name}: {most:g} is below the price of one batch of {batch} images to {one.card.id}, "
                         f"{price:f}; raise it, or lower api.batch of its entry"
                     )
+
+    def check_ledger(self, folder: Path, known: Mapping[str, Any]) -> None:
+        """Raise RejectedError if the ledger in `folder` has forgotten queries that the run has noted.
+
+        `known` is what `spending` gave for it. A ledger that was lost would begin each budget anew.
+        """
+        noted = {id: one["sent"] for id, one in known.get("teachers", {}).items() if one["sent"]}
+        if not noted:
+            return
+        ledger = Ledger(folder / LEDGER, self.asked)
+        totals = ledger.totals()
+        ledger.close()
+        for id, sent in noted.items():
+            found = totals[id].sent if id in totals else 0
+            if found < sent:
+                raise RejectedError(
+                    f"{folder / LEDGER}: holds {found} images sent to {id}, and the run has noted {sent}; put back the "
+                    "ledger of this run, or start a new one"
+                )
 
     def gateway(self, folder: Path) -> Gateway:
         """The gateway of the run in `folder`, with the ledger that lies there, or a new one."""

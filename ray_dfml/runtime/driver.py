@@ -173,6 +173,8 @@ def _run(
     for line in notes:
         progress.note(line)
     folder.publish()
+    if inputs.accounts.asked:
+        inputs.accounts.check_ledger(folder.path, folder.read_status().get("queries", {}))
     session = machine.session(config, inputs, folder.path, cluster)
     if session.notes:
         folder.status(notes=[*notes, *session.notes])

@@ -82,8 +82,8 @@ class _Useless(_Again):
     """An answer that cannot be used."""
 
 
-class _Refused(RejectedError):
-    """A request that the service will never take; binary tensors may be why."""
+class _Refused(ServiceAway):
+    """A request that the service does not take, such as one with a key that has ended; binary tensors may be why."""
 
     def __init__(self, text: str, status: int) -> None:
         super().__init__(text)

@@ -6,13 +6,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 
 from ray_dfml import Student
-from ray_dfml.errors import NobodyLeft, ServiceAway
+from ray_dfml.errors import NobodyLeft, RejectedError, ServiceAway
 from ray_dfml.runtime import launch
 from ray_dfml.runtime.asking import WrappedModel
 from ray_dfml.runtime.driver import Machine
 from ray_dfml.services import client
+from ray_dfml.services.ledger import Ledger
 from tests.runtime import toy
 from tests.runtime.test_accounts import ids, pool_with, sums
 from tests.runtime.test_keys import services
@@ -164,3 +166,40 @@ def test_a_service_that_fails_under_ray_leaves_its_student(
     asked = {id: Student.load(tmp_path / "run", teacher=id).card.queries for id in (first, second)}
     assert asked == {first: BATCH, second: PLAN}
     assert toy.last_state(tmp_path / "run")["rejected"] == {}
+
+
+def test_a_service_that_refuses_a_key_is_asked_again_by_resume(
+    tmp_path: Path, toy_pool: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A key that ended in the middle of a run is no reason to give up what was paid for."""
+    monkeypatch.setattr(client, "FIRST_WAIT", 0.01)
+    server = FaultyService([None, None, "401"])
+    server.description["inputs"][0]["shape"] = [-1, 1, 16, 16]
+    with served(server) as url:
+        pool = services(toy_pool, tmp_path / "pool", url, {"batch": BATCH})
+        content = yaml.safe_load((pool / "pool.yaml").read_text())
+        content["teachers"] = content["teachers"][:1]
+        content["teachers"][0] |= {"classes": [f"toy/{i}" for i in range(3)]}
+        (pool / "pool.yaml").write_text(yaml.safe_dump(content))
+        run = tmp_path / "run"
+        with pytest.raises(NobodyLeft, match=r"asks for a key \(401\)"):
+            launch.new_run(toy.config("ideal", pool, None), run, toy.LOCAL, quiet=True)
+        assert sums(run) == {ids(pool)[0]: (2 * BATCH, BATCH)}
+        launch.continue_run(run, "ideal", toy.LOCAL, quiet=True)
+    assert sums(run) == {ids(pool)[0]: (PLAN + BATCH, PLAN)}
+    assert toy.status(run)["rejected"] == {}
+
+
+@pytest.mark.parametrize("lost", ["deleted", "another"])
+def test_a_ledger_that_has_forgotten_queries_is_refused(tmp_path: Path, pool: Path, leave: Leave, lost: str) -> None:
+    """Budgets would begin anew."""
+    run, first = tmp_path / "run", ids(pool)[0]
+    leave(first)
+    launch.new_run(toy.config("ideal", pool, None), run, toy.LOCAL, quiet=True)
+    for file in run.glob("ledger.sqlite*"):
+        file.unlink()
+    if lost == "another":
+        Ledger(run / "ledger.sqlite", []).close()
+    leave()
+    with pytest.raises(RejectedError, match=f"ledger.sqlite: holds 0 images sent to {first}, and the run has noted 8"):
+        launch.continue_run(run, "ideal", toy.LOCAL, quiet=True)
