@@ -80,8 +80,14 @@ def axes(sweep: Sweep, pools: Sequence[str]) -> list[Axis]:
 
 
 def trials(sweep: Sweep, pools: Sequence[str]) -> list[Trial]:
-    """All trials whose points are known before the sweep begins, point after point."""
-    found = list(points(axes(sweep, pools), samples=sweep.samples, seed=sweep.search_seed))
+    """All trials whose points are known before the sweep begins, point after point.
+
+    With Optuna these are the defaults alone, if they are a point. Raises UsageError for settings that are none.
+    """
+    if sweep.search == "optuna" and sweep.scheduler.type != "none":
+        raise UsageError(f"search: optuna takes the scheduler none, not {sweep.scheduler.type}")
+    checked = axes(sweep, pools)
+    found = [] if sweep.search == "optuna" else list(points(checked, samples=sweep.samples, seed=sweep.search_seed))
     if sweep.defaults:
         found = [{}, *found]
     made = [trial for number, point in enumerate(found) for trial in of_point(sweep, pools, number, point)]

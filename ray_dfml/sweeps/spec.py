@@ -75,6 +75,7 @@ class Sweep(_Strict):
     seeds: tuple[int, ...] = Field(default=(0, 1, 2), min_length=1, description="Run seeds; each point is run on all.")
     samples: int = Field(default=1, ge=1, description="Draws of the random axes, at each point of the grids.")
     search: Literal["optuna"] | None = Field(default=None, description="optuna, or independent draws without it.")
+    batch: int = Field(default=4, ge=1, description="optuna: points that it proposes at a time.")
     search_seed: int = Field(default=0, ge=0, description="Seed of the draws.")
     defaults: bool = Field(default=False, description="Whether the settings without the space are a point too.")
     winners: int = Field(default=1, ge=1, description="How many of the best points are tested.")

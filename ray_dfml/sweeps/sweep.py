@@ -14,12 +14,13 @@ from typing import Any
 import filelock
 
 from ray_dfml import yaml_text
-from ray_dfml.config import build
+from ray_dfml.config import RunConfig, build
 from ray_dfml.errors import DfmlError, Interrupted, UsageError
 from ray_dfml.runtime import driver
 from ray_dfml.runtime.driver import Machine, interruptible
 from ray_dfml.runtime.rundir import RunFolder, write_text
 from ray_dfml.sweeps import page, pbt, plan, pools, results, spec, trial
+from ray_dfml.sweeps.optuna_search import proposed
 from ray_dfml.sweeps.plan import Trial
 from ray_dfml.sweeps.results import Row
 from ray_dfml.sweeps.spec import PoolRecipe, Sweep
@@ -69,10 +70,10 @@ def _run(sweep: Sweep, trials: Sequence[Trial], folder: Path, place: Place, say:
     with ray_tune.connected(place.machine):
         if isinstance(sweep.pool, PoolRecipe):
             pools.build(sweep.pool, folder / pools.POOL, local=place.machine.backend == "local", say=say)
-        inputs = driver.read_inputs(trials[0].config)  # a pool or data that cannot be used ends the sweep here
+        inputs = driver.read_inputs(_first(sweep, folder))  # a pool or data that cannot be used ends the sweep here
         if sweep.scheduler.type == "pbt":
             pbt.check(sweep, trials, inputs.world)
-        for line in _announced(trials, inputs):
+        for line in _announced(sweep, trials, _first(sweep, folder), inputs):
             say(line)
         _status(folder, state="running")
         trials = _train(sweep, trials, folder, place, say)
@@ -94,6 +95,8 @@ def _run(sweep: Sweep, trials: Sequence[Trial], folder: Path, place: Place, say:
 
 def _train(sweep: Sweep, trials: Sequence[Trial], folder: Path, place: Place, say: Say) -> Sequence[Trial]:
     """Run the trials that have not ended. Returns those that count: with PBT some have gone on in a new run folder."""
+    if sweep.search == "optuna":
+        return _search(sweep, trials, folder, place, say)
     if sweep.scheduler.type != "pbt":
         _run_tasks([_task(one, folder, place) for one in trials], sweep.scheduler, folder, place, say)
         return trials
@@ -105,6 +108,37 @@ def _train(sweep: Sweep, trials: Sequence[Trial], folder: Path, place: Place, sa
         if done < rounds:
             members = pbt.next_members(sweep, axes, members, folder / TRIALS, done, where)
     return members
+
+
+def _search(sweep: Sweep, trials: Sequence[Trial], folder: Path, place: Place, say: Say) -> Sequence[Trial]:
+    """Run the points that Optuna proposes, batch after batch. Returns all trials.
+
+    A batch is not run again once the next one has begun, since that was proposed from what was known then.
+    """
+    where = pools.of(sweep, folder)
+    found, scores, axes = list(trials), [], plan.axes(sweep, where)
+    _run_tasks([_task(one, folder, place) for one in trials], sweep.scheduler, folder, place, say)
+    for start in range(0, sweep.samples, sweep.batch):
+        count = min(start + sweep.batch, sweep.samples)
+        points = proposed(axes, scores, count, batch=sweep.batch, seed=sweep.search_seed)[start:]
+        first = int(sweep.defaults) + start
+        made = [one for n, point in enumerate(points, first) for one in plan.of_point(sweep, where, n, point)]
+        later = plan.of_point(sweep, where, first + len(points), {})
+        if not any((folder / TRIALS / one.name).exists() for one in later):
+            say(f"points {start + 1} to {count} of {sweep.samples}")
+            _run_tasks([_task(one, folder, place) for one in made], sweep.scheduler, folder, place, say)
+        rows = {row.number: row for row in results.collect(made, folder / TRIALS)}
+        ordered = [rows[n] for n in sorted(rows)]
+        scores += [row.validation[0] if row.whole and row.validation else None for row in ordered]
+        found += made
+    return found
+
+
+def _first(sweep: Sweep, folder: Path) -> RunConfig:
+    """The configuration of a run with the first value of each axis."""
+    where = pools.of(sweep, folder)
+    point = {axis.key: axis.ends[0] for axis in plan.axes(sweep, where)}
+    return plan.config_of(sweep, where, point, sweep.seeds[0])
 
 
 def _run_tasks(tasks: Sequence[Task], scheduler: spec.Scheduler, folder: Path, place: Place, say: Say) -> None:
@@ -169,18 +203,15 @@ def _task(one: Trial, folder: Path, place: Place, *, until: int | None = None, t
     )  # fmt: skip
 
 
-def _announced(trials: Sequence[Trial], inputs: driver.Inputs) -> Iterator[str]:
+def _announced(sweep: Sweep, trials: Sequence[Trial], first: RunConfig, inputs: driver.Inputs) -> Iterator[str]:
     """What a sweep is about to do and spend."""
-    points, seeds = len({one.number for one in trials}), len({one.seed for one in trials})
-    rounds = sum(one.config.total_rounds for one in trials)
-    yield f"{points} points on {seeds} seeds: {len(trials)} trials, {rounds} rounds at most"
+    more = sweep.samples * len(sweep.seeds) if sweep.search == "optuna" else 0
+    count, rounds = len(trials) + more, max([first.total_rounds, *(one.config.total_rounds for one in trials)])
+    yield f"{count} trials on {len(sweep.seeds)} seeds, of {rounds} rounds at most"
     if inputs.accounts.asked:
-        budgets = [one.config.budget.queries for one in trials]
-        most = sum(b for b in budgets if b is not None)
-        yield (
-            f"teachers are asked: each trial pays for its own queries, at most {most} images in all" if all(budgets)
-            else "teachers are asked: each trial pays for its own queries; budget.queries limits them"
-        )  # fmt: skip
+        each = first.budget.queries
+        limit = "budget.queries limits them" if each is None else f"at most {each * count} images in all"
+        yield f"teachers are asked, and each trial pays for its own queries; {limit}"
 
 
 def _open(sweep: Sweep, folder: Path, resume: bool) -> None:

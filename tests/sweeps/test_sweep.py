@@ -109,9 +109,10 @@ def test_a_sweep_that_is_killed_and_resumed_equals_the_undisturbed_one(
 def test_asha_stops_a_trial_that_is_behind(
     tmp_path: Path, sweep_file: SweepFile, command: Callable[..., toy.Done]
 ) -> None:
-    """The second trial does not adapt to a support, so it is behind from its first validation on."""
+    """The second trial does not adapt to a support, so it is behind at its first validation and always."""
     settings = sweep_file.settings()
     settings["method"]["steps"] = 1
+    settings["eval"]["lrs"] = []
     file = sweep_file(
         set=settings, space={"eval": {"lr": {"grid": [0.01, 1e-9]}}},
         scheduler={"type": "asha", "grace": 2, "reduction": 2},
