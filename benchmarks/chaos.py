@@ -1,0 +1,422 @@
+"""Tiny runs of every method, whose processes are killed at random, against runs that nobody disturbs.
+
+Usage: PYTHONPATH=. python benchmarks/chaos.py OUT [--kills 104] [--seed 0] [--case NAME] [--backend ray|local]
+One private Ray serves all runs, each of which has a driver process of its own with one or two shards; with `local` a
+run is the driver alone. OUT holds the runs and a line of `results.jsonl` for each disturbed one; with the same OUT the
+command goes on where it was cut. A run must end in the bits of one that nobody disturbed, in a single process, with no
+finished round repeated, every answer paid once but for what was on its way at a kill, and nothing left behind. The
+table goes to stdout. What is killed:
+
+shard, learner, gateway   SIGKILL of the actor's process
+driver                    SIGKILL, then `--resume`
+disk                      learner, gateway and driver can make no file above 20 kB until the run fails; `--resume`
+store                     the object store is filled by another program until the run ends
+"""
+
+import argparse
+import json
+import os
+import resource
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from random import Random
+from typing import Any, TypeVar
+
+os.environ.setdefault("RAY_DEDUP_LOGS", "0")
+
+import numpy as np
+import yaml
+
+from ray_dfml.runtime.cluster import STORE_BYTES, connect
+from ray_dfml.runtime.ray_environment import ray
+from ray_dfml.runtime.shard import pin
+from tests.runtime import toy
+from tests.services.serving import counts
+
+ROOT = Path(__file__).parents[1]
+PATIENCE = 180.0
+"""Seconds without a finished round after which a run counts as stalled."""
+DISK_BYTES = 20_000
+ACTORS = {"shard": "ShardActor", "learner": "LearnerActor", "gateway": "GatewayActor"}
+T = TypeVar("T")
+
+NURSERY = """
+import os, signal, sys
+from ray_dfml.runtime import cluster, launch
+from ray_dfml.cli import main
+from ray_dfml.cli.serve import serve
+
+signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+for line in sys.stdin:
+    log, *words = line.split()
+    child = os.fork()
+    if child:
+        print(child, flush=True)
+        continue
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    for number in (1, 2):
+        os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+    try:
+        code = main(words)
+    except SystemExit as error:
+        code = error.code
+    sys.stdout.flush()
+    sys.stderr.flush()
+    with open(f"{log}.codes", "a") as codes:
+        print(code or 0, file=codes)
+    os._exit(0)
+"""
+"""A process that has imported everything and forks one for each command, so that it starts at once."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A method on a kind of pool."""
+
+    name: str
+    method: str
+    pool: str
+    """`open`, `closed`, `mixed` or `http`."""
+    settings: tuple[str, ...]
+    workers: int = 1
+
+    def kinds(self, backend: str, turn: int, rng: Random) -> list[str]:
+        """What is killed in a run: under Ray most of it without a new driver, which takes longest to start."""
+        if backend == "local":
+            return ["driver"] if self.method == "ota" else rng.sample(("driver", "driver", "driver", "disk"), 4)
+        if self.method == "ota":  # it has one round
+            return [("learner", "driver", "shard", "disk", "store")[turn % 5]]
+        actors = ["shard", "learner", *(["gateway"] if self.pool in ("closed", "mixed", "http") else [])]
+        found = [("driver", "disk")[turn % 2], *(actors[turn % len(actors) :] + 2 * actors)[:4], "store"]
+        rng.shuffle(found)
+        return found
+
+
+DISTILLER = ("method.budget=800", "method.batch=8", "method.student=conv4")
+IDEAL = (*toy.IDEAL[1:-1], "method.budget=160")
+SURROGATE = (
+    "method.draws=turns", "method.surrogate.budget=500", "method.surrogate.student=mlp", "method.surrogate.last_steps=2"
+)  # fmt: skip
+CASES = (
+    Case("free", "free", "open", (*toy.FREE, "method.rounds=24"), workers=2),
+    Case("purer", "purer", "open", (*toy.PURER, "method.rounds=20")),
+    Case("bidf-mkd", "bidf-mkd", "open", (*toy.BIDF, "method.rounds=16")),
+    Case("dro", "dro", "open", (*toy.DRO, "method.rounds=20")),
+    Case("ota", "ota", "open", ()),
+    Case("no-pool", "no-pool", "open", (*toy.NO_POOL, "method.rounds=20")),
+    Case("ideal, HTTP", "ideal", "http", IDEAL, workers=2),
+    Case("ideal, local", "ideal", "closed", IDEAL),
+    Case("dfme, HTTP", "dfme", "http", DISTILLER),
+    Case("free, asked", "free", "mixed", (*toy.FREE, *SURROGATE, "method.rounds=20")),
+    Case("bidf-mkd, asked", "bidf-mkd", "closed", (*toy.BIDF, "method.rounds=12", "method.zero_order.directions=4")),
+)  # fmt: skip
+
+
+class Nursery:
+    """Starts commands."""
+
+    def __init__(self) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", NURSERY], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT
+        )
+
+    def start(self, log: Path, *words: object) -> int:
+        """The process of a command, whose output goes to `log` and whose exit code to a line of `log`.codes."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        print(log, *words, file=self._process.stdin, flush=True)
+        return int(self._process.stdout.readline())
+
+    def close(self) -> None:
+        """End it. Its children go on."""
+        self._process.kill()
+        self._process.communicate()
+
+
+def alive(number: int) -> bool:
+    """Whether a process lives, or one of its threads still does; the nursery leaves no dead ones."""
+    return Path(f"/proc/{number}").exists()
+
+
+def children(parent: int) -> dict[int, str]:
+    """Number and command line of each child of a process."""
+    found = {}
+    for folder in Path("/proc").iterdir():
+        if folder.name.isdigit():
+            try:
+                if int((folder / "stat").read_text().rpartition(")")[2].split()[1]) == parent:
+                    found[int(folder.name)] = (folder / "cmdline").read_text().replace("\0", " ")
+            except OSError:
+                continue
+    return found
+
+
+def actors(raylet: int, *kinds: str) -> list[int]:
+    """The processes of actors of some kinds."""
+    titles = tuple(f"ray::{ACTORS[kind]}" for kind in kinds)
+    return [number for number, title in children(raylet).items() if title.startswith(titles)]
+
+
+def awaited(what: str, find: Callable[[], T], seconds: float = PATIENCE) -> T:
+    """What `find` returns once it is true. Raises TimeoutError, which names it, if it never is."""
+    until = time.monotonic() + seconds
+    while not (found := find()):
+        if time.monotonic() > until:
+            raise TimeoutError(what)
+        time.sleep(0.01)
+    return found
+
+
+@dataclass
+class Watched:
+    """The checkpoints of a run: how many rounds are done, and how often one was written a second time."""
+
+    run: Path
+    seen: dict[str, int] = field(default_factory=dict)
+    repeated: int = 0
+
+    def rounds(self) -> int:
+        """Rounds that are done."""
+        for file in self.run.glob("checkpoints/round-*.json"):
+            try:
+                time_ns = file.stat().st_mtime_ns
+            except FileNotFoundError:
+                continue
+            self.repeated += self.seen.get(file.name, time_ns) != time_ns
+            self.seen[file.name] = time_ns
+        return max((int(name[6:12]) for name in self.seen), default=0)
+
+
+class Field:
+    """Where the runs are: pools, a server, Ray, and what fills its store."""
+
+    def __init__(self, out: Path, nursery: Nursery, raylet: int) -> None:
+        self.out, self.nursery, self.raylet = out, nursery, raylet
+        self.url = ""
+
+    def command(self, case: Case, run: Path, backend: str, *more: object) -> int:
+        """The driver of a run."""
+        words = [word for one in case.settings for word in ("--set", one)] if "--resume" not in more else []
+        pool = ("--pool", self.out / case.pool) if "--resume" not in more else ()
+        return self.nursery.start(
+            run.with_suffix(".log"), "train", case.method, "--run-dir", run, *pool, *words, "--backend", backend,
+            "--workers", case.workers, *more,
+        )  # fmt: skip
+
+    def reference(self, case: Case) -> Path:
+        """The run that nobody disturbs, in one process."""
+        run = self.out / f"{case.name.replace(', ', '-')}-reference"
+        if not (run / "report.html").exists():
+            driver = self.command(case, run, "local")
+            awaited(f"{case.name}: the undisturbed run", lambda: not alive(driver))
+            assert toy.status(run)["state"] == "done", run.with_suffix(".log").read_text()
+        return run
+
+    @contextmanager
+    def store(self) -> Iterator[list[Any]]:
+        """What fills the object store; it goes with the block."""
+        held: list[Any] = []
+        yield held
+        held.clear()
+
+    def fill(self, held: list[Any]) -> None:
+        """Put arrays in the object store until it is full and spills."""
+        size = int(ray.cluster_resources()["object_store_memory"])
+        held += [ray.put(np.full(8 << 20, n, np.uint8)) for n in range(size // (8 << 20) + 2)]
+
+
+def strike(where: Field, kind: str, driver: int, held: list[Any], rng: Random) -> bool:
+    """Disturb a run. Returns whether there was something to disturb."""
+    if kind == "store":
+        where.fill(held)
+        return alive(driver)
+    if kind == "disk":
+        for number in (*actors(where.raylet, "learner", "gateway"), driver):
+            try:
+                resource.prlimit(number, resource.RLIMIT_FSIZE, (DISK_BYTES, resource.RLIM_INFINITY))
+            except ProcessLookupError:
+                return False
+        return alive(driver)
+    numbers = [driver] if kind == "driver" else actors(where.raylet, kind)
+    if not numbers or not alive(driver):
+        return False
+    try:
+        os.kill(rng.choice(numbers), signal.SIGKILL)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def disturbed(where: Field, case: Case, run: Path, backend: str, kinds: list[str], rng: Random) -> dict[str, Any]:
+    """One run with a kill of each kind, each in another round. Returns what happened."""
+    reference = where.reference(case)
+    rows = [json.loads(line) for line in (reference / "metrics.jsonl").read_text().splitlines()]
+    pace = statistics.median(row["seconds/round"] for row in rows)
+    watched, struck, began = Watched(run), Counter[str](), time.monotonic()
+    received = counts(where.url)[0]
+    driver = where.command(case, run, backend)
+    with where.store() as held:
+        rounds = sorted(rng.sample(range(max(len(rows) - 4, 1)), min(len(kinds), max(len(rows) - 4, 1))))
+        for r, kind in zip(rounds, kinds, strict=False):
+            awaited(f"{run}: round {r}", partial(ready, where, watched, r, driver, backend))
+            time.sleep(rng.uniform(0.0, pace))
+            struck[kind] += strike(where, kind, driver, held, rng)
+            if kind in ("driver", "disk"):
+                driver = resumed(where, case, run, backend, watched, driver)
+        finish(where, run, watched, driver)
+    return {
+        "case": case.name, "backend": backend, "run": run.name, "kills": dict(struck), "repeated": watched.repeated,
+        "seconds": round(time.monotonic() - began, 1),
+    } | judged(where, case, run, reference, sum(struck.values()), received)  # fmt: skip
+
+
+def ready(where: Field, watched: Watched, rounds: int, driver: int, backend: str) -> bool:
+    """Whether so many rounds are done and a learner is at work, or the driver has ended."""
+    at_work = backend == "local" or actors(where.raylet, "learner")
+    return (watched.rounds() >= rounds and bool(at_work)) or not alive(driver)
+
+
+def finish(where: Field, run: Path, watched: Watched, driver: int) -> None:
+    """Wait until the driver has ended and its actors are gone."""
+    last = -1
+    while alive(driver):
+        last = watched.rounds()
+        ended = partial(lambda last: watched.rounds() > last or not alive(driver), last)
+        awaited(f"{run}: stalls in round {last}", ended)
+    awaited(f"{run}: actors are left", lambda: not actors(where.raylet, *ACTORS), 60)
+
+
+def resumed(where: Field, case: Case, run: Path, backend: str, watched: Watched, driver: int) -> int:
+    """The driver that goes on after one that was killed, or that failed as it had to."""
+    finish(where, run, watched, driver)
+    if not (run / "config.yaml").exists():
+        return where.command(case, run, backend)
+    return where.command(case, run, backend, "--resume")
+
+
+def judged(where: Field, case: Case, run: Path, reference: Path, kills: int, received: int) -> dict[str, Any]:
+    """Whether a run ended as the reference did, and what it left behind."""
+    files = [{str(file.relative_to(one)) for file in one.rglob("*")} for one in (run, reference)]
+    found: dict[str, Any] = {"files": sorted(files[0] ^ files[1])}
+    log = run.with_suffix(".log").read_text()
+    found["state"], found["tracebacks"] = toy.status(run)["state"], log.count("Traceback")
+    try:
+        toy.assert_equal(toy.last_state(run), toy.last_state(reference))
+        weights = [sorted((f.name, f.read_bytes()) for f in one.rglob("*.safetensors")) for one in (run, reference)]
+        found["equal"] = weights[0] == weights[1]
+    except AssertionError as error:
+        found |= {"equal": False, "difference": str(error)}
+    if (asked := toy.status(run).get("queries")) is not None:
+        wanted = toy.status(reference)["queries"]
+        on_their_way = kills * (4 * 8 * 4 if case.pool == "http" else 4 * 500)
+        lawful = asked["answered"] == wanted["answered"] <= asked["sent"] <= wanted["sent"] + on_their_way
+        if case.pool == "http":
+            lawful = lawful and asked["answered"] <= counts(where.url)[0] - received <= asked["sent"]
+        found |= {"answered": asked["answered"], "sent": asked["sent"], "lawful": lawful}
+    return found
+
+
+def pools(out: Path) -> None:
+    """Four teachers of small images, with weights, only asked, and mixed."""
+    toy.write_images(out / "images")
+    built = toy.build_pool(out / "open", f"folder:{out / 'images'}", models=4, way=2)
+    for name, levels in (("closed", ("label", "probs", "logits", "label")), ("mixed", (None, None, "probs", "label"))):
+        subprocess.run(["cp", "-r", built, out / name], check=True)
+        content = yaml.safe_load((out / name / "pool.yaml").read_text())
+        for entry, level in zip(content["teachers"], levels, strict=True):
+            entry |= {} if level is None else {"access": level}
+        (out / name / "pool.yaml").write_text(yaml.safe_dump(content))
+
+
+def served(out: Path, nursery: Nursery) -> tuple[int, str]:
+    """The process that serves the open pool's labels, and its address; the pool `http` has its services."""
+    log = out / "serve.log"
+    log.unlink(missing_ok=True)
+    server = nursery.start(log, "serve", out / "open", "--access", "label", "--port", 0, "--json")
+    url = json.loads(awaited("the server", lambda: log.exists() and log.read_text()).splitlines()[0])["url"]
+    content = yaml.safe_load((out / "open" / "pool.yaml").read_text())
+    keep = ("id", "input", "classes")
+    for n, entry in enumerate(content["teachers"]):
+        api = {"url": url, "adapter": "oip", "model": entry["id"], "output": "label", "batch": 8}
+        content["teachers"][n] = {name: entry[name] for name in keep} | {"access": "label", "api": api}
+    (out / "http").mkdir(exist_ok=True)
+    (out / "http" / "pool.yaml").write_text(yaml.safe_dump(content))
+    return server, url
+
+
+def table(results: list[dict[str, Any]]) -> str:
+    """The kills by method and kind, and how the runs ended."""
+    kinds = ("shard", "learner", "driver", "gateway", "disk", "store")
+    columns = ("method", "backend", "runs", *kinds, "same bits", "rounds done twice", "files left", "queries lawful")
+    lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
+    for name, backend in [*dict.fromkeys((one["case"], one["backend"]) for one in results), ("all", "")]:
+        own = [one for one in results if name == "all" or (one["case"], one["backend"]) == (name, backend)]
+        asked = [one for one in own if "lawful" in one]
+        cells = [
+            name, backend, len(own), *(sum(one["kills"].get(kind, 0) for one in own) for kind in kinds),
+            f"{sum(one['equal'] for one in own)} of {len(own)}", sum(one["repeated"] for one in own),
+            sum(len(one["files"]) for one in own),
+            f"{sum(one['lawful'] for one in asked)} of {len(asked)}" if asked else "",
+        ]  # fmt: skip
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Disturb runs, one case after another, until there are enough kills."""
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("out", type=Path)
+    options.add_argument("--kills", type=int, default=104, help="disturbances of all kinds with this backend")
+    options.add_argument("--seed", type=int, default=0)
+    options.add_argument("--case", choices=[case.name for case in CASES], help="only this one")
+    options.add_argument("--backend", choices=["ray", "local"], default="ray")
+    given = options.parse_args()
+    out = given.out.resolve()
+    os.environ["RAY_DFML_CACHE"] = str(out / "cache")
+    pin()
+    if not (out / "mixed" / "pool.yaml").exists():
+        out.mkdir(parents=True, exist_ok=True)
+        pools(out)
+    before = set(children(os.getpid()))
+    connect(2, 0.0, store_bytes=STORE_BYTES // 4)
+    os.environ["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
+    raylet = next(n for n, line in children(os.getpid()).items() if n not in before and "/raylet/raylet" in line)
+    nursery = Nursery()
+    where = Field(out, nursery, raylet)
+    server, where.url = served(out, nursery)
+    cases = [case for case in CASES if given.case in (None, case.name)]
+    log = out / "results.jsonl"
+    results = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+    try:
+        number = 0
+        while sum(sum(one["kills"].values()) for one in results if one["backend"] == given.backend) < given.kills:
+            case = cases[number % len(cases)]
+            turn, name = number // len(cases), f"{case.name.replace(', ', '-')}-{given.backend}-{number}"
+            number += 1
+            if any(one["run"] == name for one in results):
+                continue
+            subprocess.run(["rm", "-rf", out / name, out / f"{name}.log", out / f"{name}.log.codes"], check=True)
+            rng = Random(f"{given.seed} {name}")
+            kinds = case.kinds(given.backend, turn, rng)
+            results.append(disturbed(where, case, out / name, given.backend, kinds, rng))
+            with log.open("a") as handle:
+                print(json.dumps(results[-1]), file=handle)
+            print(json.dumps(results[-1]), file=sys.stderr, flush=True)
+    finally:
+        nursery.close()
+        os.kill(server, signal.SIGTERM)
+        ray.shutdown()
+    print(table(results))
+
+
+if __name__ == "__main__":
+    main()
