@@ -274,7 +274,7 @@ def is_student(file: Path) -> bool:
     """Whether a file of weights has the card of a student beside it, and not that of a learner."""
     try:
         return json.loads(file.with_suffix(".json").read_bytes()).get("kind") == "student"
-    except (OSError, ValueError, AttributeError):
+    except (OSError, ValueError, AttributeError, RecursionError):
         return False
 
 

@@ -18,7 +18,7 @@ import jinja2
 import yaml
 from markupsafe import Markup
 
-from ray_dfml import plots, published
+from ray_dfml import plots, published, yaml_text
 from ray_dfml.data import weights_file
 from ray_dfml.data.pool import Pool
 from ray_dfml.errors import DfmlError, RejectedError, UsageError
@@ -91,7 +91,7 @@ def read(place: Path | Uri) -> Record:
     if not (run / "config.yaml").is_file():
         raise UsageError(f"{run}: not a run folder (no config.yaml); name the --run-dir of a run")
     try:
-        config = yaml.safe_load((run / "config.yaml").read_bytes())
+        config = yaml_text.load((run / "config.yaml").read_bytes())
     except (OSError, yaml.YAMLError, ValueError):
         raise RejectedError(f"{run / 'config.yaml'}: not YAML; restore the file") from None
     if not isinstance(config, dict):

@@ -33,9 +33,35 @@ for _class in (_Loader, _Dumper):
         _class.add_implicit_resolver(f"tag:yaml.org,2002:{_kind}", re.compile(rf"^(?:{_pattern})$"), _first)
 
 
+MOST_NODES = 10**6
+"""Largest number of values in a text, each counted as often as it is referred to."""
+
+
 def load(text: str | bytes) -> Any:
-    """The value of a YAML text. It has plain types only. Raises yaml.YAMLError."""
-    return yaml.load(text, Loader=_Loader)
+    """The value of a YAML text. It has plain types only. Raises yaml.YAMLError, also if references swell it."""
+    loader = _Loader(text)
+    try:
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        if _size(node, {}) > MOST_NODES:
+            raise yaml.YAMLError(f"references to itself, or more than {MOST_NODES} values with them")
+        return loader.construct_document(node)
+    except RecursionError:
+        raise yaml.YAMLError("lists or keys are nested too deeply") from None
+    finally:
+        loader.dispose()
+
+
+def _size(node: yaml.Node, known: dict[int, int]) -> int:
+    """How many values a node stands for. One that holds itself counts as too many."""
+    if isinstance(node, yaml.ScalarNode):
+        return 1
+    if id(node) not in known:
+        known[id(node)] = MOST_NODES + 1  # what is met again before it is counted holds itself
+        parts = [part for pair in node.value for part in pair] if isinstance(node, yaml.MappingNode) else node.value
+        known[id(node)] = 1 + sum(_size(part, known) for part in parts)
+    return known[id(node)]
 
 
 def dump(value: Any) -> str:

@@ -57,6 +57,8 @@ def _read(teachers: Mapping[str, Loaded], id: str) -> Loaded:
 def seen_by(shards: Sequence[Any], teachers: Teachers) -> list[str]:
     """The teachers whose pool every shard reads with the same manifest as this process."""
     pools = list(dict.fromkeys(map(teachers.pool_of, teachers)))
+    if not pools:
+        return []
     here = [manifest_sha256(pool) for pool in pools]
     found = ray.get([shard.manifests.remote(pools) for shard in shards])
     near = {pool for i, pool in enumerate(pools) if here[i] and all(one[i] == here[i] for one in found)}

@@ -23,6 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
 
+from ray_dfml import yaml_text
 from ray_dfml.config import RunConfig, build
 from ray_dfml.data import weights_file
 from ray_dfml.errors import RejectedError, UsageError
@@ -120,9 +121,9 @@ class RunFolder:
         """
         path = self.path / "config.yaml"
         try:
-            tree = yaml.safe_load(path.read_text())
+            tree = yaml_text.load(path.read_text())
             config = build(tree)
-        except (OSError, yaml.YAMLError, UsageError) as error:
+        except (OSError, ValueError, yaml.YAMLError, UsageError) as error:
             raise RejectedError(f"{path}: {error}") from None
         lacking = _lacking(tree, config.model_dump(mode="json"))
         if lacking:
@@ -236,7 +237,7 @@ def _json(path: Path) -> Any:
         return json.loads(path.read_bytes())
     except OSError as error:
         raise RejectedError(f"{path}: cannot be read: {error.strerror or error}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise RejectedError(f"{path}: not whole: {error}; put back a copy of it, or start a new run") from None
 
 
