@@ -23,59 +23,25 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from random import Random
-from typing import Any, TypeVar
+from typing import Any
 
 os.environ.setdefault("RAY_DEDUP_LOGS", "0")
 
 import numpy as np
 import yaml
 
+from benchmarks.chaos_processes import ACTORS, Nursery, actors, alive, awaited, children
 from ray_dfml.runtime.cluster import STORE_BYTES, connect
 from ray_dfml.runtime.ray_environment import ray
 from ray_dfml.runtime.shard import pin
 from tests.runtime import toy
 from tests.services.serving import counts
 
-ROOT = Path(__file__).parents[1]
-PATIENCE = 180.0
-"""Seconds without a finished round after which a run counts as stalled."""
 DISK_BYTES = 20_000
-ACTORS = {"shard": "ShardActor", "learner": "LearnerActor", "gateway": "GatewayActor"}
-T = TypeVar("T")
-
-NURSERY = """
-import os, signal, sys
-from ray_dfml.runtime import cluster, launch
-from ray_dfml.cli import main
-from ray_dfml.cli.serve import serve
-
-signal.signal(signal.SIGCHLD, signal.SIG_IGN)
-for line in sys.stdin:
-    log, *words = line.split()
-    child = os.fork()
-    if child:
-        print(child, flush=True)
-        continue
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    for number in (1, 2):
-        os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
-    try:
-        code = main(words)
-    except SystemExit as error:
-        code = error.code
-    sys.stdout.flush()
-    sys.stderr.flush()
-    with open(f"{log}.codes", "a") as codes:
-        print(code or 0, file=codes)
-    os._exit(0)
-"""
-"""A process that has imported everything and forks one for each command, so that it starts at once."""
 
 
 @dataclass(frozen=True)
@@ -119,61 +85,6 @@ CASES = (
     Case("free, asked", "free", "mixed", (*toy.FREE, *SURROGATE, "method.rounds=20")),
     Case("bidf-mkd, asked", "bidf-mkd", "closed", (*toy.BIDF, "method.rounds=12", "method.zero_order.directions=4")),
 )  # fmt: skip
-
-
-class Nursery:
-    """Starts commands."""
-
-    def __init__(self) -> None:
-        self._process = subprocess.Popen(
-            [sys.executable, "-c", NURSERY], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT
-        )
-
-    def start(self, log: Path, *words: object) -> int:
-        """The process of a command, whose output goes to `log` and whose exit code to a line of `log`.codes."""
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        print(log, *words, file=self._process.stdin, flush=True)
-        return int(self._process.stdout.readline())
-
-    def close(self) -> None:
-        """End it. Its children go on."""
-        self._process.kill()
-        self._process.communicate()
-
-
-def alive(number: int) -> bool:
-    """Whether a process lives, or one of its threads still does; the nursery leaves no dead ones."""
-    return Path(f"/proc/{number}").exists()
-
-
-def children(parent: int) -> dict[int, str]:
-    """Number and command line of each child of a process."""
-    found = {}
-    for folder in Path("/proc").iterdir():
-        if folder.name.isdigit():
-            try:
-                if int((folder / "stat").read_text().rpartition(")")[2].split()[1]) == parent:
-                    found[int(folder.name)] = (folder / "cmdline").read_text().replace("\0", " ")
-            except OSError:
-                continue
-    return found
-
-
-def actors(raylet: int, *kinds: str) -> list[int]:
-    """The processes of actors of some kinds."""
-    titles = tuple(f"ray::{ACTORS[kind]}" for kind in kinds)
-    return [number for number, title in children(raylet).items() if title.startswith(titles)]
-
-
-def awaited(what: str, find: Callable[[], T], seconds: float = PATIENCE) -> T:
-    """What `find` returns once it is true. Raises TimeoutError, which names it, if it never is."""
-    until = time.monotonic() + seconds
-    while not (found := find()):
-        if time.monotonic() > until:
-            raise TimeoutError(what)
-        time.sleep(0.01)
-    return found
 
 
 @dataclass
@@ -221,13 +132,6 @@ class Field:
             assert toy.status(run)["state"] == "done", run.with_suffix(".log").read_text()
         return run
 
-    @contextmanager
-    def store(self) -> Iterator[list[Any]]:
-        """What fills the object store; it goes with the block."""
-        held: list[Any] = []
-        yield held
-        held.clear()
-
     def fill(self, held: list[Any]) -> None:
         """Put arrays in the object store until it is full and spills."""
         size = int(ray.cluster_resources()["object_store_memory"])
@@ -264,7 +168,8 @@ def disturbed(where: Field, case: Case, run: Path, backend: str, kinds: list[str
     watched, struck, began = Watched(run), Counter[str](), time.monotonic()
     received = counts(where.url)[0]
     driver = where.command(case, run, backend)
-    with where.store() as held:
+    held: list[Any] = []
+    try:
         rounds = sorted(rng.sample(range(max(len(rows) - 4, 1)), min(len(kinds), max(len(rows) - 4, 1))))
         for r, kind in zip(rounds, kinds, strict=False):
             awaited(f"{run}: round {r}", partial(ready, where, watched, r, driver, backend))
@@ -273,6 +178,8 @@ def disturbed(where: Field, case: Case, run: Path, backend: str, kinds: list[str
             if kind in ("driver", "disk"):
                 driver = resumed(where, case, run, backend, watched, driver)
         finish(where, run, watched, driver)
+    finally:
+        held.clear()
     return {
         "case": case.name, "backend": backend, "run": run.name, "kills": dict(struck), "repeated": watched.repeated,
         "seconds": round(time.monotonic() - began, 1),
@@ -287,7 +194,6 @@ def ready(where: Field, watched: Watched, rounds: int, driver: int, backend: str
 
 def finish(where: Field, run: Path, watched: Watched, driver: int) -> None:
     """Wait until the driver has ended and its actors are gone."""
-    last = -1
     while alive(driver):
         last = watched.rounds()
         ended = partial(lambda last: watched.rounds() > last or not alive(driver), last)
