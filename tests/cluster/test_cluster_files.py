@@ -10,12 +10,14 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
+import click
 import jsonschema
 import pytest
 import yaml
 from packaging.requirements import Requirement
 from packaging.version import Version
 
+from ray_dfml.cli import cli
 from tests.cluster import schema
 
 ROOT = Path(__file__).parents[2]
@@ -159,7 +161,11 @@ def test_a_job_is_made_to_be_repeated(name: str) -> None:
     assert job["backoffLimit"] > 0
     assert job["activeDeadlineSeconds"] > 0
     assert int(yaml.safe_load(job["runtimeEnvYAML"])["env_vars"]["RAY_JOB_STOP_WAIT_TIME_S"]) >= 30
-    assert words[0] == "ray-dfml"
+    command = " ".join(words[words.index("ray-dfml") + 1 :]).replace("$again'", "--resume")
+    found = cli.get_command(click.Context(cli), command.split()[0])
+    assert found is not None
+    found.make_context(found.name, command.split()[1:])  # its options exist
+    assert "--resume" in command, "a retry goes on with what is there"
     if words[1] == "train":
         assert "--resume-or-start" in words
         (group,) = job["rayClusterSpec"]["workerGroupSpecs"]
