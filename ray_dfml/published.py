@@ -1,17 +1,20 @@
 """Versions of a folder in an object store. A reader sees a whole version, whatever became of the writer.
 
     latest.json                   which version is the newest: `name` of its list of files, with `size` and `sha256`
-    000012/version.json           the list: each file as objects that follow each other, with size and sha256 of each
-    000012/status.json            what version 12 wrote anew
-    000011/metrics.jsonl, ..      a file that grows is a row of such segments
+    000012-5e0c31d2/version.json  the list: each file as objects that follow each other, with size and sha256 of each
+    000012-5e0c31d2/status.json   what version 12 wrote anew
+    000011-5e0c31d2/metrics.jsonl a file that grows is a row of such segments
 
 A version is written in this order: what is new, each object once and under a name that was never used before; the list;
-then `latest.json`, which alone is replaced. So nothing half-written is ever reached from it.
+then `latest.json`, which alone is replaced. So nothing half-written is ever reached from it. The letters after the
+number are of the writer, so one that was taken for dead and wakes up cannot replace an object of the next writer.
 """
 
 import hashlib
 import json
+import re
 import tempfile
+import uuid
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -32,6 +35,9 @@ SEGMENTS = 64
 KEEP = 2
 """How many versions are kept, so that a reader who has just begun can end."""
 
+_VERSION = re.compile(r"(\d{6,})-[0-9a-f]{8}")
+"""The folder of what a version wrote: its number, and letters of its writer."""
+
 TRIES = 10
 """How often a reader begins again whose version was dropped under its hands."""
 
@@ -48,14 +54,15 @@ class Segment(NamedTuple):
 class Version:
     """The files of a version by their names, as segments."""
 
-    number: int = -1
+    name: str = ""
+    """The object that holds its list."""
     files: Mapping[str, tuple[Segment, ...]] = field(default_factory=dict)
 
     @property
     def objects(self) -> set[str]:
         """All objects that it needs."""
         parts = {segment.name for segments in self.files.values() for segment in segments}
-        return parts | {f"{self.number:06d}/{LIST}"}
+        return parts | {self.name}
 
 
 def current(uri: Uri) -> Version | None:
@@ -67,20 +74,27 @@ def current(uri: Uri) -> Version | None:
             return None
         try:
             found = json.loads(latest)
-            return _version(_part(uri, Segment(str(found["name"]), int(found["size"]), str(found["sha256"]))))
+            here = _segment(found["name"], found["size"], found["sha256"])
+            return _version(here.name, _part(uri, here))
         except FileNotFoundError:
             continue  # a newer version has replaced it
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise RejectedError(f"{uri / LATEST}: not what this program writes ({error}); restore it") from None
     raise ResourceError(f"{uri}: {LATEST} names what is not there; restore it, or start a new run")
 
 
-def _version(data: bytes) -> Version:
+def _version(name: str, data: bytes) -> Version:
     found = json.loads(data)
     if found["format"] != FORMAT:
         raise ValueError(f"format {found['format']}, this version of ray_dfml reads {FORMAT}")
-    files = {_inside(name): tuple(Segment(*part) for part in parts) for name, parts in found["files"].items()}
-    return Version(int(found["version"]), files)
+    for file in map(_inside, found["files"]):
+        if not _is_published(PurePosixPath(file)):
+            raise ValueError(f"{shown(file)!r} never leaves its machine")
+    return Version(name, {file: tuple(_segment(*one) for one in parts) for file, parts in found["files"].items()})
+
+
+def _segment(name: str, size: int, sha256: str) -> Segment:
+    return Segment(_inside(str(name)), int(size), str(sha256))
 
 
 def _inside(name: str) -> str:
@@ -90,8 +104,13 @@ def _inside(name: str) -> str:
     return name
 
 
+def _is_published(name: PurePosixPath) -> bool:
+    """Whether a file of the folder is for others. Hidden files and databases are for one machine."""
+    return not any(part.startswith(".") for part in name.parts) and ".sqlite" not in name.name
+
+
 def _part(uri: Uri, segment: Segment) -> bytes:
-    data = object_store.read(uri / _inside(segment.name))
+    data = object_store.read(uri / segment.name)
     if _whole(data) != (segment.size, segment.sha256):
         raise RejectedError(f"{uri / segment.name}: is not the object that was written; restore it")
     return data
@@ -175,9 +194,10 @@ class Publisher:
             name: _Held(segments, _whole((folder / name).read_bytes()), _signature(folder / name))
             for name, segments in self._recent[-1].files.items()
         }
-        used = [name for name in object_store.names(uri) if name.isdecimal()]
-        self._objects = {f"{name}/{one}" for name in used for one in object_store.below(uri / name)}
-        self._next = 1 + max(map(int, used), default=-1)
+        used = [found for found in map(_VERSION.fullmatch, object_store.names(uri)) if found]
+        self._objects = {f"{found[0]}/{one}" for found in used for one in object_store.below(uri / found[0])}
+        self._next = 1 + max((int(found[1]) for found in used), default=-1)
+        self._writer = uuid.uuid4().hex[:8]
 
     def publish(self) -> None:
         """Write the folder as it is now. A file that is written meanwhile must be whole at every moment.
@@ -185,20 +205,20 @@ class Publisher:
         Hidden files and databases stay here. If nothing has changed, nothing is written. Raises OSError, and the
         version before is then still the newest.
         """
-        number, self._next = self._next, self._next + 1  # no name is used twice, not even after a failure
-        held = {name: self._put_file(name, path, number) for name, path in _files(self._folder)}
-        version = Version(number, {name: one.segments for name, one in held.items()})
+        here = f"{self._next:06d}-{self._writer}"
+        self._next += 1  # no name is used twice, not even after a failure
+        held = {name: self._put_file(name, path, here) for name, path in _files(self._folder)}
+        version = Version(f"{here}/{LIST}", {name: one.segments for name, one in held.items()})
         if version.files == self._recent[-1].files:
             return
-        data = json.dumps({"format": FORMAT, "version": number, "files": version.files}).encode()
-        here = self._put(f"{number:06d}/{LIST}", data)
+        listed = self._put(version.name, json.dumps({"format": FORMAT, "files": version.files}).encode())
         self._check()
-        object_store.write(self.uri / LATEST, json.dumps(here._asdict()).encode())
+        object_store.write(self.uri / LATEST, json.dumps(listed._asdict()).encode())
         self._recent.append(version)
         self._held = held
         self._drop()
 
-    def _put_file(self, name: str, path: Path, number: int) -> _Held:
+    def _put_file(self, name: str, path: Path, here: str) -> _Held:
         signature, before = _signature(path), self._held.get(name)
         if before is not None and before.signature == signature:
             return before
@@ -207,7 +227,7 @@ class Publisher:
         if before is not None and len(before.segments) < SEGMENTS and _whole(data[: before.whole[0]]) == before.whole:
             start, segments = before.whole[0], before.segments
         if start < len(data) or not segments:
-            segments = (*segments, self._put(f"{number:06d}/{name}", data[start:]))
+            segments = (*segments, self._put(f"{here}/{name}", data[start:]))
         return _Held(segments, _whole(data), signature)
 
     def _put(self, name: str, data: bytes) -> Segment:
@@ -237,5 +257,5 @@ def _signature(path: Path) -> tuple[int, int, int]:
 def _files(folder: Path) -> Iterator[tuple[str, Path]]:
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder)
-        if path.is_file() and not any(part.startswith(".") for part in name.parts) and ".sqlite" not in path.name:
+        if path.is_file() and _is_published(PurePosixPath(name)):
             yield name.as_posix(), path

@@ -142,6 +142,21 @@ def test_a_version_that_may_not_be_stays_out(memory_folder: Uri, tmp_path: Path)
     assert check(memory_folder, tmp_path) == 1, "what the failed attempt wrote is not taken for the new version"
 
 
+def test_a_writer_that_wakes_up_replaces_nothing(memory_folder: Uri, tmp_path: Path) -> None:
+    """It was taken for dead before it began a version, and finds out only when its objects are there."""
+
+    def lost() -> None:
+        raise ResourceError("another process goes on with this run")
+
+    asleep = Publisher(memory_folder, tmp_path / "asleep", None, lost)
+    write(tmp_path / "asleep", 0)
+    go_on(memory_folder, tmp_path / "run")
+    write(tmp_path / "asleep", 1)
+    with pytest.raises(ResourceError):
+        asleep.publish()
+    assert check(memory_folder, tmp_path) == ROUNDS - 1
+
+
 def other(name: str) -> Callable[[bytes], bytes]:
     return lambda data: data.replace(b"status.json", name.encode())
 
@@ -150,10 +165,11 @@ def other(name: str) -> Callable[[bytes], bytes]:
     ("name", "change", "said"),
     [
         ("latest.json", lambda data: data[:-5], "latest.json: not what this program writes"),
-        ("latest.json", lambda data: data.replace(b"000000/v", b"../../v"), "leaves the folder"),
-        ("000000/version.json", lambda data: data + b" ", "version.json: is not the object"),
-        ("000000/version.json", other("statut.json"), "version.json: is not the object that was written"),
-        ("000000/status.json", lambda data: b"x" * len(data), "status.json: is not the object that was written"),
+        ("latest.json", lambda data: data.replace(b"000000", b"../../"), "leaves the folder"),
+        ("latest.json", lambda data: b"[" * 100_000, "latest.json: not what this program writes"),
+        ("version.json", lambda data: data + b" ", "version.json: is not the object"),
+        ("version.json", other("statut.json"), "version.json: is not the object that was written"),
+        ("status.json", lambda data: b"x" * len(data), "status.json: is not the object that was written"),
     ],
 )
 def test_what_was_changed_is_refused(
@@ -161,19 +177,34 @@ def test_what_was_changed_is_refused(
 ) -> None:
     write(tmp_path / "run", 0)
     Publisher(memory_folder, tmp_path / "run", None, lambda: None).publish()
-    object_store.write(memory_folder / name, change(object_store.read(memory_folder / name)))
+    file = next(memory_folder / one for one in object_store.below(memory_folder) if one.endswith(name))
+    object_store.write(file, change(object_store.read(file)))
     with pytest.raises(RejectedError, match=said):
         published.fetch(memory_folder, tmp_path / "copy")
     assert not (tmp_path / "copy" / "status.json").exists()
 
 
-def test_a_name_in_a_list_stays_in_the_folder(memory_folder: Uri, tmp_path: Path) -> None:
-    listed = json.dumps({"format": 1, "version": 0, "files": {"../up": []}}).encode()
+@pytest.mark.parametrize(
+    ("files", "said"),
+    [
+        ({"../up": []}, "'../up' leaves the folder"),
+        ({"ledger.sqlite": []}, r"'ledger\.sqlite' never leaves its machine"),
+        ({"checkpoints/.x.tmp": []}, "never leaves its machine"),
+        ({"a": [["../../up", 0, ""]]}, "'../../up' leaves the folder"),
+        ({"a": [[5, 0]]}, "latest.json: not what this program writes"),
+        ({"a": 5}, "latest.json: not what this program writes"),
+        (["a"], "latest.json: not what this program writes"),
+    ],
+)
+def test_a_list_that_this_program_does_not_write_is_refused(
+    files: object, said: str, memory_folder: Uri, tmp_path: Path
+) -> None:
     publisher = Publisher(memory_folder, tmp_path, None, lambda: None)
-    here = publisher._put("000000/version.json", listed)
+    here = publisher._put("a/version.json", json.dumps({"format": 1, "files": files}).encode())
     object_store.write(memory_folder / "latest.json", json.dumps(here._asdict()).encode())
-    with pytest.raises(RejectedError, match="leaves the folder"):
+    with pytest.raises(RejectedError, match=said):
         published.fetch(memory_folder, tmp_path / "a" / "b")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_where_nothing_is_published(memory_folder: Uri) -> None:

@@ -66,17 +66,24 @@ class Owner:
 
     def check(self) -> None:
         """Raise ResourceError if the run belongs to another process now, which took this one for dead."""
-        if _numbers(self.uri)[-1:] != [self._number]:
+        if not self._is_mine():
             raise ResourceError(f"{self.uri}: another process goes on with this run; this one stops")
 
     def release(self) -> None:
-        """Give the right back. A failure of the store is left to those who come next."""
+        """Give the right back, unless another process has it. A failure of the store is left to those who come next."""
         self._end.set()
         self._thread.join()
         try:
-            object_store.remove(_file(self.uri, self._number))
+            if self._is_mine():
+                object_store.remove(_file(self.uri, self._number))
         except OSError:
             return
+
+    def _is_mine(self) -> bool:
+        """Whether the run belongs to this process. Numbers begin again when nobody owns a run, so the token counts."""
+        if _numbers(self.uri)[-1:] != [self._number]:
+            return False
+        return (_read(self.uri, self._number) or {}).get("token") == self._content["token"]
 
     def _text(self) -> bytes:
         return json.dumps(self._content | {"beats": self._beats}).encode()
@@ -85,7 +92,7 @@ class Owner:
         while not self._end.wait(BEAT_SECONDS):
             self._beats += 1
             try:
-                if _numbers(self.uri)[-1:] == [self._number]:
+                if self._is_mine():
                     object_store.write(_file(self.uri, self._number), self._text())
             except OSError:
                 continue  # `publish` meets the same store, and says so
@@ -96,7 +103,7 @@ def _file(uri: Uri, number: int) -> Uri:
 
 
 def _numbers(uri: Uri) -> list[int]:
-    found = (re.fullmatch(r"owner-(\d{6})\.json", name) for name in object_store.names(uri))
+    found = (re.fullmatch(r"owner-(\d{6,})\.json", name) for name in object_store.names(uri))
     return sorted(int(match[1]) for match in found if match)
 
 
@@ -120,7 +127,7 @@ def _read(uri: Uri, number: int) -> dict[str, Any] | None:
         found = json.loads(object_store.read(_file(uri, number)))
     except FileNotFoundError:
         return None
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
 

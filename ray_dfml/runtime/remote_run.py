@@ -12,12 +12,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import filelock
 from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_delay, wait_exponential
 
 from ray_dfml import published
 from ray_dfml.data import cache
 from ray_dfml.errors import DfmlError, ResourceError, UsageError
-from ray_dfml.files import Uri
+from ray_dfml.files import Uri, shown
 from ray_dfml.published import Publisher
 from ray_dfml.runtime.accounts import LEDGER
 from ray_dfml.runtime.owner import Owner
@@ -67,7 +68,7 @@ def _may_pass(error: BaseException) -> bool:
 
 
 def _note(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+    print(shown(line), file=sys.stderr, flush=True)
 
 
 def scratch(uri: Uri) -> Path:
@@ -87,9 +88,8 @@ def working(place: Path | Uri, *, new: bool) -> Iterator[tuple[Path, Remote | No
     if isinstance(place, Path):
         yield place, None
         return
-    owner = Owner.claim(place, _note)
-    try:
-        folder = scratch(place)
+    folder = scratch(place)
+    with _alone(place, folder), _owning(place) as owner:
         try:
             if new and published.current(place) is not None:
                 raise UsageError(
@@ -107,6 +107,30 @@ def working(place: Path | Uri, *, new: bool) -> Iterator[tuple[Path, Remote | No
                 remote.publish_once()
             raise
         _clear(folder)
+
+
+@contextmanager
+def _alone(uri: Uri, folder: Path) -> Iterator[None]:
+    """Keep other processes away from a folder, also those that take this one for dead while it is only stopped."""
+    lock = filelock.FileLock(folder.with_name(".lock"), timeout=0)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except filelock.Timeout:
+        raise UsageError(f"{uri}: another process is at work on this run in {folder}; wait, or stop it") from None
+    except OSError as error:
+        raise ResourceError(f"{folder.parent}: cannot be written: {error.strerror or error}") from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@contextmanager
+def _owning(uri: Uri) -> Iterator[Owner]:
+    owner = Owner.claim(uri, _note)
+    try:
+        yield owner
     finally:
         owner.release()
 

@@ -38,7 +38,7 @@ def test_the_right_is_taken_and_given_back(folder: Uri) -> None:
 
 def test_of_all_who_want_a_run_one_gets_it(memory_folder: Uri, monkeypatch: pytest.MonkeyPatch) -> None:
     """All have seen that nobody owns it."""
-    together = threading.Barrier(6)
+    together = threading.Barrier(6, timeout=60)
     numbers = owner._numbers
     monkeypatch.setattr(owner, "_numbers", lambda uri: (numbers(uri), together.wait())[0])
     found: list[Owner | str] = []
@@ -54,10 +54,13 @@ def test_of_all_who_want_a_run_one_gets_it(memory_folder: Uri, monkeypatch: pyte
         thread.start()
     for thread in threads:
         thread.join()
-    assert sum(isinstance(one, Owner) for one in found) == 1
+    winners = [one for one in found if isinstance(one, Owner)]
+    assert len(winners) == 1
     assert {one for one in found if isinstance(one, str)} == {
         f"{memory_folder}: another process has just begun to write this run; wait, or stop it"
     }
+    monkeypatch.setattr(owner, "_numbers", numbers)
+    winners[0].release()
 
 
 def test_a_living_owner_is_left_alone(memory_folder: Uri, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -85,6 +88,19 @@ def test_a_silent_owner_loses_the_run(memory_folder: Uri) -> None:
     asleep.release()
     taken.check()
     taken.release()
+
+
+def test_an_owner_that_wakes_up_leaves_the_next_but_one_alone(memory_folder: Uri) -> None:
+    """The numbers began again meanwhile, so it finds its own number there."""
+    asleep, taken = Owner.claim(memory_folder), Owner.claim(memory_folder)
+    taken.release()
+    third = Owner.claim(memory_folder)
+    assert object_store.names(memory_folder) == ["owner-000001.json"]
+    with pytest.raises(ResourceError, match="another process goes on with this run"):
+        asleep.check()
+    asleep.release()
+    third.check()
+    third.release()
 
 
 def test_an_owner_that_was_killed_here_is_not_waited_for(memory_folder: Uri, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -33,9 +33,10 @@ ROUNDS = 3
 
 @pytest.fixture(autouse=True)
 def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A machine of its own: its cache is empty, and a process that owned a run is gone."""
+    """A machine of its own: its cache is empty, a process that owned a run is gone, and nobody beats meanwhile."""
     monkeypatch.setenv("RAY_DFML_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(owner, "_is_gone", lambda found: True)
+    monkeypatch.setattr(owner, "BEAT_SECONDS", 1e6)
 
 
 @pytest.fixture(scope="module")
@@ -169,6 +170,19 @@ def test_a_run_that_is_stopped_goes_on_elsewhere(
     toy.assert_same_run(copy_of(uri, tmp_path / "copy"), on_disk)
 
 
+def test_a_process_that_is_only_stopped_keeps_its_folder(memory_folder: Uri) -> None:
+    """Another one on its machine takes it for dead, and would work in the same folder."""
+    with remote_run.working(memory_folder, new=True) as (folder, remote):
+        assert remote is not None
+        folder.mkdir()
+        (folder / "status.json").write_text("{}")
+        with pytest.raises(UsageError, match=f"^{memory_folder}: another process is at work on this run in {folder}"):
+            continue_run(memory_folder, "free", toy.LOCAL)
+        remote.publish()
+    assert published.exists(memory_folder)
+    assert object_store.names(memory_folder)[-1] == "latest.json", "the right is given back"
+
+
 def test_a_store_that_refuses_for_a_while_is_waited_for(
     config: RunConfig, on_disk: Path, memory_folder: Uri, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -272,19 +286,21 @@ def test_a_writer_of_s3_is_killed_at_random(
     begun: list[int] = []
     log.touch()
     deaths = 0
-    for attempt, phase in enumerate(["after", "half", "before", "half", "after", "half"]):
-        command = [sys.executable, "-m", "tests.runtime.killed_writer", str(rng.randrange(5, 25)), phase, str(log)]
-        environment = os.environ | {"RAY_DFML_CACHE": str(tmp_path / f"machine-{attempt}")}
-        child = subprocess.run([*command, *words], env=environment, capture_output=True, text=True)
-        assert child.returncode in (-signal.SIGKILL, 0), child.stderr
-        deaths += child.returncode != 0
-        now = [int(line) for line in log.read_text().split()]
-        if begun and len(now) > len(begun):
-            assert now[len(begun)] >= begun[-1], "at most one round is done again"
-        begun = now
-    start_or_continue(config, uri, toy.LOCAL)
-    over.set()
-    reader.join()
+    try:
+        for attempt, phase in enumerate(["after", "half", "before", "half", "after", "half"]):
+            command = [sys.executable, "-m", "tests.runtime.killed_writer", str(rng.randrange(5, 25)), phase, str(log)]
+            environment = os.environ | {"RAY_DFML_CACHE": str(tmp_path / f"machine-{attempt}")}
+            child = subprocess.run([*command, *words], env=environment, capture_output=True, text=True)
+            assert child.returncode in (-signal.SIGKILL, 0), child.stderr
+            deaths += child.returncode != 0
+            now = [int(line) for line in log.read_text().split()]
+            if begun and len(now) > len(begun):
+                assert now[len(begun)] >= begun[-1], "at most one round is done again"
+            begun = now
+        start_or_continue(config, uri, toy.LOCAL)
+    finally:
+        over.set()
+        reader.join()
     assert faults == []
     assert deaths >= 3
     assert len(seen) >= deaths
