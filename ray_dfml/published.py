@@ -209,12 +209,12 @@ class Publisher:
         self._next += 1  # no name is used twice, not even after a failure
         held = {name: self._put_file(name, path, here) for name, path in _files(self._folder)}
         version = Version(f"{here}/{LIST}", {name: one.segments for name, one in held.items()})
-        if version.files == self._recent[-1].files:
+        if version.files == {name: one.segments for name, one in self._held.items()}:
             return
         listed = self._put(version.name, json.dumps({"format": FORMAT, "files": version.files}).encode())
         self._check()
+        self._recent.append(version)  # also if this is interrupted, since the store may take it in later
         object_store.write(self.uri / LATEST, json.dumps(listed._asdict()).encode())
-        self._recent.append(version)
         self._held = held
         self._drop()
 

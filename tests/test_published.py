@@ -142,6 +142,33 @@ def test_a_version_that_may_not_be_stays_out(memory_folder: Uri, tmp_path: Path)
     assert check(memory_folder, tmp_path) == 1, "what the failed attempt wrote is not taken for the new version"
 
 
+def test_a_version_that_comes_late_is_whole(
+    memory_folder: Uri, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The writer is interrupted while its `latest.json` is on the way, which arrives after that of the next version."""
+    publisher = Publisher(memory_folder, tmp_path / "run", None, lambda: None)
+    write(tmp_path / "run", 0)
+    publisher.publish()
+    put, late = object_store.write, []
+
+    def interrupted(uri: Uri, data: bytes) -> None:
+        if uri.name == "latest.json":
+            late.append((uri, data))
+            raise KeyboardInterrupt
+        put(uri, data)
+
+    write(tmp_path / "run", 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(object_store, "write", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            publisher.publish()
+    write(tmp_path / "run", 2)
+    publisher.publish()
+    assert check(memory_folder, tmp_path) == 2
+    object_store.write(*late[0])
+    assert check(memory_folder, tmp_path) == 1
+
+
 def test_a_writer_that_wakes_up_replaces_nothing(memory_folder: Uri, tmp_path: Path) -> None:
     """It was taken for dead before it began a version, and finds out only when its objects are there."""
 

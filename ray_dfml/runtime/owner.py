@@ -112,7 +112,8 @@ def _wait_for(uri: Uri, number: int, note: Callable[[str], None]) -> None:
     first = _read(uri, number)
     if first is None or _is_gone(first):
         return
-    note(f"{uri}: {first.get('host')} has not said that it stopped; waiting {DEAD_SECONDS:g} s for a sign of life")
+    who = first.get("host", "its writer")
+    note(f"{uri}: {who} has not said that it stopped; waiting {DEAD_SECONDS:g} s for a sign of life")
     for _ in range(LOOKS):
         time.sleep(DEAD_SECONDS / LOOKS)
         now = _read(uri, number)

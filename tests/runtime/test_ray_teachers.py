@@ -48,8 +48,9 @@ def test_a_pool_is_near_if_every_shard_sees_it(
     assert ray_teachers.through_here(teachers, near) == [
         f"{uri}: not every shard can read this pool, so its teachers pass through this process"
     ]
-    object_store.write(uri / "pool.yaml", b"version: 1\nteachers: []\n")
-    assert ray_teachers.seen_by([both], teachers) == list(teachers), "both sides see the new manifest; hashes decide"
+    another = Seeing(toy_pool, uri)
+    monkeypatch.setattr(another, "remote", lambda pools: ["0" * 64 for _ in pools])
+    assert ray_teachers.seen_by([both, another], teachers) == [], "it sees a pool there, but not this one"
 
 
 def test_near_teachers_are_not_put_in_the_store(
