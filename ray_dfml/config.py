@@ -306,4 +306,5 @@ def _one_line(error: ValidationError, model: type[BaseModel], prefix: str) -> st
         hint = did_you_mean(str(first["loc"][-1]), fields)
         return f"config: unknown key {where}{hint}; known there: {', '.join(fields)}"
     said = first["msg"].removeprefix("Value error, ")
-    return f"config: {where}: {said[0].lower()}{said[1:]}, got {first.get('input')!r}"
+    whole = isinstance(first.get("input"), Mapping)  # settings that do not fit each other: all of them are no help
+    return f"config: {where}: {said[0].lower()}{said[1:]}" + ("" if whole else f", got {first.get('input')!r}")

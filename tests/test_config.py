@@ -325,6 +325,7 @@ def test_reading_a_set(text: str, path: list[str], value: Any) -> None:
         ({"settings": ["=1"]}, "expected key=value"),
         ({"settings": ["seed=3"]}, "--set seed=3: seed has an option of its own; --set takes method, eval"),
         ({"seed": -1}, "config: seed: input should be greater than or equal to 0, got -1"),
+        ({"name": "dafl", "settings": ["method.budget=9"]}, "raise it or lower method.batch$"),
     ],
 )
 def test_what_cannot_be_meant_is_one_line(arguments: dict[str, Any], message: str) -> None:

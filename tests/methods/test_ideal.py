@@ -14,6 +14,7 @@ from ray_dfml.config import resolve
 from ray_dfml.core.images import to_bytes
 from ray_dfml.core.sources import SOURCES, Source
 from ray_dfml.errors import UsageError
+from ray_dfml.methods import METHODS
 from ray_dfml.methods.base import World
 from ray_dfml.methods.ideal import method as ideal
 from ray_dfml.methods.ideal.config import Config
@@ -22,7 +23,7 @@ from ray_dfml.methods.students.config import NAMES, Batch, GeneratorConfig
 from ray_dfml.methods.students.loop import Study
 from ray_dfml.methods.students.stage import FLOOR, Stage, information, wished
 from ray_dfml.methods.students.training import Lesson, Pupil
-from tests.support import FakeShard, normal, play, same, slope, small_ideal, small_world
+from tests.support import FakeShard, card, normal, play, same, slope, small_ideal, small_world
 
 
 def labelled_world(access: Any = "label", way: int = 3) -> World:
@@ -331,3 +332,21 @@ def test_a_student_learns_what_its_teacher_says():
     one.lesson.average = 0.9
     assert distil.trained(cfg, one) < math.log(3)
     assert (one.lesson.logits(images[60:]).argmax(-1).numpy() == answers[60:]).mean() > 0.9
+
+
+@pytest.mark.parametrize("name", ["ideal", "dfme", "dafl", "zskt", "dast", "cmi"])
+def test_images_that_the_generator_cannot_make_are_refused_before_the_run(name: str) -> None:
+    odd = replace(small_world(), cards=(card(0, size=18),))
+    cfg: Any = resolve(name, settings=["method.images=dip,generator"] if name == "ideal" else []).method
+    with pytest.raises(UsageError, match="conv4-0: the generator needs height and width divisible by 4, got 18x18"):
+        METHODS[name].init(cfg, odd)
+
+
+def test_images_of_fixed_sources_may_have_any_size() -> None:
+    odd = replace(small_world(), cards=(card(0, size=18),))
+    assert set(METHODS["ideal"].init(resolve("ideal").method, odd)["students"]) == {"conv4-0"}
+
+
+def test_a_transformer_generator_has_an_even_width() -> None:
+    with pytest.raises(UsageError, match=r"needs an even method\.width; raise or lower it by 1$"):
+        resolve("ideal", settings=["method.generator=transformer", "method.width=33"])

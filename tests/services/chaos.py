@@ -32,15 +32,13 @@ from ray_dfml.data.services import Api, Asked, Terms
 from ray_dfml.services.gateway import Gateway
 from ray_dfml.services.hosting import Gives, from_pool
 from ray_dfml.services.protocol import HEADER_LENGTH, Tensor, pack, unpack
-from ray_dfml.types import Access, TeacherCard
+from ray_dfml.types import TeacherCard
 from tests.services.faulty import Host
 from tests.services.serving import counts
 
 ROOT = Path(__file__).parents[2]
 
-FAULTS = (
-    "429", "429-after", "500", "500-late", "truncated", "html", "nan", "classes", "stall", "reset", "kill",
-)  # fmt: skip
+FAULTS = ("429", "429-after", "500", "500-late", "truncated", "html", "nan", "classes", "stall", "reset", "kill")
 """What can happen to a request. `500-late` and those after it happen once the server has it."""
 
 NURSERY = """
@@ -56,8 +54,7 @@ from ray_dfml.services.gateway import Gateway
 from tests.services.chaos import asked_of, images_of
 
 signal.signal(signal.SIGCHLD, signal.SIG_IGN)
-client.FIRST_WAIT = float(sys.argv[1])
-sys.argv[1:] = []
+client.FIRST_WAIT = float(sys.argv.pop())
 
 def ask(pool, url, folder, count, batch, timeout):
     asked = asked_of(Path(pool), url, int(batch), float(timeout))
@@ -89,8 +86,7 @@ for line in sys.stdin:
 def asked_of(pool: Path, url: str, batch: int, timeout: float) -> Asked:
     """The entry of the first teacher of a pool, served at an address as probabilities."""
     card = Pool.open(pool).cards[0]
-    access: Access = "probs"
-    known = TeacherCard(id=card.id, arch="", image=card.image, classes=card.classes, access=access)
+    known = TeacherCard(id=card.id, arch="", image=card.image, classes=card.classes, access="probs")
     api = Api(url=url, adapter="oip", model=card.id, output="probabilities", batch=batch, timeout=timeout)
     return Asked(card=known, terms=Terms(), api=api)
 
@@ -129,10 +125,10 @@ class Processes:
         self._log.close()
 
 
-def kill(number: int) -> bool:
-    """SIGKILL a process; whether it was alive."""
+def kill(number: int, sent: int = signal.SIGKILL) -> bool:
+    """Send a process a signal; whether it was alive."""
     try:
-        os.kill(number, signal.SIGKILL)
+        os.kill(number, sent)
     except ProcessLookupError:
         return False
     return True
@@ -140,11 +136,7 @@ def kill(number: int) -> bool:
 
 def alive(number: int) -> bool:
     """Whether a process lives."""
-    try:
-        os.kill(number, 0)
-    except ProcessLookupError:
-        return False
-    return True
+    return kill(number, 0)
 
 
 class Front:

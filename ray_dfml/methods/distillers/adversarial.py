@@ -16,6 +16,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from ray_dfml.core import zero_order
+from ray_dfml.core.generators import generator
 from ray_dfml.core.images import to_bytes, to_pixels
 from ray_dfml.methods.base import Metrics
 from ray_dfml.methods.distillers.making import LastingGenerator, NamedConfig, method_of
@@ -56,6 +57,10 @@ class AdversarialConfig(NamedConfig):
         rounds, rest = divmod(self.budget // self.batch, whole)
         sizes = [whole] * rounds + ([rest] if rest > first else [])
         return self._bounded([Batch(size * self.batch, size * self.batch) for size in sizes])
+
+    def check_shape(self, shape: tuple[int, int, int]) -> None:
+        """Raise ValueError for a shape [c h w] that the generator cannot make."""
+        generator(shape, self.latent, self.width)
 
 
 class DaflConfig(AdversarialConfig):

@@ -51,6 +51,10 @@ class CmiConfig(InversionConfig):
     iterations: int = Field(default=25, ge=1, description="Adam steps of an inversion.")
     width: int = Field(default=32, ge=4, description="Channels of the generator's last hidden layer.")
 
+    def check_shape(self, shape: tuple[int, int, int]) -> None:
+        """Raise ValueError for a shape [c h w] that the generator cannot make."""
+        generator(shape, self.latent, self.width)
+
 
 def _views(study: Study, images: Tensor) -> Tensor:
     """A jittered view; colour images are mirrored half of the time."""

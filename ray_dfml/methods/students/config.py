@@ -6,7 +6,7 @@ from typing import Annotated, Literal, NamedTuple
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from ray_dfml.core.backbones import BACKBONES, known_arch
-from ray_dfml.core.generators import Kind
+from ray_dfml.core.generators import Kind, generator
 from ray_dfml.core.sources import SOURCES
 from ray_dfml.errors import did_you_mean
 from ray_dfml.methods.base import MethodConfig
@@ -67,6 +67,9 @@ class StudentConfig(MethodConfig):
         """Images that a teacher has been asked about after `r` rounds."""
         return [0, *accumulate(batch.asked for batch in self.batches())][r]
 
+    def check_shape(self, shape: tuple[int, int, int]) -> None:
+        """Raise ValueError for a shape [c h w] of which the method can make no images."""
+
     def _bounded(self, batches: list[Batch]) -> list[Batch]:
         return batches[: self.rounds] if self.rounds else batches
 
@@ -121,6 +124,12 @@ class GeneratorConfig(StudentConfig):
         description="Whether each step draws codes and labels anew, or one draw serves the round, of which the images "
         "with the lowest loss are asked about (code).",
     )
+
+    @model_validator(mode="after")
+    def _even_width(self) -> "GeneratorConfig":
+        if self.generator == "transformer" and self.width % 2:
+            raise ValueError("method.generator=transformer needs an even method.width; raise or lower it by 1")
+        return self
 
 
 class DistilConfig(GeneratorConfig, TrainingConfig):
@@ -179,8 +188,7 @@ class DistilConfig(GeneratorConfig, TrainingConfig):
         Without, the last batch is cut at the budget.
         """
         found: list[Batch] = []
-        known = left = 0
-        left = self.budget
+        known, left = 0, self.budget
         while True:
             new = max(self.batch, int(self.growth * known)) if known else max(self.first, self.batch)
             if self.generate_rounds and len(found) >= self.generate_rounds:
@@ -192,6 +200,11 @@ class DistilConfig(GeneratorConfig, TrainingConfig):
                 return found
             found.append(Batch(new, asked))
             known, left = known + new, left - asked
+
+    def check_shape(self, shape: tuple[int, int, int]) -> None:
+        """Raise ValueError for a shape [c h w] that the generator cannot make, if it is among the sources."""
+        if GENERATOR in self.images:
+            generator(shape, self.latent, self.width, kind=self.generator)
 
 
 def architecture(cfg: StudentConfig, card: TeacherCard) -> str:

@@ -14,7 +14,7 @@ import torch
 
 from ray_dfml.core import seeds
 from ray_dfml.core.net import Net, net
-from ray_dfml.errors import RejectedError, rejection
+from ray_dfml.errors import RejectedError, UsageError, rejection
 from ray_dfml.methods.base import Metrics, Panel, Send, State, Student, World
 from ray_dfml.methods.students.config import Batch, StudentConfig, architecture
 from ray_dfml.methods.students.training import Lesson, Pupil, labels_of, learnable
@@ -95,7 +95,12 @@ Work = Callable[[Any, Study], Metrics]
 
 
 def init(cfg: StudentConfig, world: World) -> State:
-    """A fresh student of each teacher."""
+    """A fresh student of each teacher. Raises UsageError for a teacher whose images the method cannot make."""
+    for card in world.cards:
+        try:
+            cfg.check_shape(card.image.shape)
+        except ValueError as error:
+            raise UsageError(f"{card.id}: {error}; leave the teacher out, or use another method") from None
     return {"students": {card.id: fresh(cfg, world, card) for card in world.cards}}
 
 
