@@ -264,11 +264,12 @@ def _train(
     The state is on disk after each round, so at most one round is repeated, whatever ends the run.
     """
     rounds, lives, busy = config.total_rounds, LEARNER_LIVES, 0.0
-    done = session.start()
-    folder.resume_log(done.rounds, done.row)
+    done, news = _begin(folder, session)
     began, first = time.perf_counter(), done.rounds
     progress.start(rounds + done.missed, first)
     while done.rounds < rounds + done.missed:
+        if news and on_round is not None and not on_round(done.row):
+            break
         r, called = done.rounds, time.perf_counter()
         try:
             row: dict[str, Any] = {"round": r} | session.call("round", r)
@@ -281,10 +282,9 @@ def _train(
             if not lives:
                 raise
             folder.status(last_error=f"learner restarted in round {r}: {error}")
-            done = session.start()
-            folder.resume_log(done.rounds, done.row)
+            done, news = _begin(folder, session)
             continue
-        lives = LEARNER_LIVES
+        lives, news = LEARNER_LIVES, False
         busy += time.perf_counter() - called
         folder.log(row)
         elapsed = time.perf_counter() - began
@@ -302,3 +302,16 @@ def _train(
         if on_round is not None and not on_round(row):
             break
     return done, None
+
+
+def _begin(folder: RunFolder, session: Session) -> tuple[Done, bool]:
+    """Start the session, and let the log and the status say how far it is.
+
+    Returns how far it is, and whether its last round is news, since a process died between checkpoint and status.
+    """
+    done = session.start()
+    folder.resume_log(done.rounds, done.row)
+    said = folder.read_status().get("round") or 0
+    if said != done.rounds:
+        folder.status(round=done.rounds)
+    return done, done.rounds > said

@@ -71,9 +71,12 @@ def axes(sweep: Sweep, pools: Sequence[str]) -> list[Axis]:
     """The axes of a sweep. Raises UsageError if a setting does not take one of the values, or an end of a range."""
     found = axes_of(sweep.space)
     first = {axis.key: axis.ends[0] for axis in found}
+    fixed = {key: "set" for key, _ in flat(sweep.set)}
+    fixed |= {f"budget.{key}": "budget" for key, value in sweep.budget if value is not None}
     for axis in found:
-        if axis.key in dict(flat(sweep.set)):
-            raise UsageError(f"space.{axis.key}: is under `set` too; leave it out there")
+        for key, where in fixed.items():
+            if f"{axis.key}.".startswith(f"{key}.") or f"{key}.".startswith(f"{axis.key}."):
+                raise UsageError(f"space.{axis.key}: is under `{where}` too; leave it out there")
         for value in axis.ends:
             config_of(sweep, pools, first | {axis.key: value}, sweep.seeds[0])
     return found

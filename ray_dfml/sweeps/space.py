@@ -80,12 +80,14 @@ def axes_of(tree: Any, prefix: str = "") -> list[Axis]:
 def _axis(key: str, kind: str, values: Sequence[Any]) -> Axis:
     if kind not in KINDS:
         raise UsageError(f"space.{key}: unknown kind {kind!r}{did_you_mean(kind, KINDS)}; known: {', '.join(KINDS)}")
+    if any(isinstance(part, Mapping | list) for v in values for part in (v if isinstance(v, list) else [v])):
+        raise UsageError(f"space.{key}: {kind} takes plain values, or lists of them, got {values}")
     axis = Axis(key, kind, tuple(tuple(v) if isinstance(v, list) else v for v in values))
     if kind in LISTS:
         if not values or len(set(axis.values)) < len(axis.values):
             raise UsageError(f"space.{key}: {kind} takes different values, got {values}")
         return axis
-    if len(values) != 2 or not axis.ordered or not values[0] < values[1]:
+    if len(values) != 2 or not axis.ordered or not -math.inf < values[0] < values[1] < math.inf:
         raise UsageError(f"space.{key}: {kind} takes two numbers, the lower one first, got {values}")
     if kind == "loguniform" and values[0] <= 0:
         raise UsageError(f"space.{key}: loguniform takes numbers above 0, got {values}")

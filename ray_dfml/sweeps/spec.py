@@ -37,7 +37,9 @@ class Scheduler(_Strict):
 
     type: Literal["none", "asha", "pbt"] = Field(default="none", description="none, asha or pbt.")
     grace: int = Field(default=1, ge=1, description="asha: rounds before a trial may be stopped.")
-    reduction: float = Field(default=3.0, gt=1, description="asha: one in so many trials goes on from each rung.")
+    reduction: float = Field(
+        default=3.0, gt=1, allow_inf_nan=False, description="asha: one in so many trials goes on from each rung."
+    )
     interval: int = Field(default=1, ge=1, description="pbt: rounds between two exchanges.")
     quantile: float = Field(
         default=0.25, gt=0, le=0.5, description="pbt: share of the trials that take over a better one's state."

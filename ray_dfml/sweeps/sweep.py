@@ -5,6 +5,7 @@ go on: a trial whose run folder says that it has ended is not begun again.
 """
 
 import json
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -94,7 +95,10 @@ def _run(sweep: Sweep, trials: Sequence[Trial], folder: Path, place: Place, say:
 
 
 def _train(sweep: Sweep, trials: Sequence[Trial], folder: Path, place: Place, say: Say) -> Sequence[Trial]:
-    """Run the trials that have not ended. Returns those that count: with PBT some have gone on in a new run folder."""
+    """Run the trials that have not ended. Returns those that count: with PBT some have gone on in a new run folder.
+
+    With PBT a member that failed is not run again once others have gone on without it.
+    """
     if sweep.search == "optuna":
         return _search(sweep, trials, folder, place, say)
     if sweep.scheduler.type != "pbt":
@@ -103,8 +107,9 @@ def _train(sweep: Sweep, trials: Sequence[Trial], folder: Path, place: Place, sa
     members, rounds = list(trials), trials[0].config.total_rounds
     where, axes = pools.of(sweep, folder), plan.axes(sweep, pools.of(sweep, folder))
     for done in pbt.boundaries(rounds, sweep.scheduler.interval):
-        tasks = [_task(one, folder, place, until=done) for one in members]
-        _run_tasks(tasks, spec.Scheduler(), folder, place, say)
+        if not any((folder / TRIALS).glob(f"*-from{done}")):
+            tasks = [_task(one, folder, place, until=done) for one in members]
+            _run_tasks(tasks, spec.Scheduler(), folder, place, say)
         if done < rounds:
             members = pbt.next_members(sweep, axes, members, folder / TRIALS, done, where)
     return members
@@ -155,8 +160,9 @@ def _run_tasks(tasks: Sequence[Task], scheduler: spec.Scheduler, folder: Path, p
         nonlocal ended
         ended += 1
         found = trial.look(task.path)
-        if asha and not error and found.state == "running":  # it is stopped before it could say so
-            RunFolder(task.path).status(state=driver.STOPPED)
+        if asha and not error and not found.final:  # it is stopped before it could say so
+            whole = found.rounds >= build(task.config).total_rounds
+            RunFolder(task.path).status(state=driver.TRAINED if whole else driver.STOPPED)
             found = trial.look(task.path)
         best = trial.validation(found.rows, task.config["name"])
         score = "no validation" if best is None else f"validation {best:.2f} %"
@@ -215,13 +221,15 @@ def _announced(sweep: Sweep, trials: Sequence[Trial], first: RunConfig, inputs: 
 
 
 def _open(sweep: Sweep, folder: Path, resume: bool) -> None:
-    """Make the folder of a sweep, or check that it holds this one."""
+    """Make the folder of a sweep in one step, or check that it holds this one."""
     path, text = folder / "sweep.yaml", yaml_text.dump(sweep.model_dump(mode="json"))
     if not resume:
         if folder.exists():
             raise UsageError(f"{folder}: exists already; add --resume to continue that sweep, or choose another")
-        (folder / TRIALS).mkdir(parents=True)
-        write_text(path, text)
+        temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+        (temporary / TRIALS).mkdir(parents=True, exist_ok=True)
+        write_text(temporary / path.name, text)
+        os.rename(temporary, folder)
         return
     if not path.is_file():
         raise UsageError(f"{folder}: not the folder of a sweep (no sweep.yaml); leave out --resume to begin one")

@@ -100,7 +100,7 @@ def has_ended(task: Task) -> bool:
     found = look(task.path)
     if task.until is None:
         return found.final or found.state == driver.STOPPED
-    return found.final or found.rounds >= task.until
+    return found.final or task.until <= found.rounds < build(task.config).total_rounds
 
 
 def train(task: Task, tell: Tell) -> None:

@@ -1,5 +1,6 @@
 """The file of a sweep, its space, and the trials that are planned from it. No Ray."""
 
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -90,6 +91,12 @@ FAULTS: list[tuple[dict[str, Any], str]] = [
     ({"space": {"method": {"lr_meta": {"loguniform": [0, 1]}}}}, "loguniform takes numbers above 0"),
     ({"space": {"method": {"lr_meta": {"uniform": [-1, 1]}}}}, "method.lr_meta: input should be greater than or equal"),
     ({"space": {"method": {"steps": {"grid": [1, 1]}}}}, "grid takes different values"),
+    ({"space": {"method": {"steps": {"grid": [{"a": 1}]}}}}, "space.method.steps: grid takes plain values"),
+    ({"space": {"method": {"steps": {"choice": [[[1]]]}}}}, "space.method.steps: choice takes plain values"),
+    ({"space": {"method": {"lr_meta": {"loguniform": [1e-3, math.inf]}}}}, "takes two numbers, the lower one first"),
+    ({"scheduler": {"type": "asha", "reduction": math.inf}}, "scheduler.reduction: input should be a finite number"),
+    ({"set": {"method": [1]}}, "space.method.steps: is under `set` too"),
+    ({"space": {"budget": {"queries": {"grid": [5]}}}, "budget": {"queries": 7}}, "queries: is under `budget` too"),
     ({"space": {"method": {"steps": 3}}}, "space.method.steps: expected settings such as"),
     ({"set": {"method": {"steps": 3}}}, "space.method.steps: is under `set` too"),
     ({"method": "fre"}, r"unknown method 'fre' \(did you mean 'free'\?\)"),
