@@ -2,6 +2,7 @@
 
 import json
 import socket
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -141,13 +142,22 @@ def start_or_continue(config: RunConfig, place: Path | Uri, machine: Machine) ->
     place = located(place)
     if not (published.exists(place) if isinstance(place, Uri) else place.exists()):
         return new_run(config, place, machine)
-    began = RunFolder.open(published.local(place)).config()
+    began = _began_with(place)
     if config.name == began.name:
         differs = first_difference(began.model_dump(mode="json"), config.model_dump(mode="json"))
         if differs:
             raise UsageError(f"{place}: is a run with another {differs}; give its own settings, or another --run-dir")
     budget = [f"budget.{key}={json.dumps(value)}" for key, value in config.model_dump(mode="json")["budget"].items()]
     return continue_run(place, config.name, machine, budget=budget)
+
+
+def _began_with(place: Path | Uri) -> RunConfig:
+    """The configuration of a run. No copy of it is left if this process is killed later."""
+    if isinstance(place, Path):
+        return RunFolder.open(place).config()
+    with tempfile.TemporaryDirectory(prefix="ray-dfml-") as copy:
+        published.fetch(place, Path(copy), wanted="config.yaml".__eq__)
+        return RunFolder.open(Path(copy)).config()
 
 
 def first_difference(one: Any, other: Any, key: str = "") -> str:

@@ -130,6 +130,7 @@ def test_the_bits_stay_whenever_the_writer_dies(
 ) -> None:  # fmt: skip
     """It dies at calls of the store that are spread over the run, each time on a new machine."""
     mortal, uri, deaths = stores.Mortal(monkeypatch, late=late), memory_folder / "run", 0
+    copies = len(published._COPIES)
     for moment in (3, 12, 17, 25, 9):
         monkeypatch.setenv("RAY_DFML_CACHE", str(tmp_path / f"machine-{deaths}"))
         before = len(begun)
@@ -140,6 +141,7 @@ def test_the_bits_stay_whenever_the_writer_dies(
         if before and len(begun) > before:
             assert begun[before] >= begun[before - 1], "at most one round is done again"
     assert deaths >= 4
+    assert len(published._COPIES) == copies, "a process that is killed leaves no copy behind"
     start_or_continue(config, uri, toy.LOCAL)
     toy.assert_same_run(copy_of(uri, tmp_path / "copy"), on_disk)
     assert len(begun) <= ROUNDS + deaths
