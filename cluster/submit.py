@@ -15,12 +15,14 @@ Exit codes are those of ray-dfml; 130 if the job was stopped, 5 if the cluster c
 import argparse
 import asyncio
 import os
+import re
 import shlex
 import sys
 from pathlib import Path
 from urllib.parse import urlsplit
 
 os.environ.setdefault("RAY_AUTH_MODE", "token")  # read when ray is imported; without it a client sends no token
+from aiohttp import ClientError
 from ray.exceptions import RayError
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
@@ -44,10 +46,11 @@ def main() -> int:
         start(client, options)
         return 0 if options.no_wait else follow(client, options.id)
     except KeyboardInterrupt:
-        print(f"submit: the job goes on; follow it with the same command, or stop it with --stop {options.id}")
+        print(f"submit: the job goes on; follow it with the same command, or stop it with --id {options.id} --stop")
         return STOPPED
-    except (ConnectionError, RayError, RuntimeError, ValueError) as error:
-        print(f"submit: {options.address}: {str(error).strip().splitlines()[0]}", file=sys.stderr)
+    except (OSError, ClientError, RayError, RuntimeError, ValueError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        print(f"submit: {options.address}: {reason}", file=sys.stderr)
         return LOST
 
 
@@ -65,12 +68,16 @@ def parse(words: list[str]) -> argparse.Namespace:
     options = parser.parse_args(words)
     if not options.command and not options.stop:
         parser.error("give the command after --, such as: -- train free --pool P --run-dir R --workers 16")
+    if not re.fullmatch(r"[A-Za-z0-9_-]+", options.id):
+        parser.error(f"--id {options.id}: has other characters than letters, digits, - and _")
     if options.working_dir:
         check_size(parser, options.working_dir)
     missing = [name for name in options.env if name not in os.environ]
     if missing:
         parser.error(f"--env: not set here: {', '.join(missing)}")
     host = urlsplit(options.address)
+    if host.scheme not in ("http", "https"):
+        parser.error(f"--address {options.address}: name the dashboard, such as http://127.0.0.1:8265")
     if host.scheme == "http" and host.hostname not in ("127.0.0.1", "localhost", "::1"):
         print(f"submit: {options.address} is not encrypted, and the token travels over it", file=sys.stderr)
     command = list(options.command)
@@ -81,7 +88,9 @@ def parse(words: list[str]) -> argparse.Namespace:
 
 
 def check_size(parser: argparse.ArgumentParser, folder: Path) -> None:
-    """Refuse a working directory that is too large, and name its largest file."""
+    """Refuse a working directory that is none, or that is too large, and name its largest file."""
+    if not folder.is_dir():
+        parser.error(f"--working-dir {folder}: is no folder")
     files = [(path.stat().st_size, path) for path in folder.rglob("*") if path.is_file()]
     if sum(size for size, _ in files) > MOST_BYTES:
         size, path = max(files)
@@ -126,7 +135,8 @@ def follow(client: JobSubmissionClient, id: str) -> int:
     print(f"submit: {id} {job.status.value.lower()}", file=sys.stderr)
     if job.status == JobStatus.STOPPED:
         return STOPPED
-    return LOST if job.driver_exit_code is None else job.driver_exit_code
+    code = job.driver_exit_code
+    return LOST if code is None or code < 0 else code  # below 0 a signal ended it, as when memory is short
 
 
 if __name__ == "__main__":
