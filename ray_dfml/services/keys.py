@@ -37,10 +37,11 @@ def starred(body: bytes, asked: Asked) -> bytes:
     """What a server answers, in which its key has become as many stars.
 
     So nothing that is made of the answer holds the key, such as a name that is cut, or the name of a tensor. A key of
-    LEAST_KEY bytes stands in an answer by no accident.
+    LEAST_KEY bytes stands in an answer by no accident, unless it is all digits: probabilities have many of these, so
+    such a key is left to `hidden`.
     """
     key = (key_of(asked) or "").encode()
-    return body.replace(key, b"*" * len(key)) if len(key) >= LEAST_KEY else body
+    return body.replace(key, b"*" * len(key)) if len(key) >= LEAST_KEY and not key.isdigit() else body
 
 
 def hidden(text: str, asked: Asked) -> str:

@@ -96,6 +96,21 @@ def test_nor_a_description_of_a_model(tmp_path: Path) -> None:
     assert hides(str(caught.value))
 
 
+def test_a_key_of_digits_changes_no_probability(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("THE_KEY", "123456")
+
+    async def handler(request: web.BaseRequest) -> web.Response:
+        outputs = [{"name": "answer", "datatype": "FP32", "shape": [1, CLASSES], "data": [0.123456, 0.876544, 0]}]
+        return web.json_response({"outputs": outputs})
+
+    with (
+        served(handler) as url,
+        Gateway(tmp_path / "l.sqlite", [service(url, key_env="THE_KEY", input="x", datatype="FP32")]) as gateway,
+    ):
+        found = gateway.ask("svc", unique_images(1, service(url).card.image.shape))
+    assert found.tolist() == [[pytest.approx(0.123456), pytest.approx(0.876544), 0]]
+
+
 def test_a_batch_that_only_waits_ends_with_the_run(tmp_path: Path) -> None:
     """The service asks for 300 seconds; the gateway closes long before it would give up answers on their way."""
     busy = threading.Event()

@@ -29,7 +29,7 @@ from ray_dfml.methods.students.training import labels_of
 
 
 class Zsdb3Config(NamedConfig):
-    """Settings of ZSDB3. Lengths are L2 norms over the pixels in [0, 1] of an image."""
+    """Settings of ZSDB3. Lengths are L2 norms over an image's pixels, before these are clamped to [0, 1]."""
 
     batch: int = Field(default=10, ge=2, description="Most samples of a round.")
     candidates: int = Field(default=8, ge=1, description="Images of noise asked about for each sample that is kept.")
@@ -165,7 +165,7 @@ def moved(cfg: Zsdb3Config, ask: Oracle, x: Tensor, own: Tensor, direction: Tens
 def seeds_of(cfg: Zsdb3Config, study: Study, ask: Oracle, count: int) -> tuple[Tensor, Tensor]:
     """Samples [n c h w] of noise and their classes [n]: those of the classes that are rarest among the candidates.
 
-    Noise is uniform, times a uniform factor of the image, plus Gaussian noise. An image counts as what its bytes show.
+    Noise is uniform, times a uniform factor of the image, plus Gaussian noise.
     """
     total, shape = cfg.candidates * count, study.card.image.shape
     scale = torch.rand(total, 1, 1, 1, generator=study.rng)
@@ -234,6 +234,6 @@ SEARCHED: Values = {
 
 ZSDB3 = method_of(
     Zsdb3Config, work, SEARCHED,
-    (*PANELS[:2], Panel("Distance to the boundary", "L2, pixels", "Mean of a round's samples before their last move.",
-                      {"boundary": "mean over the teachers"})),
+    (*PANELS[:2], Panel("Distance to the boundary", "L2, pixels", "Mean of a round's samples before their last move; "
+                        "of the way before pixels are clamped to [0, 1].", {"boundary": "mean over the teachers"})),
 )  # fmt: skip
