@@ -189,7 +189,10 @@ def _run(
             if isinstance(stopped, NobodyLeft):
                 raise stopped
             whole = stopped is not None or done.rounds >= config.total_rounds
-            folder.status(state=TRAINED if whole else STOPPED, last_error=stopped and str(stopped))
+            folder.status(
+                state=TRAINED if whole else STOPPED, last_error=stopped and str(stopped),
+                exit_code=stopped.exit_code if stopped else 0,
+            )  # fmt: skip
             return []
         if stopped is not None:
             _note_end(folder, done, stopped, progress)

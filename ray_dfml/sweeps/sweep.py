@@ -162,7 +162,7 @@ def _run_tasks(tasks: Sequence[Task], scheduler: spec.Scheduler, folder: Path, p
         found = trial.look(task.path)
         if asha and not error and not found.final:  # it is stopped before it could say so
             whole = found.rounds >= build(task.config).total_rounds
-            RunFolder(task.path).status(state=driver.TRAINED if whole else driver.STOPPED)
+            RunFolder(task.path).status(state=driver.TRAINED if whole else driver.STOPPED, exit_code=0)
             found = trial.look(task.path)
         best = trial.validation(found.rows, task.config["name"])
         score = "no validation" if best is None else f"validation {best:.2f} %"

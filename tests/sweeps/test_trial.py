@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from ray_dfml.runtime import driver
+from ray_dfml.runtime import driver, watch
+from ray_dfml.runtime.rundir import RunFolder
 from ray_dfml.sweeps import trial
 from ray_dfml.sweeps.trial import Task
 from tests.runtime import toy
@@ -30,6 +31,7 @@ def test_a_round_that_is_in_the_checkpoint_alone_is_told_and_not_followed_by_ano
     trial.train(task, lambda row: told.append(row["round"]) or True)
     found = trial.look(task.path)
     assert (found.rounds, found.state, found.rows) == (until, ends, whole.rows)
+    assert watch.follow(RunFolder(task.path)) == 0, "whoever follows a trial sees that it is over"
     assert told == list(range(1, until + 1 if ends == "stopped" else until))
 
 
