@@ -116,7 +116,7 @@ def test_teachers_unlike_the_learner_have_no_mean(toy_pool: Path) -> None:
         driver.read_inputs(config)
 
 
-def test_too_few_classes_of_the_start_are_refused(toy_pool: Path) -> None:
+def test_too_few_images_of_a_class_of_the_start_are_refused(toy_pool: Path) -> None:
     with pytest.raises(UsageError, match=r"start\.images_per_class is 2; raise it"):
         driver.read_inputs(toy.config("free", toy_pool, None, *WARM, "start.images_per_class=2"))
 
