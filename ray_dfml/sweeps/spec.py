@@ -111,9 +111,11 @@ def read(path: Path, *, small: bool = False) -> Sweep:
     Raises UsageError with one line that names the file and the fault.
     """
     try:
-        if path.stat().st_size > MOST_BYTES:
+        with path.open("rb") as file:
+            text = file.read(MOST_BYTES + 1)
+        if len(text) > MOST_BYTES:
             raise UsageError(f"{path}: larger than {MOST_BYTES >> 20} MiB, so it is no sweep")
-        tree = yaml_text.load(path.read_bytes())
+        tree = yaml_text.load(text)
     except OSError as error:
         raise UsageError(f"{path}: {error.strerror or error}; name the YAML file of a sweep") from None
     except yaml.YAMLError as error:

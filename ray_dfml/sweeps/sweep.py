@@ -233,7 +233,7 @@ def _open(sweep: Sweep, folder: Path, resume: bool) -> None:
         return
     if not path.is_file():
         raise UsageError(f"{folder}: not the folder of a sweep (no sweep.yaml); leave out --resume to begin one")
-    if path.read_text() != text:
+    if path.read_bytes() != text.encode():
         raise UsageError(f"{folder}: holds another sweep than the file says; begin a new one in another folder")
 
 

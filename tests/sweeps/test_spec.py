@@ -158,3 +158,8 @@ def test_a_file_that_is_no_sweep(tmp_path: Path, text: str, said: str) -> None:
         spec.read(path)
     with pytest.raises(UsageError, match="name the YAML file"):
         spec.read(tmp_path / "none.yaml")
+
+
+def test_a_file_is_read_up_to_a_limit_whatever_size_it_says() -> None:
+    with pytest.raises(UsageError, match="/dev/zero: larger than 1 MiB, so it is no sweep"):
+        spec.read(Path("/dev/zero"))
