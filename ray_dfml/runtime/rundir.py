@@ -41,6 +41,14 @@ def write_text(path: Path, text: str) -> None:
     weights_file.write_bytes(path, text.encode())
 
 
+def write_table(path: Path, table: pa.Table) -> None:
+    """Replace a Parquet file in one step."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with naming(path):
+        pq.write_table(table, temporary)
+    os.replace(temporary, path)
+
+
 class RunFolder:
     """Reads and writes one run folder."""
 
@@ -198,10 +206,7 @@ class RunFolder:
                     columns, (score.method, score.data, score.shot, score.selection, index, accuracy), strict=True
                 ):
                     columns[name].append(value)
-        temporary = self.path / ".episodes.parquet.tmp"
-        with naming(self.path / "episodes.parquet"):
-            pq.write_table(pa.table(columns), temporary)
-        os.replace(temporary, self.path / "episodes.parquet")
+        write_table(self.path / "episodes.parquet", pa.table(columns))
         write_text(self.path / "scores.json", json.dumps(rows, indent=2) + "\n")
         return rows
 

@@ -3,7 +3,6 @@
 import csv
 import io
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,13 +10,11 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from scipy import stats
 
-from ray_dfml.files import naming
 from ray_dfml.methods import UNTRAINED
 from ray_dfml.runtime import driver
-from ray_dfml.runtime.rundir import write_text
+from ray_dfml.runtime.rundir import RunFolder, write_table, write_text
 from ray_dfml.sweeps import plan, trial
 from ray_dfml.sweeps.plan import Trial
 
@@ -89,9 +86,7 @@ def _row(number: int, members: Sequence[Trial], folder: Path) -> Row:
 
 def _sent(run: Path) -> int:
     """How many images a run sent to teachers."""
-    path = run / "status.json"
-    status = json.loads(path.read_text()) if path.exists() else {}
-    return int(status.get("queries", {}).get("sent", 0))
+    return int(RunFolder(run).read_status().get("queries", {}).get("sent", 0))
 
 
 def _tests(runs: Sequence[Path]) -> dict[str, Interval]:
@@ -140,10 +135,7 @@ def write(folder: Path, rows: Sequence[Row], keys: Sequence[str]) -> None:
     writer.writerows(zip(*table.values(), strict=True))
     write_text(folder / "results.csv", text.getvalue())
     whole = {name: _of_one_kind(values) for name, values in table.items()}
-    temporary = folder / ".results.parquet.tmp"
-    with naming(folder / "results.parquet"):
-        pq.write_table(pa.table(whole), temporary)
-    os.replace(temporary, folder / "results.parquet")
+    write_table(folder / "results.parquet", pa.table(whole))
 
 
 def _of_one_kind(values: Sequence[Any]) -> Sequence[Any]:

@@ -3,7 +3,6 @@
 A trial that was stopped or killed begins by telling the rounds that are in the folder, and goes on after them.
 """
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,16 +62,10 @@ def look(path: Path) -> Found:
     """Read how far a run is. A folder that is not there is a run of no rounds."""
     if not (path / "status.json").exists():
         return Found("planned", 0, [], None)
-    status = RunFolder(path).read_status()
+    folder = RunFolder(path)
+    status = folder.read_status()
     rounds = status.get("round") or 0
-    rows = []
-    for line in (path / "metrics.jsonl").read_text().splitlines():
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
-            continue  # the last line of a process that was killed
-        if row["round"] < rounds:
-            rows.append(row)
+    rows = [row for row in folder.rows() if row["round"] < rounds]
     return Found(status.get("state", "created"), rounds, rows, status.get("last_error"))
 
 

@@ -1,6 +1,5 @@
 """PURER where teachers give no weights: services are distilled first, and their surrogates are inverted."""
 
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -13,20 +12,10 @@ from ray_dfml.methods import METHODS
 from ray_dfml.methods.base import World
 from ray_dfml.methods.purer import eci
 from ray_dfml.methods.purer import method as purer
-from ray_dfml.methods.surrogates.config import SurrogateConfig
 from tests.methods.test_surrogates import MIXED, NoWeights, world_of
 from tests.support import play, same, small_purer, small_world
 
-
-@pytest.fixture(scope="module", autouse=True)
-def short() -> Iterator[None]:
-    """Students take a step or two instead of hundreds."""
-    full = SurrogateConfig.distillation
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(SurrogateConfig, "distillation", property(
-            lambda own: full.fget(own).model_copy(update={"steps": 0.1, "last_steps": 2, "candidates": 1.0})
-        ))  # fmt: skip
-        yield
+pytestmark = pytest.mark.usefixtures("short_surrogates")
 
 
 def small(budget: int = 500, **changes: Any) -> purer.Config:

@@ -1,6 +1,6 @@
 """FREE where teachers give no weights: surrogates, the queries that label recovered images, and mixed pools."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -17,11 +17,13 @@ from ray_dfml.methods.free import method as free
 from ray_dfml.methods.free.config import Config
 from ray_dfml.methods.inversion import Inversion
 from ray_dfml.methods.surrogates import stage as surrogates
-from ray_dfml.methods.surrogates.config import LEAST, SurrogateConfig
+from ray_dfml.methods.surrogates.config import LEAST
 from ray_dfml.types import Access, Arrays, Teacher
 from tests.support import FakeService, FakeShard, FakeTeacher, card, play, same, small_config, small_world
 
 MIXED: tuple[Access, ...] = ("weights", "probs", "label")
+
+pytestmark = pytest.mark.usefixtures("short_surrogates")
 
 
 def world_of(*access: Access, way: int = 2) -> World:
@@ -48,17 +50,6 @@ class NoWeights(FakeShard):
     def service(self, id: str) -> FakeService:
         """The teacher of that name as one that is only asked; the same object on every call."""
         return self.services.setdefault(id, FakeService(self.teachers[id].card, self.teachers[id]))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def short() -> Iterator[None]:
-    """Students take a step or two instead of hundreds."""
-    full = SurrogateConfig.distillation
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(SurrogateConfig, "distillation", property(
-            lambda own: full.fget(own).model_copy(update={"steps": 0.1, "last_steps": 2, "candidates": 1.0})
-        ))  # fmt: skip
-        yield
 
 
 @pytest.fixture(scope="module")
