@@ -8,6 +8,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, field_validator
 
 from ray_dfml import yaml_text
+from ray_dfml.data.pretrain import PretrainConfig
 from ray_dfml.errors import UsageError, did_you_mean
 
 MOST_BYTES = 1 << 20
@@ -26,7 +27,7 @@ class PoolRecipe(_Strict):
     archs: tuple[str, ...] = Field(default=("conv4",), description="Their architectures, in turn.")
     way: int = Field(default=5, ge=2, description="Classes of a teacher.")
     seed: int = Field(default=0, ge=0, description="Seed of the pool.")
-    epochs: int = Field(default=20, ge=1, description="Epochs of each teacher.")
+    epochs: int = Field(default=PretrainConfig().epochs, ge=1, description="Epochs of each teacher.")
     access: Literal["weights", "logits", "probs", "label"] = Field(
         default="weights", description="What the teachers give away."
     )
