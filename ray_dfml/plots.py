@@ -17,6 +17,10 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 from ray_dfml.methods.base import Panel
 
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#a3498b", "#8a6d00", "#56b4e9", "#666666")
+_INK, _AXIS, _GRID = "#48525c", "#8a94a0", "#e3e7eb"
+_VARIABLES = {_INK: "ink", _AXIS: "axis", _GRID: "grid"} | {one: f"c{i}" for i, one in enumerate(_COLOURS, 1)}
+"""Colour of a plot -> the variable of `templates/style.css` that takes its place, since a page may be dark."""
+_ROWS = 24  # rows of the table beside a plot
 _STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "font.family": ["sans-serif"],
@@ -24,13 +28,14 @@ _STYLE: dict[Any, Any] = {
     "text.parse_math": False,
     "axes.spines.top": False,
     "axes.spines.right": False,
-    "axes.edgecolor": "#8a94a0",
+    "axes.edgecolor": _AXIS,
     "axes.grid": True,
     "axes.axisbelow": True,
-    "grid.color": "#e3e7eb",
-    "xtick.color": "#48525c",
-    "ytick.color": "#48525c",
-    "axes.labelcolor": "#48525c",
+    "grid.color": _GRID,
+    "text.color": _INK,
+    "xtick.color": _INK,
+    "ytick.color": _INK,
+    "axes.labelcolor": _INK,
 }
 _SMOOTH_FROM = 120  # rounds: longer series are drawn thin under their moving average
 _BARS_TO = 60  # rounds: longer time series are drawn as areas
@@ -56,12 +61,16 @@ def series(metrics: Sequence[Mapping[str, Any]], key: str, over: str = "round") 
     return np.array([x for x, _ in pairs], dtype=float), np.array([y for _, y in pairs], dtype=float)
 
 
-def _line_panel(panel: Panel, metrics: Sequence[Mapping[str, Any]]) -> Callable[[Axes], None] | None:
-    found = [(legend, *series(metrics, key, panel.over)) for key, legend in panel.series.items()]
-    found = [(legend, x, y) for legend, x, y in found if len(x)]
-    if not found:
-        return None
+Curve = tuple[str, np.ndarray, np.ndarray]
+"""A legend, and values [m] of both axes."""
 
+
+def _curves(panel: Panel, metrics: Sequence[Mapping[str, Any]]) -> list[Curve]:
+    found = [(legend, *series(metrics, key, panel.over)) for key, legend in panel.series.items()]
+    return [(legend, x, y) for legend, x, y in found if len(x)]
+
+
+def _lines(found: Sequence[Curve], unit: str) -> Callable[[Axes], None]:
     def draw(axes: Axes) -> None:
         for colour, (legend, x, y) in zip(_COLOURS, found, strict=False):
             if len(x) < _SMOOTH_FROM:
@@ -78,8 +87,8 @@ def _line_panel(panel: Panel, metrics: Sequence[Mapping[str, Any]]) -> Callable[
             axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
             axes.yaxis.set_minor_formatter(NullFormatter())
         elif values.min() < 0 < values.max():
-            axes.axhline(0, color="#8a94a0", lw=0.8)
-        axes.set_ylabel(panel.unit)
+            axes.axhline(0, color=_AXIS, lw=0.8)
+        axes.set_ylabel(unit)
 
     return draw
 
@@ -91,12 +100,7 @@ def stages(metrics: Sequence[Mapping[str, Any]]) -> dict[str, np.ndarray]:
     return dict(sorted(spent.items(), key=lambda item: (-item[1].sum(), item[0])))
 
 
-def _stage_panel(metrics: Sequence[Mapping[str, Any]]) -> Callable[[Axes], None] | None:
-    spent = stages(metrics)
-    if not spent or len(metrics) < 2:
-        return None
-    rounds = np.array([row["round"] for row in metrics], dtype=float)
-
+def _bars(rounds: np.ndarray, spent: Mapping[str, np.ndarray]) -> Callable[[Axes], None]:
     def draw(axes: Axes) -> None:
         colours = [_COLOURS[i % len(_COLOURS)] for i in range(len(spent))]
         if len(rounds) <= _BARS_TO:
@@ -119,7 +123,8 @@ def svg(
 ) -> Markup:  # fmt: skip
     """What `draw` draws as an SVG element for a page; `size` is in inches.
 
-    It is without metadata, has ids of its own, and has the same bytes for the same data.
+    It is without metadata, has ids of its own, and has the same bytes for the same data. Its colours are variables of
+    `templates/style.css`.
     """
     style: dict[Any, Any] = {**_STYLE, "svg.hashsalt": slug}
     with matplotlib.rc_context(style):
@@ -133,6 +138,7 @@ def svg(
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     text = buffer.getvalue()
     text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
+    text = re.sub("|".join(_VARIABLES), lambda found: f"var(--{_VARIABLES[found[0]]})", text)
     text = re.sub(r'( id="|url\(#|href="#)', rf"\g<1>{slug}-", text)
     return Markup(text.replace("<svg ", f'<svg role="img" aria-label="{html.escape(label)}" ', 1))
 
@@ -148,18 +154,39 @@ def _over(over: str, plot: Callable[[Axes], None]) -> Callable[[Axes], None]:
     return draw
 
 
+def _table(over: str, found: Sequence[Curve]) -> dict[str, Any]:
+    """What a plot shows as `heads` and `rows` of text: at most `_ROWS` rows, evenly spread, with the first and last."""
+    at = np.unique(np.concatenate([x for _, x, _ in found]))
+    at = at[np.unique(np.linspace(0, len(at) - 1, min(_ROWS, len(at))).round().astype(int))]
+    columns = [dict(zip(x.tolist(), y.tolist(), strict=True)) for _, x, y in found]
+    rows = [[f"{one:,.0f}", *(f"{c[one]:.4g}" if one in c else "" for c in columns)] for one in at.tolist()]
+    return {"heads": [over, *(legend for legend, _, _ in found)], "rows": rows}
+
+
+def _said(title: str, over: str, found: Sequence[Curve]) -> str:
+    """A plot in words, for who cannot see it."""
+    ends = [f"{legend}: from {y[0]:.4g} to {y[-1]:.4g}" for legend, _, y in found]
+    return f"{title} over {over}. {'; '.join(ends)}. The table below has the numbers."
+
+
 def draw(metrics: Sequence[Mapping[str, Any]], panels: Sequence[Panel]) -> list[dict[str, Any]]:
     """The plots for which there are metrics: of the validation, of the `panels` and of the time.
 
-    Each is a dict of `title`, `about` and `svg`.
+    Each is a dict of `title`, `about`, `svg`, and the table of its numbers: `heads` and `rows`.
     """
-    about = "Seconds of each round; with many rounds, means of neighbours."
     own = any("validation" in panel.series for panel in panels)
-    shown = [*panels] if own else [VALIDATION, *panels]
-    drawn = [(panel.title, panel.about, _line_panel(panel, metrics), panel.over) for panel in shown]
-    drawn.append(("Time per stage", about, _stage_panel(metrics), "round"))
+    drawn = []
+    for panel in panels if own else [VALIDATION, *panels]:
+        if found := _curves(panel, metrics):
+            drawn.append((panel.title, panel.about, panel.over, found, _lines(found, panel.unit)))
+    spent = stages(metrics)
+    if spent and len(metrics) > 1:
+        rounds = np.array([row["round"] for row in metrics], dtype=float)
+        about = "Seconds of each round; with many rounds, means of neighbours."
+        found = [(name, rounds, values) for name, values in spent.items()]
+        drawn.append(("Time per stage", about, "round", found, _bars(rounds, spent)))
     return [
-        {"title": title, "about": about, "svg": svg(f"plot{i}", title, _over(over, plot))}
-        for i, (title, about, plot, over) in enumerate(drawn)
-        if plot is not None
+        {"title": title, "about": about, "svg": svg(f"plot{i}", _said(title, over, found), _over(over, plot))}
+        | _table(over, found)
+        for i, (title, about, over, found, plot) in enumerate(drawn)
     ]
