@@ -1,13 +1,14 @@
 """Tiny runs of every method, whose processes are killed at random, against runs that nobody disturbs.
 
 Usage: PYTHONPATH=. python benchmarks/chaos.py OUT [--kills 104] [--seed 0] [--case NAME] [--backend ray|local]
-One private Ray serves all runs, each of which has a driver process of its own with one or two shards; with `local` a
-run is the driver alone. OUT holds the runs and a line of `results.jsonl` for each disturbed one; with the same OUT the
-command goes on where it was cut. A run must end in the bits of one that nobody disturbed, in a single process, with no
-finished round repeated, every answer paid once but for what was on its way at a kill, and nothing left behind. The
-table goes to stdout. What is killed:
+One private Ray of three simulated nodes serves all runs: a head for drivers and learners, and two nodes for shards.
+Each run has a driver process of its own with one or two shards; with `local` a run is the driver alone. OUT holds the
+runs and a line of `results.jsonl` for each disturbed one; with the same OUT the command goes on where it was cut. A run
+must end in the bits of one that nobody disturbed, in a single process, with no finished round repeated, every answer
+paid once but for what was on its way at a kill, and nothing left behind. The table goes to stdout. What is killed:
 
 shard, learner, gateway   SIGKILL of the actor's process
+raylet                    SIGKILL of the daemon of a node with a shard, which takes the node along; a new one joins
 driver                    SIGKILL, then `--resume`
 disk                      learner, gateway and driver can make no file above 20 kB until the run fails; `--resume`
 store                     the object store is filled by another program until the run ends
@@ -34,8 +35,8 @@ os.environ.setdefault("RAY_DEDUP_LOGS", "0")
 import numpy as np
 import yaml
 
-from benchmarks.chaos_processes import ACTORS, Nursery, actors, alive, awaited, children
-from ray_dfml.runtime.cluster import STORE_BYTES, connect
+from benchmarks.chaos_nodes import Nodes
+from benchmarks.chaos_processes import ACTORS, Nursery, actors, alive, awaited
 from ray_dfml.runtime.ray_environment import ray
 from ray_dfml.runtime.shard import pin
 from tests.runtime import toy
@@ -60,9 +61,10 @@ class Case:
         if backend == "local":
             return ["driver"] if self.method == "ota" else rng.sample(("driver", "driver", "driver", "disk"), 4)
         if self.method == "ota":  # it has one round
-            return [("learner", "driver", "shard", "disk", "store")[turn % 5]]
-        actors = ["shard", "learner", *(["gateway"] if self.pool in ("closed", "mixed", "http") else [])]
-        found = [("driver", "disk")[turn % 2], *(actors[turn % len(actors) :] + 2 * actors)[:4], "store"]
+            return [("raylet", "disk", "learner", "driver", "shard", "store")[turn % 6]]
+        asked = self.pool in ("closed", "mixed", "http")
+        found = ["shard", "learner", "raylet", "raylet", "driver", "disk", "disk", "store"]
+        found += ["gateway", "gateway"] if asked else ["shard", "learner"]
         rng.shuffle(found)
         return found
 
@@ -83,7 +85,7 @@ CASES = (
     Case("ideal, local", "ideal", "closed", IDEAL),
     Case("dfme, HTTP", "dfme", "http", DISTILLER),
     Case("free, asked", "free", "mixed", (*toy.FREE, *SURROGATE, "method.rounds=20")),
-    Case("bidf-mkd, asked", "bidf-mkd", "closed", (*toy.BIDF, "method.rounds=12", "method.zero_order.directions=4")),
+    Case("bidf-mkd, asked", "bidf-mkd", "closed", (*toy.BIDF, "method.rounds=16", "method.zero_order.directions=4")),
 )  # fmt: skip
 
 
@@ -110,9 +112,13 @@ class Watched:
 class Field:
     """Where the runs are: pools, a server, Ray, and what fills its store."""
 
-    def __init__(self, out: Path, nursery: Nursery, raylet: int) -> None:
-        self.out, self.nursery, self.raylet = out, nursery, raylet
+    def __init__(self, out: Path, nursery: Nursery, nodes: Nodes) -> None:
+        self.out, self.nursery, self.nodes = out, nursery, nodes
         self.url = ""
+
+    def actors(self, *kinds: str) -> list[int]:
+        """The processes of actors of some kinds, on all nodes."""
+        return actors(self.nodes.raylets(), *kinds)
 
     def command(self, case: Case, run: Path, backend: str, *more: object) -> int:
         """The driver of a run."""
@@ -134,7 +140,7 @@ class Field:
 
     def fill(self, held: list[Any]) -> None:
         """Put arrays in the object store until it is full and spills."""
-        size = int(ray.cluster_resources()["object_store_memory"])
+        size = self.nodes.store_bytes
         held += [ray.put(np.full(8 << 20, n, np.uint8)) for n in range(size // (8 << 20) + 2)]
 
 
@@ -143,14 +149,20 @@ def strike(where: Field, kind: str, driver: int, held: list[Any], rng: Random) -
     if kind == "store":
         where.fill(held)
         return alive(driver)
+    if kind == "raylet":
+        with_shard = [raylet for raylet in where.nodes.raylets() if actors([raylet], "shard")]
+        if not with_shard or not alive(driver):
+            return False
+        where.nodes.replace(rng.choice(with_shard))
+        return True
     if kind == "disk":
-        for number in (*actors(where.raylet, "learner", "gateway"), driver):
+        for number in (*where.actors("learner", "gateway"), driver):
             try:
                 resource.prlimit(number, resource.RLIMIT_FSIZE, (DISK_BYTES, resource.RLIM_INFINITY))
             except ProcessLookupError:
                 return False
         return alive(driver)
-    numbers = [driver] if kind == "driver" else actors(where.raylet, kind)
+    numbers = [driver] if kind == "driver" else where.actors(kind)
     if not numbers or not alive(driver):
         return False
     try:
@@ -188,7 +200,7 @@ def disturbed(where: Field, case: Case, run: Path, backend: str, kinds: list[str
 
 def ready(where: Field, watched: Watched, rounds: int, driver: int, backend: str) -> bool:
     """Whether so many rounds are done and a learner is at work, or the driver has ended."""
-    at_work = backend == "local" or actors(where.raylet, "learner")
+    at_work = backend == "local" or where.actors("learner")
     return (watched.rounds() >= rounds and bool(at_work)) or not alive(driver)
 
 
@@ -198,7 +210,7 @@ def finish(where: Field, run: Path, watched: Watched, driver: int) -> None:
         last = watched.rounds()
         ended = partial(lambda last: watched.rounds() > last or not alive(driver), last)
         awaited(f"{run}: stalls in round {last}", ended)
-    awaited(f"{run}: actors are left", lambda: not actors(where.raylet, *ACTORS), 60)
+    awaited(f"{run}: actors are left", lambda: not where.actors(*ACTORS), 60)
 
 
 def resumed(where: Field, case: Case, run: Path, backend: str, watched: Watched, driver: int) -> int:
@@ -261,7 +273,7 @@ def served(out: Path, nursery: Nursery) -> tuple[int, str]:
 
 def table(results: list[dict[str, Any]]) -> str:
     """The kills by method and kind, and how the runs ended."""
-    kinds = ("shard", "learner", "driver", "gateway", "disk", "store")
+    kinds = ("shard", "learner", "driver", "gateway", "raylet", "disk", "store")
     columns = ("method", "backend", "runs", *kinds, "same bits", "rounds done twice", "files left", "queries lawful")
     lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
     for name, backend in [*dict.fromkeys((one["case"], one["backend"]) for one in results), ("all", "")]:
@@ -292,12 +304,10 @@ def main() -> None:
     if not (out / "mixed" / "pool.yaml").exists():
         out.mkdir(parents=True, exist_ok=True)
         pools(out)
-    before = set(children(os.getpid()))
-    connect(2, 0.0, store_bytes=STORE_BYTES // 4)
-    os.environ["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
-    raylet = next(n for n, line in children(os.getpid()).items() if n not in before and "/raylet/raylet" in line)
+    nodes = Nodes()
+    os.environ["RAY_ADDRESS"] = nodes.address
     nursery = Nursery()
-    where = Field(out, nursery, raylet)
+    where = Field(out, nursery, nodes)
     server, where.url = served(out, nursery)
     cases = [case for case in CASES if given.case in (None, case.name)]
     log = out / "results.jsonl"
@@ -320,7 +330,7 @@ def main() -> None:
     finally:
         nursery.close()
         os.kill(server, signal.SIGTERM)
-        ray.shutdown()
+        nodes.close()
     print(table(results))
 
 

@@ -3,7 +3,7 @@
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -81,10 +81,11 @@ def children(parent: int) -> dict[int, str]:
     return found
 
 
-def actors(raylet: int, *kinds: str) -> list[int]:
-    """The processes of actors of some kinds, which are children of the raylet."""
+def actors(raylets: Sequence[int], *kinds: str) -> list[int]:
+    """The processes of actors of some kinds, which are children of raylets."""
     titles = tuple(f"ray::{ACTORS[kind]}" for kind in kinds)
-    return [number for number, title in children(raylet).items() if title.startswith(titles)]
+    found = [children(raylet) for raylet in raylets]
+    return [number for one in found for number, title in one.items() if title.startswith(titles)]
 
 
 def awaited(what: str, find: Callable[[], T], seconds: float = PATIENCE) -> T:

@@ -327,13 +327,31 @@ def read_manifest(folder: Path | Uri) -> Manifest:
     return found
 
 
-def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Replace the manifest of a folder in one step. What a service leaves at its default is not written."""
-    content = manifest.model_dump(mode="json", exclude=None if manifest.budget else {"budget"})
-    content["teachers"] = [
-        entry.model_dump(mode="json", exclude_defaults=entry.api is not None) for entry in manifest.teachers
-    ]
-    weights_file.write_bytes(folder / MANIFEST, yaml_text.dump(content).encode())
+def write_manifest(folder: Path, manifest: Manifest) -> bytes:
+    """Replace the manifest of a folder in one step. Returns the text that was written.
+
+    What a service leaves at its default is not written.
+    """
+    content = manifest.model_dump(mode="json", exclude={"teachers"} if manifest.budget else {"teachers", "budget"})
+    content["teachers"] = [_fields(entry) for entry in manifest.teachers]
+    return _replaced(folder, yaml_text.dump(content).encode())
+
+
+def append_entry(folder: Path, text: bytes, entry: Entry) -> bytes:
+    """Replace the manifest of a folder, whose text `write_manifest` made of some teachers, by one with another teacher.
+
+    The text is that of `write_manifest`, and takes as long as one entry does. Returns it.
+    """
+    return _replaced(folder, text + yaml_text.dump([_fields(entry)]).encode())
+
+
+def _fields(entry: Entry) -> dict[str, Any]:
+    return entry.model_dump(mode="json", exclude_defaults=entry.api is not None)
+
+
+def _replaced(folder: Path, text: bytes) -> bytes:
+    weights_file.write_bytes(folder / MANIFEST, text)
+    return text
 
 
 def _first_fault(error: ValidationError) -> str:

@@ -24,6 +24,7 @@ from ray_dfml.data.manifest import (
     MANIFEST,
     Entry,
     Manifest,
+    append_entry,
     is_id,
     make_entry,
     read_manifest,
@@ -58,6 +59,7 @@ class Pool:
         self._set(manifest)
 
     def _set(self, manifest: Manifest) -> None:
+        self._manifest, self._text = manifest, b""
         self._entries = {entry.id: entry for entry in manifest.teachers}
         self.cards = tuple(entry.card for entry in manifest.teachers)
         self.budget = Budget(**manifest.budget.model_dump()) if manifest.budget else None
@@ -189,20 +191,26 @@ class Pool:
         """
         folder = resolved(self.path)
         with _locked(folder):
-            if self._new and not (folder / MANIFEST).exists():
-                _check_empty(folder)
-                manifest = EMPTY
-            else:
-                manifest = read_manifest(folder)
-            for other in manifest.teachers:
+            self._look(folder)
+            for other in self._entries.values():
                 if entry.id == other.id or (weights is not None and entry.weights == other.weights):
                     raise UsageError(f"id {entry.id!r} is taken in {self.path}; choose another one")
             (folder / "weights").mkdir(exist_ok=True)
             if weights is not None:
                 weights_file.write_bytes(folder / f"weights/{entry.id}.safetensors", weights)
-            manifest = manifest.model_copy(update={"teachers": [*manifest.teachers, entry]})
-            write_manifest(folder, manifest)
-        self._set(manifest)
+            manifest = self._manifest.model_copy(update={"teachers": [*self._manifest.teachers, entry]})
+            self._text = append_entry(folder, self._text, entry) if self._text else write_manifest(folder, manifest)
+        self._manifest = manifest
+        self._entries[entry.id] = entry
+        self.cards = (*self.cards, entry.card)
+
+    def _look(self, folder: Path) -> None:
+        """Read the manifest on the disk, unless it is the text that this pool wrote last; it grows with the pool."""
+        if self._new and not (folder / MANIFEST).exists():
+            _check_empty(folder)
+            self._set(EMPTY)
+        elif not self._text or weights_file.read_bytes(folder / MANIFEST) != self._text:
+            self._set(read_manifest(folder))
 
     def sha256(self) -> str:
         """The hash of the whole pool, in hex: of all entries of its manifest, sorted by id, with the files' sha256.

@@ -81,6 +81,32 @@ def test_manifest_keeps_every_field(pool):
     assert yaml.safe_load((pool.path / "pool.yaml").read_text())["version"] == 1
 
 
+def test_a_manifest_that_grows_has_the_text_of_one_written_whole(tmp_path, monkeypatch):
+    """The second teacher and each later one is appended, and nothing is read again that nobody else has changed."""
+    whole, grown = Pool.create(tmp_path / "whole"), Pool.create(tmp_path / "grown")
+    for number, id in enumerate("abc"):
+        add(whole, id, state(number), source="ä: 'x'")
+        whole = Pool.open(whole.path)
+    for number, id in enumerate("abc"):
+        add(grown, id, state(number), source="ä: 'x'")
+        monkeypatch.setattr("ray_dfml.data.pool.read_manifest", raising(AssertionError("read again")))
+    assert (grown.path / "pool.yaml").read_bytes() == (whole.path / "pool.yaml").read_bytes()
+    assert grown.cards == whole.cards
+    assert grown.sha256() == whole.sha256()
+
+
+def test_a_teacher_that_another_process_added_stays(pool):
+    other = Pool.open(pool.path)
+    add(other, "c")
+    add(other, "d")
+    add(pool, "e")
+    with pytest.raises(UsageError, match="id 'e' is taken"):
+        add(other, "e")
+    add(other, "f")
+    assert [card.id for card in other.cards] == list("abcdef")
+    assert Pool.open(pool.path).cards == other.cards
+
+
 def test_cards_are_in_file_order_and_sha256_is_not(tmp_path):
     pools = []
     for order in ("ba", "ab"):
