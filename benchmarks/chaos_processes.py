@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TypeVar
 
 ROOT = Path(__file__).parents[1]
-PATIENCE = 180.0
+PATIENCE = 300.0
 """Seconds without a finished round after which a run counts as stalled."""
 ACTORS = {"shard": "ShardActor", "learner": "LearnerActor", "gateway": "GatewayActor"}
 T = TypeVar("T")
