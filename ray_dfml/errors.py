@@ -13,6 +13,11 @@ def first_of(names: Sequence[str], most: int = 5) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
+def shown_reason(id: str, why: str) -> str:
+    """Why a teacher is left out, in a line that begins with its id, as the reason may do already."""
+    return f"{id}: {why.removeprefix(f'{id}: ')}"
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """A hint such as ` (did you mean 'conv4'?)` if a known name is close to `name` in any case, else an empty text."""
     lower = {other.lower(): other for other in known}

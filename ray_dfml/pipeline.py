@@ -16,7 +16,7 @@ import numpy as np
 
 from ray_dfml import top1
 from ray_dfml.config import RunConfig, build
-from ray_dfml.errors import DfmlError, NobodyLeft, RejectedError
+from ray_dfml.errors import DfmlError, NobodyLeft, RejectedError, shown_reason
 from ray_dfml.methods import METHODS, UNTRAINED, start
 from ray_dfml.methods.base import Metrics, Send, State, Student, World, learner_weights
 from ray_dfml.methods.baselines import untrained
@@ -141,7 +141,7 @@ class Trainer:
         return self.state["rejected"] | self._away
 
     def _said(self) -> str:
-        return "; ".join(f"{id}: {why.removeprefix(f'{id}: ')}" for id, why in self._reasons.items())
+        return "; ".join(shown_reason(id, why) for id, why in self._reasons.items())
 
     def rejected(self) -> dict[str, str]:
         """Id of each teacher that is left out -> why, and what is kept of it."""

@@ -93,6 +93,9 @@ class Job:
 class Backend(Protocol):
     """Where work is done: `map` does it, and `keep` stores an array that many calls read."""
 
+    notes: list[str]
+    """What a reader must know of how the work went so far, one line each."""
+
     def keep(self, value: np.ndarray) -> Any:
         """Store an array that many calls read.
 

@@ -21,9 +21,7 @@ Example:
 @click.option(
     "--workers", type=click.IntRange(min=1), default=1, show_default=True, help="Shards there must be room for."
 )
-@click.option(
-    "--gpus-per-worker", type=click.FloatRange(min=0), default=0.0, show_default=True, help="Share of a GPU per shard."
-)
+@options.gpus_per_worker
 @click.option("--storage", type=options.PLACE, metavar="PATH|URI", help="A folder that every node should see.")
 @click.option(
     "--wait", type=click.IntRange(min=0), default=0, show_default=True, metavar="SECONDS", help="Wait so long for room."

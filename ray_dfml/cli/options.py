@@ -31,10 +31,29 @@ class _PlaceType(click.ParamType):
         return located(value)
 
 
+class _ShareType(click.ParamType):
+    """A share of a GPU: 0, 1, or 1/k, also as a decimal such as 0.5. The command gets a number that is not above it."""
+
+    name = "1/k"
+
+    def convert(self, value: str | float, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        over, slash, under = str(value).partition("/")
+        try:
+            share = float(over) / (float(under) if slash else 1.0)
+        except (ValueError, ZeroDivisionError):
+            share = -1.0
+        parts = round(1 / share) if 0.001 <= share <= 1 else 0
+        if share and not (parts and abs(share * parts - 1) < 0.011):
+            self.fail(f"{value}: a process gets a whole GPU (1), one of k equal parts of it (1/k), or none (0)")
+        return 10_000 // parts / 10_000 if parts else 0.0  # Ray counts in 1/10000: k times 1/k is no more than 1
+
+
 PATH = _PathType()
 """The type of every option and argument that names a file or a folder of a disk."""
 PLACE = _PlaceType()
 """The type of those that may also be in an object store."""
+SHARE = _ShareType()
+"""The type of those that give a process a part of a GPU."""
 
 
 def as_json(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -54,6 +73,14 @@ def workers(function: Callable[..., Any]) -> Callable[..., Any]:
     return click.option(
         "--workers", type=click.IntRange(min=1), default=host.processors, show_default="processors",
         help="Shards. Any number gives the same bits on a CPU.",
+    )(function)  # fmt: skip
+
+
+def gpus_per_worker(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The `--gpus-per-worker` option."""
+    return click.option(
+        "--gpus-per-worker", type=SHARE, default=0.0, show_default=True,
+        help="Part of a GPU for each shard, such as 1/4: of its time, and at most so much of its memory.",
     )(function)  # fmt: skip
 
 

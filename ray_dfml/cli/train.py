@@ -34,12 +34,10 @@ Example:
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Run seed.")
 @click.option("--backend", type=click.Choice(["ray", "local"]), default="ray", show_default=True)
 @options.workers
+@options.gpus_per_worker
 @click.option(
-    "--gpus-per-worker", type=click.FloatRange(min=0), default=0.0, show_default=True, help="Share of a GPU per shard."
-)
-@click.option(
-    "--gpus-per-learner", type=click.FloatRange(min=0), default=0.0, show_default=True,
-    help="Share of a GPU for the learner's own work, on the node of this command.",
+    "--gpus-per-learner", type=options.SHARE, default=0.0, show_default=True,
+    help="Part of a GPU for the learner's own work, on the node of this command.",
 )  # fmt: skip
 @click.option(
     "--job-timeout", type=click.IntRange(1, 10**7), metavar="SECONDS", show_default="none",

@@ -22,9 +22,7 @@ Example:
     help="A trial is a learner with shards (ray), or one process (local).",
 )  # fmt: skip
 @click.option("--workers", type=click.IntRange(min=1), default=1, show_default=True, help="Shards of each trial.")
-@click.option(
-    "--gpus-per-worker", type=click.FloatRange(min=0), default=0.0, show_default=True, help="Share of a GPU per shard."
-)
+@options.gpus_per_worker
 @click.option(
     "--concurrent", type=click.IntRange(min=1), show_default="what fits", help="Most trials at a time."
 )  # fmt: skip

@@ -36,7 +36,7 @@ from ray_dfml.runtime.ray_environment import IMPORTED_BEFORE, OnNode, exceptions
 from ray_dfml.runtime.ray_gateway import RayGateway
 from ray_dfml.runtime.ray_metrics import RunMetrics
 from ray_dfml.runtime.ray_teachers import PoolStore, seen_by, through_here
-from ray_dfml.runtime.shard import LoadWeights, pick_device, pin
+from ray_dfml.runtime.shard import LoadWeights, cap_memory, pick_device, pin
 from ray_dfml.types import Labelled, Spent
 
 PLACEMENT_SECONDS = 180
@@ -183,7 +183,7 @@ def start_shards(*, workers: int, gpus_per_worker: float) -> list[Any]:
     device = None if gpus_per_worker else torch.device("cpu")  # Ray hides no GPU from an actor that asks for none
     shards: list[Any] = []
     try:
-        shards += [shard.remote(device=device) for _ in range(workers)]
+        shards += [shard.remote(device=device, share=gpus_per_worker) for _ in range(workers)]
         ray.get([one.__ray_ready__.remote() for one in shards], timeout=PLACEMENT_SECONDS)
     except BaseException as error:
         for one in shards:
@@ -196,7 +196,7 @@ def start_shards(*, workers: int, gpus_per_worker: float) -> list[Any]:
                 f"{workers} shards of 1 CPU and {gpus_per_worker:g} GPU did not start in {PLACEMENT_SECONDS} s, the "
                 f"cluster has {free} free; lower --workers or wait for other work to end"
             ) from None
-        raise ResourceError(f"a shard did not start: {' '.join(str(error).split())}") from None
+        raise ResourceError(f"a shard did not start: {str(error).strip().splitlines()[-1]}") from None
     return shards
 
 
@@ -268,10 +268,12 @@ class LearnerActor(Learning):
 
     def __init__(
         self, config: dict[str, Any], world: World, sets: Sequence[Labelled], backend: RayBackend, checkpoints: Path,
-        on_device: bool,
+        share: float,
     ) -> None:  # fmt: skip
+        """`share` is the learner's own of an accelerator; with 0 it computes on the CPU."""
         pin()
-        world = replace(world, device=str(pick_device())) if on_device else world
+        cap_memory(share)
+        world = replace(world, device=str(pick_device())) if share else world
         super().__init__(config, world, sets, backend, checkpoints)
 
 
@@ -310,7 +312,7 @@ class RaySession:
             backend = cluster.backend(PoolStore(teachers, near), desk, job_seconds=job_seconds)
             kept = [replace(one, images=backend.keep(one.images)) for one in sets]
             self._arguments = (
-                config, ray.put(world), kept, backend, folder / CHECKPOINTS, cluster.gpus_per_learner > 0
+                config, ray.put(world), kept, backend, folder / CHECKPOINTS, cluster.gpus_per_learner
             )  # fmt: skip
         except BaseException:
             self.close()

@@ -20,7 +20,7 @@ from ray_dfml.runtime import balance
 from ray_dfml.runtime.local import no_teachers
 from ray_dfml.runtime.ray_environment import exceptions, ray
 from ray_dfml.runtime.ray_metrics import waiting
-from ray_dfml.runtime.shard import CACHE_BYTES, Shard
+from ray_dfml.runtime.shard import CACHE_BYTES, Shard, cap_memory
 from ray_dfml.types import Arrays, Job
 
 STRIKES = 2
@@ -42,23 +42,28 @@ class ShardActor(Shard):
     Each message says where teachers come from, so that a restarted shard needs nothing else.
     """
 
-    def __init__(self, *, device: torch.device | None) -> None:
+    def __init__(self, *, device: torch.device | None, share: float) -> None:
+        """`share` is what the shard may use of the memory of its device, if that is an accelerator."""
         self._where: ray.ObjectRef | None = None
+        cap_memory(share)
         super().__init__(no_teachers, device=device)
 
     def manifests(self, pools: Sequence[Path | Uri]) -> list[str]:
         """The hash of the manifest of each pool as this process sees it; empty for one that it does not see."""
         return [manifest_sha256(pool) for pool in pools]
 
-    def run_for(self, load: "Sequence[ray.ObjectRef]", op: str, jobs: Sequence[Job], shared: Arrays) -> list[Arrays]:
-        """`run` with the teachers of `load[0]`, which are a `shard.LoadWeights` and an `asking.Desk` or None.
+    def run_for(
+        self, load: "Sequence[ray.ObjectRef]", op: str, jobs: Sequence[Job], shared: Arrays
+    ) -> tuple[list[Arrays], list[str]]:
+        """`run` with the teachers of `load[0]`, which are a `shard.LoadWeights` and an `asking.Desk` or None; `news`.
 
         References in `shared` are replaced by the arrays they stand for.
         """
         if load[0] != self._where:
             self.reload(*ray.get(load[0]))
             self._where = load[0]
-        return self.run(op, jobs, {k: ray.get(v) if isinstance(v, ray.ObjectRef) else v for k, v in shared.items()})
+        here = {k: ray.get(v) if isinstance(v, ray.ObjectRef) else v for k, v in shared.items()}
+        return self.run(op, jobs, here), self.news()
 
 
 class RayBackend:
@@ -77,6 +82,7 @@ class RayBackend:
         self.batched = batched
         self.job_seconds = job_seconds
         self.waking: set[int] = set()
+        self.notes: list[str] = []
 
     def keep(self, value: np.ndarray) -> "ray.ObjectRef":
         """See `Backend.keep`. The calling process owns what is kept; if it ends, what is kept is lost."""
@@ -135,10 +141,12 @@ class _Dispatch:
     def _receive(self, ref: "ray.ObjectRef") -> None:
         i, chunk = self._flying[ref]
         try:
-            results = ray.get(ref)
+            answer = ray.get(ref)
             self._answered.add(i)
             if chunk:
+                results, news = answer
                 self._done.update((job.index, result) for job, result in zip(chunk, results, strict=True))
+                self._backend.notes += [line for line in news if line not in self._backend.notes]
             else:
                 self._backend.waking.discard(i)
         except (exceptions.RayActorError, exceptions.OutOfMemoryError) as error:

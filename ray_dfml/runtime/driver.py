@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from ray_dfml.config import RunConfig
-from ray_dfml.errors import BudgetReached, DfmlError, Interrupted, LearnerLost, NobodyLeft
+from ray_dfml.errors import BudgetReached, DfmlError, Interrupted, LearnerLost, NobodyLeft, shown_reason
 from ray_dfml.methods import METHODS
 from ray_dfml.runtime.assess import Assessment
 from ray_dfml.runtime.assess_students import StudentAssessment
@@ -290,6 +290,7 @@ def _train(
         lives, news = LEARNER_LIVES, False
         busy += time.perf_counter() - called
         folder.log(row)
+        _tell(folder, done, progress)
         elapsed = time.perf_counter() - began
         eta = elapsed / (done.rounds - first) * (rounds + done.missed - done.rounds)
         folder.status(
@@ -305,6 +306,20 @@ def _train(
         if on_round is not None and not on_round(row):
             break
     return done, None
+
+
+def _tell(folder: RunFolder, done: Done, progress: Progress) -> None:
+    """Say which teachers the last round left out, and what is new in how the work goes, and note the latter."""
+    status = folder.read_status()
+    left_out, notes = status.get("rejected") or {}, status.get("notes") or []
+    for id, why in done.rejected.items():
+        if id not in left_out:
+            progress.note(f"left out: {shown_reason(id, why)}")
+    new = [line for line in done.notes if line not in notes]
+    for line in new:
+        progress.note(line)
+    if new:
+        folder.status(notes=[*notes, *new])
 
 
 def _begin(folder: RunFolder, session: Session) -> tuple[Done, bool]:

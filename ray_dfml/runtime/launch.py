@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ray_dfml import published, report
 from ray_dfml.config import RunConfig, resolve, with_budget
-from ray_dfml.errors import BudgetReached, NobodyLeft, UsageError, first_of
+from ray_dfml.errors import BudgetReached, NobodyLeft, UsageError, first_of, shown_reason
 from ray_dfml.files import Uri, located
 from ray_dfml.methods import METHODS
 from ray_dfml.runtime import driver, rundir
@@ -198,6 +198,5 @@ def left_out(rejected: Mapping[str, str], used: int) -> list[str]:
     """A line that names the teachers that are left out, with the reasons, if there are any."""
     if not rejected:
         return []
-    # a reason may begin with the id already
-    reasons = [f"{id}: {why.removeprefix(f'{id}: ')}" for id, why in rejected.items()]
+    reasons = [shown_reason(id, why) for id, why in rejected.items()]
     return [f"{len(rejected)} of {len(rejected) + used} teachers left out: {first_of(reasons, 3)}"]

@@ -27,6 +27,8 @@ class Done:
     rejected: dict[str, str] = field(default_factory=dict)
     missed: int = 0
     """Rounds that the run has beyond those of its method (`Trainer.missed`)."""
+    notes: tuple[str, ...] = ()
+    """What a reader must know of how the work went (`Backend.notes`)."""
 
     @property
     def rounds(self) -> int:
@@ -40,7 +42,7 @@ class Learning:
     def __init__(
         self, config: dict[str, Any], world: World, sets: Sequence[Labelled], backend: Backend, checkpoints: Path
     ) -> None:
-        self._arguments = (config, world, sets, backend)
+        self._arguments, self._backend = (config, world, sets, backend), backend
         self._checkpoints = Checkpoints(Folder(checkpoints))
 
     def begin(self) -> Done:
@@ -62,4 +64,5 @@ class Learning:
         """Write a checkpoint of the state after `rounds` rounds. `row` holds the metrics of the last round."""
         state = self._trainer.state
         saved = self._checkpoints.save(rounds, state, row)
-        return Done(saved, row, self._trainer.rejected(), self._trainer.missed(rounds))
+        missed = self._trainer.missed(rounds)
+        return Done(saved, row, self._trainer.rejected(), missed, tuple(self._backend.notes))

@@ -27,6 +27,7 @@ class LocalBackend:
 
     def __init__(self, load: LoadWeights, desk: Desk | None = None) -> None:
         self._shard = Shard(load, desk=desk)
+        self.notes: list[str] = []
 
     def keep(self, value: np.ndarray) -> np.ndarray:
         """See `Backend.keep`. The array is here already."""
@@ -35,11 +36,11 @@ class LocalBackend:
     def map(self, op: str, jobs: Sequence[Job], shared: Arrays) -> list[Arrays]:
         """See `Backend.map`."""
         balance.check_distinct(jobs)
-        if not self._shard.batched:
-            return [result for job in jobs for result in self._shard.run(op, [job], shared)]
+        chunks = balance.chunks(jobs, 1, CACHE_BYTES) if self._shard.batched else [[job] for job in jobs]
         done: dict[int, Arrays] = {}
-        for chunk in balance.chunks(jobs, 1, CACHE_BYTES):
+        for chunk in chunks:
             done |= zip((job.index for job in chunk), self._shard.run(op, chunk, shared), strict=True)
+            self.notes += self._shard.news()
         return [done[job.index] for job in jobs]
 
 

@@ -17,7 +17,7 @@ from ray_dfml.core.answers import answers
 from ray_dfml.core.net import Net, net
 from ray_dfml.core.steady import steady_logits
 from ray_dfml.data.services import Asked
-from ray_dfml.errors import RejectedError, rejection
+from ray_dfml.errors import RejectedError, ResourceError, rejection
 from ray_dfml.ops import OPS
 from ray_dfml.runtime import asking
 from ray_dfml.runtime.asking import Desk
@@ -33,6 +33,8 @@ CACHE_BYTES = 512 * 2**20
 """The most memory that the teachers on a shard occupy together."""
 KEPT_BYTES = 256 * 2**20
 """Freed memory that a process keeps for its next tensors."""
+CONTEXT_BYTES = 640 * 2**20
+"""Memory of an accelerator that a process takes beside its tensors, generously counted: its context and its kernels."""
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 
 
@@ -44,6 +46,32 @@ def pick_device() -> torch.device:
 def accelerators() -> list[str]:
     """Names of the accelerators that this process sees."""
     return [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+
+
+def cap_memory(share: float) -> None:
+    """Let this process have its share 1/k of an accelerator's memory and no more, so that k processes have room there.
+
+    The process's own context counts as part of the share. A whole accelerator has no cap. Raises ResourceError if the
+    share has no room for anything else.
+    """
+    parts = round(1 / share) if share else 1
+    if parts == 1 or not torch.cuda.is_available():
+        return
+    whole = torch.cuda.get_device_properties(0).total_memory
+    left = 1 / parts - CONTEXT_BYTES / whole
+    if left <= 0:
+        raise ResourceError(
+            f"1/{parts} of a GPU of {whole / 2**30:.0f} GiB has no room for tensors beside the {CONTEXT_BYTES >> 20} "
+            "MiB that each process takes; raise --gpus-per-worker"
+        )
+    torch.cuda.set_per_process_memory_fraction(left, 0)
+
+
+def is_short_of_memory(error: Exception) -> bool:
+    """Whether an error says that a device, or this machine, has no memory for an array."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
+        isinstance(error, RuntimeError) and "DefaultCPUAllocator: can't allocate" in str(error)
+    )
 
 
 def keep_memory() -> None:
@@ -96,6 +124,9 @@ class Shard:
         self._load, self._desk = load, desk
         self._hosted: OrderedDict[str, HostedTeacher] = OrderedDict()
         self._number = asking.enter(self)
+        self._most: dict[str, int] = {}
+        self._said: dict[str, int] = {}
+        self._too_large = 0
 
     def reload(self, load: LoadWeights, desk: Desk | None = None) -> None:
         """Fetch teachers with another `load` and ask through another `desk` from now on; forget the hosted teachers."""
@@ -151,19 +182,62 @@ class Shard:
     def run(self, op: str, jobs: Sequence[Job], shared: Arrays) -> list[Arrays]:
         """Run `op`: one result per job, in order. The result is `{"rejected": reason}` if the job's teacher is bad.
 
-        A batch that is too large for the memory of the device is done in halves. Raises torch.OutOfMemoryError if one
-        job alone is too large.
+        A batch that is too large for the memory of the device is done in halves, and later batches of the op have no
+        more jobs than fitted. A teacher whose job alone is too large is rejected. Raises ResourceError if such a job
+        has no teacher.
         """
+        most = self._most.get(op, len(jobs))
+        if len(jobs) > most:
+            return self._parts(op, [jobs[start : start + most] for start in range(0, len(jobs), most)], shared)
         try:
             return OPS[op](self, jobs, shared)
         except RejectedError as error:
             if len(jobs) == 1:
                 return [rejection(error)]
             parts = [[job] for job in jobs]
-        except torch.OutOfMemoryError:
-            if len(jobs) == 1:
+        except Exception as error:
+            if not is_short_of_memory(error):
                 raise
-            parts = [jobs[: len(jobs) // 2], jobs[len(jobs) // 2 :]]
-        if self.batched:
-            torch.cuda.empty_cache()  # of what the batch left behind; here its tensors are gone
+            parts = []
+        self._free()  # what the batch left behind; here its tensors are gone
+        if parts:
+            return self._parts(op, parts, shared)
+        if len(jobs) == 1:
+            return [self._alone(op, jobs[0], shared)]
+        before, too_large, self._most[op] = self._most.get(op), self._too_large, (len(jobs) + 1) // 2
+        results = self.run(op, jobs, shared)
+        if self._too_large > too_large:  # one job was to blame, and not how many they were
+            self._most.pop(op) if before is None else self._most.update({op: before})
+        return results
+
+    def _parts(self, op: str, parts: Sequence[Sequence[Job]], shared: Arrays) -> list[Arrays]:
         return [result for part in parts for result in self.run(op, part, shared)]
+
+    def _alone(self, op: str, job: Job, shared: Arrays) -> Arrays:
+        """Run a job again that had no room, with no teacher in memory but its own."""
+        self._hosted.clear()
+        self._free()
+        try:
+            return OPS[op](self, [job], shared)[0]
+        except RejectedError as error:
+            return rejection(error)
+        except Exception as error:
+            if not is_short_of_memory(error):
+                raise
+            reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+            said = f"{op} needs more memory than a shard has: {reason}"
+        self._free()
+        self._too_large += 1
+        if job.teacher is None:
+            raise ResourceError(f"{said}; give shards more, as with a larger --gpus-per-worker")
+        return {"rejected": said}
+
+    def _free(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def news(self) -> list[str]:
+        """Lines, each said once, about batches that are smaller than they were to be, since memory was short."""
+        new = {op: most for op, most in self._most.items() if self._said.get(op) != most}
+        self._said |= new
+        return [f"memory of a shard was short: {op} does at most {most} jobs at a time" for op, most in new.items()]

@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from ray_dfml.errors import shown_reason
 from ray_dfml.methods import METHODS
 from ray_dfml.runtime.progress import Progress, round_line
 from ray_dfml.runtime.rundir import RunFolder
@@ -62,7 +63,7 @@ def follow(folder: RunFolder, refresh: Callable[[], object] = lambda: None) -> i
 def _remarks(status: dict[str, Any]) -> list[str]:
     """The notes of a run, the teachers that it has left out, and that it tests."""
     rejected = status.get("rejected") or {}
-    reasons = [f"left out: {id}: {why.removeprefix(f'{id}: ')}" for id, why in rejected.items()]
+    reasons = [f"left out: {shown_reason(id, why)}" for id, why in rejected.items()]
     return [*(status.get("notes") or []), *reasons, *(["testing"] if status.get("state") == "testing" else [])]
 
 

@@ -65,7 +65,7 @@ class Shard:
 
     def _run(self, load: Sequence[Any], op: str, jobs: Sequence[Job], shared: Arrays) -> Ref:
         self.calls.append([job.index for job in jobs])
-        self.refs.append(Ref([{"index": job.index} for job in jobs], None if self.up else self._gone()))
+        self.refs.append(Ref(([{"index": job.index} for job in jobs], []), None if self.up else self._gone()))
         return self.refs[-1]
 
     @staticmethod

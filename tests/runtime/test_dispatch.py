@@ -340,13 +340,13 @@ def test_arrays_by_reference_and_teachers_come_with_each_message(monkeypatch: py
     monkeypatch.setitem(OPS, "weights", lambda shard, jobs, shared: seen.append(shared) or weights(shard, jobs, {}))
     where, images = [Ref((load, None))], np.arange(3)
     job = [Job(index=0, seed=0, teacher="a")]
-    one = dispatch.ShardActor(device=torch.device("cpu"))
+    one = dispatch.ShardActor(device=torch.device("cpu"), share=0.0)
     for _ in range(2):
         one.run_for(where, "weights", job, {"images": Ref(images), "steps": 3})
     assert seen[0]["images"] is images
     assert seen[0]["steps"] == 3
     assert asked == ["a"]
-    restarted = dispatch.ShardActor(device=torch.device("cpu"))
-    assert restarted.run_for(where, "weights", job, {})[0]["theta"].tolist() == [97.0] * 3
+    restarted = dispatch.ShardActor(device=torch.device("cpu"), share=0.0)
+    assert restarted.run_for(where, "weights", job, {})[0][0]["theta"].tolist() == [97.0] * 3
     one.run_for([Ref((load, None))], "weights", job, {})
     assert asked == ["a"] * 3, "another pool under the same name is another pool"

@@ -4,6 +4,7 @@ import json
 import pickle
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -128,6 +129,29 @@ def test_a_death_between_a_checkpoint_and_its_line_of_metrics_costs_nothing(
     found = [{k: v for k, v in row.items() if not k.startswith("seconds/")} for row in rows(run)]
     assert found == wanted
     toy.assert_same_run(run, free_run)
+
+
+def test_what_is_new_in_a_round_is_said_once_and_noted(
+    tmp_path: Path, toy_pool: Path, toy_data: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A shard's lack of memory, and a teacher that is left out: after the round, and not only at the end."""
+    plain = LocalSession.save
+
+    def save(self: LocalSession, rounds: int, row: dict[str, Any]) -> Done:
+        done = plain(self, rounds, row)
+        return replace(done, notes=("memory was short",), rejected={"t": "t: is bad"}) if rounds > 1 else done
+
+    monkeypatch.setattr(LocalSession, "save", save)
+    config, run = toy.config("free", toy_pool, toy_data, "method.rounds=3"), tmp_path / "run"
+    inputs = driver.read_inputs(config)
+    folder = RunFolder.create(run, config, {"pool": inputs.pools, "data": inputs.data})
+    driver.run(config, inputs, folder, toy.LOCAL, Progress())
+    said = capsys.readouterr().err.splitlines()
+    assert [line for line in said if line in ("memory was short", "left out: t: is bad")] == [
+        "left out: t: is bad", "memory was short",
+    ]  # fmt: skip
+    assert said.index("memory was short") < said.index("testing")
+    assert toy.status(run)["notes"] == [*inputs.notes, "memory was short"]
 
 
 @pytest.mark.parametrize("method", ["free", "purer"])

@@ -4,12 +4,14 @@ import platform
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 from ray_dfml.core.net import net
+from ray_dfml.errors import ResourceError
 from ray_dfml.ops import OPS
 from ray_dfml.runtime import local, shard
 from ray_dfml.runtime.local import LocalBackend
@@ -105,18 +107,99 @@ def crowded(room: int, calls: list[int]) -> Callable[..., list[Arrays]]:
 
 
 def test_a_batch_without_room_is_done_in_halves(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Later batches are no larger than what fitted; one line says so, once."""
     calls: list[int] = []
     monkeypatch.setitem(OPS, "weights", crowded(2, calls))
     one = Shard(Source(), device=device)
     jobs = [Job(index=i, seed=0) for i in range(7)]
     assert one.run("weights", jobs, {}) == [{"index": i} for i in range(7)]
-    assert calls == [7, 3, 1, 2, 4, 2, 2]
+    assert calls == [7, 4, 2, 2, 2, 1]
+    assert one.news() == ["memory of a shard was short: weights does at most 2 jobs at a time"]
+    assert one.run("weights", jobs[:5], {}) == [{"index": i} for i in range(5)]
+    assert calls[6:] == [2, 2, 1]
+    assert one.news() == []
 
 
-def test_a_job_without_room_for_itself_ends_the_run(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(OPS, "weights", crowded(0, []))
-    with pytest.raises(torch.OutOfMemoryError):
+def refusing(error: Exception, place: int, calls: list[int]) -> Callable[..., list[Arrays]]:
+    """An op whose job at a place has no room, with whatever others."""
+
+    def op(shard: Shard, jobs: Sequence[Job], shared: Arrays) -> list[Arrays]:
+        calls.append(len(jobs))
+        if any(job.index == place for job in jobs):
+            raise error
+        return [{"index": job.index} for job in jobs]
+
+    return op
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried\nto"), "CUDA out of memory. Tried"),
+        (MemoryError(), "MemoryError"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "DefaultCPUAllocator: can't allocate memory"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_a_teacher_without_room_for_itself_is_rejected_and_does_not_make_batches_small(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch, error: Exception, reason: str
+) -> None:
+    calls: list[int] = []
+    monkeypatch.setitem(OPS, "weights", refusing(error, 2, calls))
+    one = Shard(Source(), device=device)
+    one.teacher("1")
+    jobs = [Job(index=i, seed=0, teacher=str(i)) for i in range(4)]
+    found = one.run("weights", jobs, {})
+    assert found[2] == {"rejected": f"weights needs more memory than a shard has: {reason}"}
+    assert [found[i] for i in (0, 1, 3)] == [{"index": i} for i in (0, 1, 3)]
+    assert calls == [4, 2, 2, 1, 1, 1], "the job is tried once more, alone in the memory"
+    assert held(one) == []
+    assert one.news() == []
+    calls.clear()
+    one.run("weights", [Job(index=i, seed=0) for i in range(10, 14)], {})
+    assert calls == [4]
+
+
+def test_other_errors_of_an_op_are_no_lack_of_memory(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(OPS, "weights", refusing(RuntimeError("shapes differ"), 0, calls := []))
+    with pytest.raises(RuntimeError, match="shapes differ"):
         Shard(Source(), device=device).run("weights", [Job(index=i, seed=0) for i in range(3)], {})
+    assert calls == [3]
+
+
+def test_the_system_says_so_when_memory_is_short() -> None:
+    for ask in (lambda: torch.empty(2**60), lambda: np.empty(2**55)):
+        with pytest.raises((RuntimeError, MemoryError)) as raised:
+            ask()
+        assert shard.is_short_of_memory(raised.value)
+    assert not shard.is_short_of_memory(RuntimeError("shapes differ"))
+
+
+def test_a_job_without_teacher_or_room_ends_the_run(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(OPS, "weights", crowded(0, []))
+    with pytest.raises(ResourceError, match="weights needs more memory than a shard has: CUDA out of memory; give"):
+        Shard(Source(), device=device).run("weights", [Job(index=i, seed=0) for i in range(3)], {})
+
+
+GIB = 2**30
+
+
+@pytest.mark.parametrize(("share", "left"), [(0.25, 0.25 - 5 / 128), (0.3333, 1 / 3 - 5 / 128), (0.5, 0.5 - 5 / 128)])
+def test_a_part_of_an_accelerator_has_its_part_of_the_memory(
+    monkeypatch: pytest.MonkeyPatch, share: float, left: float
+) -> None:
+    """Of 16 GiB, less 640 MiB for the process itself."""
+    set_to: list[float] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=16 * GIB))
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda part, device: set_to.append(part))
+    shard.cap_memory(share)
+    assert set_to == [pytest.approx(left)]
+    for whole in (0.0, 1.0):
+        shard.cap_memory(whole)
+    assert len(set_to) == 1
+    with pytest.raises(ResourceError, match="1/40 of a GPU of 16 GiB has no room for tensors"):
+        shard.cap_memory(0.025)
 
 
 FAULTS = """
