@@ -1,5 +1,6 @@
 """The rows of `scores.json`, which have exactly these keys for every method."""
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ray_dfml.core.scoring import mean_ci95
@@ -20,3 +21,8 @@ def as_row(score: Score, profile: str) -> dict[str, Any]:
         score.selection, round(mean, 4), round(ci95, 4),
     )  # fmt: skip
     return dict(zip(KEYS, values, strict=True))
+
+
+def headline(rows: Sequence[Mapping[str, Any]], method: str) -> Mapping[str, Any] | None:
+    """The score that stands for a run of `method`: its first one, which is of the weights that validation chose."""
+    return next((row for row in rows if row["method"] == method), None)

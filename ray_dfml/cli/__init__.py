@@ -27,6 +27,7 @@ COMMANDS = {
     "tune": ("ray_dfml.cli.tune", "tune"),
     "serve": ("ray_dfml.cli.serve", "serve"),
     "check": ("ray_dfml.cli.check", "check"),
+    "runs": ("ray_dfml.cli.runs", "runs"),
     "status": ("ray_dfml.cli.status", "status"),
     "report": ("ray_dfml.cli.report", "report_runs"),
 }

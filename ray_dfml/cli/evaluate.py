@@ -26,6 +26,7 @@ Example:
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of the episodes.")
 @options.workers
 @click.option("--backend", type=click.Choice(["ray", "local"]), default="local", show_default=True)
+@options.quiet
 @options.as_json
 def evaluate(weights: Path | Uri, json_out: bool, **given: object) -> None:
     """Test a learner on real episodes, or students on all images of a split, and `random` beside them.

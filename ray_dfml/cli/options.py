@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.shell_completion import CompletionItem
 
 from ray_dfml.errors import ResourceError
 from ray_dfml.files import Uri, located, resolved
@@ -21,8 +22,12 @@ class _PathType(click.ParamType):
     def convert(self, value: str | Path, param: click.Parameter | None, ctx: click.Context | None) -> Path:
         return resolved(value)
 
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        """Let the shell complete it as a path."""
+        return [CompletionItem(incomplete, type="file")]
 
-class _PlaceType(click.ParamType):
+
+class _PlaceType(_PathType):
     """A path, or the URI of an object store. The command gets the absolute path or the URI (`files.located`)."""
 
     name = "path|uri"
@@ -59,6 +64,11 @@ SHARE = _ShareType()
 def as_json(function: Callable[..., Any]) -> Callable[..., Any]:
     """The `--json` flag."""
     return click.option("--json", "json_out", is_flag=True, help="Print the result as JSON on stdout.")(function)
+
+
+def quiet(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The `--quiet` flag."""
+    return click.option("--quiet", is_flag=True, help="Show no progress; notes, errors and results remain.")(function)
 
 
 def settings(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -47,11 +47,12 @@ Example:
 @click.option("--resume", is_flag=True, help="Continue the run in --run-dir from its last checkpoint.")
 @click.option("--resume-or-start", is_flag=True, help="Continue the run in --run-dir if there is one, else start it.")
 @click.option("--dry-run", is_flag=True, help="Print what would be done, and estimates; do nothing.")
+@options.quiet
 @options.as_json
 @click.pass_context
 def train(
     ctx: click.Context, method: str, run_dir: Path | Uri, resume: bool, resume_or_start: bool, dry_run: bool,
-    json_out: bool, **given: Any,
+    quiet: bool, json_out: bool, **given: Any,
 ) -> None:  # fmt: skip
     """Train METHOD on a pool of teachers. With --data, also validate and test, and score `random` beside it."""
     from ray_dfml.runtime.driver import Machine, read_inputs
@@ -72,7 +73,9 @@ def train(
                 "--resume takes its settings from the run folder; give only METHOD, --run-dir, where to run, and "
                 "--set budget.* to change what may be spent"
             )
-        rows = _kept(run_dir, json_out, lambda: continue_run(run_dir, method, machine, budget=given["settings"]))
+        rows = _kept(run_dir, json_out, lambda: continue_run(
+            run_dir, method, machine, budget=given["settings"], quiet=quiet
+        ))  # fmt: skip
     else:
         config = _config(method, given)
         if dry_run:
@@ -85,7 +88,7 @@ def train(
             options.print_json(plan) if json_out else click.echo("\n".join(_lines(plan)))
             return
         begin = start_or_continue if resume_or_start else new_run
-        rows = _kept(run_dir, json_out, lambda: begin(config, run_dir, machine))
+        rows = _kept(run_dir, json_out, lambda: begin(config, run_dir, machine, quiet=quiet))
     _show(run_dir, rows, json_out)
 
 

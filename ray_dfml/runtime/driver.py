@@ -299,10 +299,11 @@ def _train(
             rejected=inputs.rejected | done.rejected,
             checkpoint=asdict(done.saved) if done.saved else None,
         )  # fmt: skip
+        spent = session.spent() if inputs.accounts.asked else {}
         if inputs.accounts.asked:
-            folder.spent(session.spent())
+            folder.spent(spent)
         folder.publish()
-        progress.round(done.rounds, eta, row)
+        progress.round(done.rounds, eta, row, sum(one.sent for one in spent.values()))
         if on_round is not None and not on_round(row):
             break
     return done, None

@@ -61,7 +61,8 @@ def new_run(
 ) -> list[dict[str, Any]]:
     """Make the run folder, train, test, and write the report. Returns the rows of `scores.json`.
 
-    With Ray the run uses `cluster`, or starts one. Raises UsageError if there is something at `place`.
+    With Ray the run uses `cluster`, or starts one. With `quiet` no progress is shown. Raises UsageError if there is
+    something at `place`.
     """
     with working(located(place), new=True) as (path, remote):
         if path.exists():
@@ -89,7 +90,7 @@ def train_only(config: RunConfig, path: Path, machine: Machine, on_round: OnRoun
         _check_unchanged(folder, inputs)
     else:
         folder = RunFolder.create(path, config, rundir.manifest(config, pools=inputs.pools, data=inputs.data) | origin)
-    driver.run(config, inputs, folder, machine, Progress(quiet=True), on_round=on_round, test=False)
+    driver.run(config, inputs, folder, machine, Progress(quiet=True, notes=False), on_round=on_round, test=False)
 
 
 def continue_run(
@@ -133,7 +134,9 @@ def _check_unchanged(folder: RunFolder, inputs: driver.Inputs) -> None:
                 raise UsageError(f"{folder.place}: the {kind} has changed since the run began ({one}); start a new run")
 
 
-def start_or_continue(config: RunConfig, place: Path | Uri, machine: Machine) -> list[dict[str, Any]]:
+def start_or_continue(
+    config: RunConfig, place: Path | Uri, machine: Machine, *, quiet: bool = False
+) -> list[dict[str, Any]]:
     """Continue the run at `place` if there is one, else start it there. So a command may be given any number of times.
 
     The settings must be those that the run began with, but for its budgets, which are taken from `config`. Raises
@@ -141,14 +144,14 @@ def start_or_continue(config: RunConfig, place: Path | Uri, machine: Machine) ->
     """
     place = located(place)
     if not (published.exists(place) if isinstance(place, Uri) else place.exists()):
-        return new_run(config, place, machine)
+        return new_run(config, place, machine, quiet=quiet)
     began = _began_with(place)
     if config.name == began.name:
         differs = first_difference(began.model_dump(mode="json"), config.model_dump(mode="json"))
         if differs:
             raise UsageError(f"{place}: is a run with another {differs}; give its own settings, or another --run-dir")
     budget = [f"budget.{key}={json.dumps(value)}" for key, value in config.model_dump(mode="json")["budget"].items()]
-    return continue_run(place, config.name, machine, budget=budget)
+    return continue_run(place, config.name, machine, budget=budget, quiet=quiet)
 
 
 def _began_with(place: Path | Uri) -> RunConfig:

@@ -32,7 +32,7 @@ readings = ("finetune",)
 
 def meta_test(
     weights: Path | Uri, *, spec: str, split: str, way: int | None, shots: Sequence[int], episodes: int, bn: str | None,
-    seed: int, workers: int, backend: str,
+    seed: int, workers: int, backend: str, quiet: bool = False,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Test a learner, or students (`top1_test`), which have no episodes. Returns rows as in `scores.json`.
 
@@ -40,7 +40,7 @@ def meta_test(
     episodes, or the learner's step if the data have none; a line says which. Images of another size are brought to the
     learner's, and a line says so. Raises UsageError if the channels of the data or `way` do not fit the learner.
     """
-    progress = Progress()
+    progress = Progress(quiet=quiet)
     weights = published.local(located(weights))
     students = of_run(weights)
     if students:

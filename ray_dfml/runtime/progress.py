@@ -35,14 +35,14 @@ class _Stage:
 class Progress:
     """Reports rounds, and stages such as a test.
 
-    `shown` maps the metrics in percent that the line of a round shows to the words for them. With `quiet` nothing is
-    written.
+    `shown` maps the metrics in percent that the line of a round shows to the words for them. With `quiet` there are
+    notes only, and without `notes` none of these either.
     """
 
-    def __init__(self, shown: Mapping[str, str] | None = None, *, quiet: bool = False) -> None:
+    def __init__(self, shown: Mapping[str, str] | None = None, *, quiet: bool = False, notes: bool = True) -> None:
         self._shown = shown or {}
         self._console = Console(stderr=True)
-        self._quiet = quiet
+        self._quiet, self._notes = quiet, notes
         self._live: RichProgress | None = None
         self._task: TaskID | None = None
         self._stage: _Stage | None = None
@@ -54,9 +54,9 @@ class Progress:
         self._rounds = rounds
         self._task = self._add(f"round {done}/{rounds}", total=rounds, completed=done)
 
-    def round(self, done: int, eta: float, row: Mapping[str, Any]) -> None:
-        """Report that round number `done` has ended, `row` being its metrics."""
-        head, text = round_line(self._shown, max(done, self._rounds), done, eta, row)
+    def round(self, done: int, eta: float, row: Mapping[str, Any], sent: int = 0) -> None:
+        """Report that round number `done` has ended, `row` being its metrics, and `sent` the queries so far."""
+        head, text = round_line(self._shown, max(done, self._rounds), done, eta, row, sent)
         if self._live is not None and self._task is not None:
             self._live.update(self._task, completed=done, head=head, description=text)
         elif done == self._rounds or self._due():
@@ -107,7 +107,7 @@ class Progress:
 
     def note(self, text: str) -> None:
         """Write one line."""
-        if not self._quiet:
+        if self._notes:
             self._console.print(text, highlight=False) if self._live else print(text, file=sys.stderr, flush=True)
 
     def stop(self) -> None:
@@ -118,12 +118,19 @@ class Progress:
 
 
 def round_line(
-    shown: Mapping[str, str], rounds: int, done: int, eta: float, row: Mapping[str, Any]
+    shown: Mapping[str, str], rounds: int, done: int, eta: float, row: Mapping[str, Any], sent: int = 0
 ) -> tuple[str, str]:  # fmt: skip
-    """The two parts of the line of a round: its number, and the time left in seconds with the metrics in `shown`."""
+    """The two parts of the line of a round: its number; and the time left in seconds with what else is known.
+
+    That is the queries so far, the recovered images a second of this round, and the metrics in `shown`.
+    """
     words = {**shown, **VALIDATION}
-    said = "  ".join(f"{word} {row[key]:.1f} %" for key, word in words.items() if isinstance(row.get(key), float))
-    return f"round {done}/{rounds}", f"eta {_clock(eta)}  {said}"
+    said = [f"{word} {row[key]:.1f} %" for key, word in words.items() if isinstance(row.get(key), float)]
+    if row.get("recover/images") and row.get("seconds/round"):
+        said.insert(0, f"{row['recover/images'] / row['seconds/round']:.0f} images/s")
+    if sent:
+        said.insert(0, f"{sent:,} queries")
+    return f"round {done}/{rounds}", "  ".join([f"eta {_clock(eta)}", *said])
 
 
 def _clock(seconds: float) -> str:

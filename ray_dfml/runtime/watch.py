@@ -1,4 +1,4 @@
-"""Reads how a run stands from its folder alone, on any machine that sees it, and shows it as a local run does."""
+"""Reads how runs stand from their folders alone, on any machine that sees them, and shows them as local runs do."""
 
 import datetime
 import time
@@ -25,9 +25,11 @@ def summary(folder: RunFolder) -> list[str]:
     for row in folder.rows()[-1:]:
         eta = 0.0 if over else status.get("eta_seconds") or 0.0
         lines.append(
-            "  ".join(round_line(METHODS[method].shown, status.get("rounds") or 0, row["round"] + 1, eta, row))
+            "  ".join(
+                round_line(METHODS[method].shown, status.get("rounds") or 0, row["round"] + 1, eta, row, _sent(status))
+            )
         )
-    return lines + _remarks(status) + _last(status)
+    return lines + _remarks(status) + last(status)
 
 
 def follow(folder: RunFolder, refresh: Callable[[], object] = lambda: None) -> int:
@@ -43,7 +45,7 @@ def follow(folder: RunFolder, refresh: Callable[[], object] = lambda: None) -> i
             refresh()
             status = folder.read_status()  # before the rounds, so that none is missed when the run is over
             rows = folder.rows()
-            for line in [line for line in _remarks(status) + _last(status) if line not in said]:
+            for line in [line for line in _remarks(status) + last(status) if line not in said]:
                 said.add(line)
                 progress.note(line)
             if shown is None and status.get("rounds"):
@@ -51,13 +53,18 @@ def follow(folder: RunFolder, refresh: Callable[[], object] = lambda: None) -> i
                 progress.start(status["rounds"], shown)
             if shown is not None:
                 for row in rows[min(shown, len(rows)) :]:  # a run that was resumed may have dropped a round
-                    progress.round(row["round"] + 1, status.get("eta_seconds") or 0.0, row)
+                    progress.round(row["round"] + 1, status.get("eta_seconds") or 0.0, row, _sent(status))
                 shown = len(rows)
             if status.get("exit_code") is not None:
                 return status["exit_code"]
             time.sleep(EVERY_SECONDS)
     finally:
         progress.stop()
+
+
+def _sent(status: dict[str, Any]) -> int:
+    """The queries of a run so far."""
+    return (status.get("queries") or {}).get("sent", 0)
 
 
 def _remarks(status: dict[str, Any]) -> list[str]:
@@ -67,7 +74,7 @@ def _remarks(status: dict[str, Any]) -> list[str]:
     return [*(status.get("notes") or []), *reasons, *(["testing"] if status.get("state") == "testing" else [])]
 
 
-def _last(status: dict[str, Any]) -> list[str]:
+def last(status: dict[str, Any]) -> list[str]:
     """The last error of a run, if there is one; or a line about a run that should be at work and is silent."""
     if status.get("last_error"):
         return [f"last error: {status['last_error']}"]

@@ -283,6 +283,7 @@ def learn(cfg: Config, world: World, state: State, r: int, results: list[Arrays]
     metrics: Metrics = {"recover/tasks": len(results)}
     if not results:
         return state, metrics
+    metrics["recover/images"] = sum(len(result[kind]["images"]) for result in results for kind in ("support", "query"))
     for kind in ("support", "query"):
         for name in ("loss_first", "loss_last", "ce", "accuracy", "spread", "balance"):
             known = [result[kind][name] for result in results if name in result[kind]]

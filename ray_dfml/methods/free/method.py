@@ -181,7 +181,7 @@ def learn(cfg: Config, world: World, state: State, r: int, results: list[Arrays]
     state, tasks = _chain(cfg, world, state, r, send) if sequential else (state, results)
     if not tasks:
         return state, {"recover/tasks": 0}
-    metrics: Metrics = {"recover/tasks": len(tasks)}
+    metrics: Metrics = {"recover/tasks": len(tasks), "recover/images": sum(len(task["images"]) for task in tasks)}
     metrics |= {
         f"recover/{name}": sum(task[name] for task in tasks) / len(tasks)
         for name in ("loss_first", "loss_last", "ce", "accuracy", "spread")

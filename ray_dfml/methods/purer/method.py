@@ -133,7 +133,7 @@ def learn(cfg: Config, world: World, state: State, r: int, results: list[Arrays]
     if distils:
         return surrogates.learn(cfg.surrogate, world, state, r, results)
     world = _used(cfg, world, state)
-    metrics: Metrics = {"recover/tasks": len(results)}
+    metrics: Metrics = {"recover/tasks": len(results), "recover/images": sum(len(result["x"]) for result in results)}
     if results:
         metrics |= {
             f"recover/{name}": sum(result[name] for result in results) / len(results)
