@@ -17,6 +17,7 @@ from ray_dfml.data.pretrain import PretrainConfig
 from ray_dfml.methods import METHODS, dro, icfil, replay
 from ray_dfml.methods.base import World, image_values
 from ray_dfml.methods.bidf import method as bidf
+from ray_dfml.methods.bidf import sets
 from ray_dfml.methods.free import bell
 from ray_dfml.methods.free import method as free
 from ray_dfml.methods.students.config import NAMES
@@ -135,7 +136,7 @@ def distillations() -> Work:
     for world, cfg in SETTINGS["bidf-mkd"][:2]:
         state = METHODS["bidf-mkd"].init(cfg, world)
         jobs, shared = bidf.plan(cfg, world, state, 0), bidf.shared(cfg, world, state, 0)
-        found = bidf.recover(FakeShard(world), jobs, shared)
+        found = sets.recover(FakeShard(world), jobs, shared)
         yield [Job(index=j, seed=0, values=result) for j, result in enumerate(found)], shared
 
 

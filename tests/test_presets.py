@@ -11,6 +11,7 @@ from ray_dfml.config import resolve
 from ray_dfml.core import optim
 from ray_dfml.methods.base import State
 from ray_dfml.methods.bidf import method as bidf
+from ray_dfml.methods.bidf import sets
 from ray_dfml.methods.free import method as free
 from ray_dfml.methods.free.config import PRESETS
 from ray_dfml.methods.inversion import Inversion
@@ -162,7 +163,7 @@ def test_bidf_without_boundary_never_reads_the_learner_in_recovery():
         for factor in (1.0, 5.0):
             moved = {**state, "theta": factor * state["theta"]}
             shared = bidf.shared(cfg, WORLD, moved, 0)
-            found.append(bidf.recover(shard, bidf.plan(cfg, WORLD, moved, 0), shared)[0])
+            found.append(sets.recover(shard, bidf.plan(cfg, WORLD, moved, 0), shared)[0])
         one, two = found
         assert same(one["support"], two["support"])
         assert np.array_equal(one["query"]["images"], two["query"]["images"]) == equal

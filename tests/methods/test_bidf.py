@@ -14,6 +14,7 @@ from ray_dfml.core.generators import generator
 from ray_dfml.core.images import normalise, to_bytes, to_pixels, view
 from ray_dfml.core.inner_loop import Loss, adapt, adapted, plain_grad
 from ray_dfml.methods.base import World, image_values
+from ray_dfml.methods.bidf import distillation, sets
 from ray_dfml.methods.bidf import method as bidf
 from ray_dfml.methods.inversion import Inversion, Judge
 from ray_dfml.types import Arrays, Job
@@ -27,7 +28,7 @@ def synthesize(
     device: torch.device, cfg: bidf.Config, judge: Judge | None = None, *, seed: int = 3, stream: str = "support"
 ) -> Arrays:
     teachers = [FakeShard(WORLD, device=device).teacher("conv4-0")]
-    (task,) = bidf.synthesize(
+    (task,) = sets.synthesize(
         cfg, teachers, judge, [seed], WORLD.image.shape, 2, device=device, batched=False, stream=stream
     )
     return task
@@ -45,7 +46,7 @@ def recover(
     """The results of a first round whose plan is one job per teacher."""
     state, shard = bidf.init(cfg, world), FakeShard(world, batched=batched, device=device)
     jobs = [Job(index=j, seed=j, teacher=c.id) for j, c in enumerate(world.cards)]
-    return bidf.recover(shard, jobs, bidf.shared(cfg, world, state, 0) | changes)
+    return sets.recover(shard, jobs, bidf.shared(cfg, world, state, 0) | changes)
 
 
 def values(cfg: bidf.Config, **changes: Any) -> tuple[Arrays, Arrays]:
@@ -61,10 +62,12 @@ def values(cfg: bidf.Config, **changes: Any) -> tuple[Arrays, Arrays]:
 
 
 def grad(device: torch.device, job: Arrays, shared: Arrays) -> Arrays:
-    return bidf.grad(FakeShard(small_world(cards=0), device=device), [Job(index=0, seed=0, values=job)], shared)[0]
+    return distillation.grad(
+        FakeShard(small_world(cards=0), device=device), [Job(index=0, seed=0, values=job)], shared
+    )[0]
 
 
-def distillation(cfg: bidf.Config, task: Arrays) -> Loss:
+def loss_on(cfg: bidf.Config, task: Arrays) -> Loss:
     """The distillation loss of learner weights on a set."""
     soft = torch.tensor(task["logits"])
     return lambda w: losses.distillation(soft.to(w.device), WORLD.net(w, seen(cfg, task, w)), form=cfg.distill)
@@ -83,8 +86,8 @@ def test_the_gradient_equals_finite_differences_through_the_inner_steps(device, 
     measured = (up - down) / (2 * eps)
     assert float(torch.tensor(found["grad"]) @ direction) == pytest.approx(measured, rel=1e-4)
     theta = torch.tensor(shared["theta"])
-    phi = adapt(distillation(cfg, job["support"]), theta, lr=0.5, steps=3, grad_of=plain_grad)
-    first_order = float(plain_grad(distillation(cfg, job["query"]))(phi) @ direction)
+    phi = adapt(loss_on(cfg, job["support"]), theta, lr=0.5, steps=3, grad_of=plain_grad)
+    first_order = float(plain_grad(loss_on(cfg, job["query"]))(phi) @ direction)
     assert abs(first_order - measured) > 0.01 * abs(measured)
 
 
@@ -92,7 +95,7 @@ def test_the_gradient_equals_finite_differences_through_the_inner_steps(device, 
 def test_without_inner_distillation_the_gradient_is_that_of_the_query_s_distillation(device, changes):
     cfg = small_bidf(**changes)
     job, shared = values(cfg)
-    found, loss = grad(device, job, shared), distillation(cfg, job["query"])
+    found, loss = grad(device, job, shared), loss_on(cfg, job["query"])
     theta = torch.tensor(shared["theta"]).requires_grad_()
     torch.testing.assert_close(torch.tensor(found["grad"]), torch.autograd.grad(loss(theta), theta)[0])
     rounding = 1e-9 if device.type == "cpu" else 1e-6  # another device's logits, in float32
@@ -193,7 +196,7 @@ def test_inversion_finds_images_of_the_wished_classes(device):
 @pytest.mark.parametrize("conditional", [True, False])
 def test_a_generator_is_told_the_label_or_not(device, conditional, monkeypatch):
     made = []
-    monkeypatch.setattr(bidf, "generator", lambda *shape: made.append(shape) or generator(*shape))
+    monkeypatch.setattr(sets, "generator", lambda *shape: made.append(shape) or generator(*shape))
     synthesize(device, small_bidf(conditional=conditional, iterations=1))
     assert made == [(WORLD.image.shape, 8, 4, 2 if conditional else 0)]
 
@@ -213,7 +216,7 @@ def test_the_query_set_is_recovered_against_the_distilled_weights(device):
     assert alike(found["support"], support, device)
     soft = torch.tensor(support["logits"], device=device).softmax(1)
     phi = adapted(WORLD.net, theta, seen(cfg, support, theta), soft, head="maml", lr=0.5, steps=3, grad_of=plain_grad)
-    torch.testing.assert_close(phi, adapt(distillation(cfg, support), theta, lr=0.5, steps=3, grad_of=plain_grad))
+    torch.testing.assert_close(phi, adapt(loss_on(cfg, support), theta, lr=0.5, steps=3, grad_of=plain_grad))
     queries = {}
     for name, weights in (("phi", phi), ("theta", theta)):
         queries[name] = synthesize(
@@ -264,10 +267,10 @@ def test_task_models_at_once_judge_as_they_do_one_by_one(device, batched):
     cfg, theta = small_bidf(inner_lr=0.5), bidf.init(small_bidf(), WORLD)["theta"].to(device)
     supports = [one["support"] for one in recover(device, cfg)]
     mean, std = MEAN.to(device), STD.to(device)
-    judge = bidf._task_models(cfg, WORLD.net, theta, supports, mean, std, batched)
+    judge = distillation.task_models(cfg, WORLD.net, theta, supports, mean, std, batched)
     pixels = torch.rand(3, 8, *WORLD.image.shape, generator=torch.Generator().manual_seed(0)).to(device)
     for logits, support, x in zip(judge(pixels), supports, pixels, strict=True):
-        phi = adapt(distillation(cfg, support), theta, lr=0.5, steps=2, grad_of=plain_grad)
+        phi = adapt(loss_on(cfg, support), theta, lr=0.5, steps=2, grad_of=plain_grad)
         torch.testing.assert_close(logits, WORLD.net(phi, normalise(x, mean, std)), rtol=1e-3, atol=1e-4)
 
 
@@ -277,7 +280,7 @@ def test_a_teacher_of_bad_weights_is_rejected_alone(device, batched):
     shard.spoil("conv4-1")
     del shard.teachers["conv4-2"]
     jobs = [Job(index=j, seed=j, teacher=c.id) for j, c in enumerate(WORLD.cards)]
-    results = bidf.recover(shard, jobs, bidf.shared(cfg, WORLD, bidf.init(cfg, WORLD), 0))
+    results = sets.recover(shard, jobs, bidf.shared(cfg, WORLD, bidf.init(cfg, WORLD), 0))
     assert results[1:] == [{"rejected": "the inversion loss is not finite"}, {"rejected": "conv4-2: unreadable"}]
     np.testing.assert_allclose(results[0]["support"]["logits"], recover(device, cfg)[0]["support"]["logits"], atol=2e-2)
     after, metrics = bidf.learn(cfg, WORLD, bidf.init(cfg, WORLD), 0, results[:1], shard.send)

@@ -10,10 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ray_dfml.core import losses, zero_order
+from ray_dfml.core.generators import generator
 from ray_dfml.core.images import normalise, to_bytes, to_pixels, view
 from ray_dfml.errors import UsageError
 from ray_dfml.methods.base import World
-from ray_dfml.methods.bidf import asked
+from ray_dfml.methods.bidf import asked, sets
 from ray_dfml.methods.bidf import method as bidf
 from ray_dfml.types import Access, Job
 from tests.support import CPU, FakeService, FakeShard, mixed_world, only_asked, play, same, small_bidf, small_world
@@ -102,7 +103,7 @@ def test_the_generator_follows_the_estimated_gradients() -> None:
     world = only_asked(small_world(), "probs")
     cfg = small_bidf(iterations=25, lr_generator=0.03, crop_pad=1, zero_order={"directions": 40})
     one = asking(cfg, world)
-    task = one.generated(bidf.generator(world.image.shape, cfg.latent, cfg.width, 2), None)
+    task = one.generated(generator(world.image.shape, cfg.latent, cfg.width, 2), None)
     assert task["loss_last"] < 0.8 * task["loss_first"]
     assert task["accuracy"] > 80
     seen = view(to_pixels(task["images"]), task["view"], pad=1, fill=cfg.crop_fill)
@@ -111,7 +112,7 @@ def test_the_generator_follows_the_estimated_gradients() -> None:
     assert task["labels"].tolist() == answers[:, one.units].argmax(1).tolist()
     assert (
         asking(cfg.model_copy(update={"relabel": False}), world)
-        .generated(bidf.generator(world.image.shape, cfg.latent, cfg.width, 2), None)["labels"]
+        .generated(generator(world.image.shape, cfg.latent, cfg.width, 2), None)["labels"]
         .tolist()
         == [0, 1] * cfg.images_per_class
     )
@@ -178,12 +179,12 @@ def test_services_of_other_sizes_channels_and_classes() -> None:
         cfg = small_bidf(**changes)
         state, shard = bidf.init(cfg, world), Closed(world)
         jobs = [Job(index=j, seed=j, teacher=c.id, values={"asked": True}) for j, c in enumerate(world.cards)]
-        grey, colour = bidf.recover(shard, jobs, bidf.shared(cfg, world, state, 0))
+        grey, colour = sets.recover(shard, jobs, bidf.shared(cfg, world, state, 0))
         for kind in ("support", "query"):
             assert grey[kind]["images"].shape == colour[kind]["images"].shape == (8, 3, 20, 20)
             assert (grey[kind]["images"] == grey[kind]["images"][:, :1]).all()
             assert len(colour[kind]["classes"]) == colour[kind]["logits"].shape[1] == 2
-        assert same(bidf.recover(Closed(world), jobs, bidf.shared(cfg, world, state, 0)), [grey, colour])
+        assert same(sets.recover(Closed(world), jobs, bidf.shared(cfg, world, state, 0)), [grey, colour])
 
 
 def test_a_service_of_bytes_is_asked_about_bytes_and_says_nothing_below_a_level() -> None:

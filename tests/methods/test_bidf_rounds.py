@@ -9,6 +9,7 @@ import torch
 from ray_dfml.core import optim, seeds
 from ray_dfml.methods import replay
 from ray_dfml.methods.base import State
+from ray_dfml.methods.bidf import distillation
 from ray_dfml.methods.bidf import method as bidf
 from tests.methods.test_bidf import WORLD, recover
 from tests.support import FakeShard, card, mixed_world, play, same, small_bidf, small_world
@@ -57,7 +58,7 @@ def test_the_first_update_is_a_step_on_the_mean_gradient_of_both_kinds(device):
     state = bidf.init(cfg, WORLD)
     results = shard.send("bidf-mkd.recover", bidf.plan(cfg, WORLD, state, 1), bidf.shared(cfg, WORLD, state, 1))
     after, metrics = bidf.learn(cfg, WORLD, state, 1, results, shard.send)
-    own = bidf.grad(shard, shard.sent[1][1], bidf.shared(cfg, WORLD, state, 1))
+    own = distillation.grad(shard, shard.sent[1][1], bidf.shared(cfg, WORLD, state, 1))
     replayed = replay.grad(shard, shard.sent[2][1], replay.shared_values(cfg.replay, WORLD, state))
     mean = torch.stack([torch.tensor(one["grad"]) for one in (*replayed, *own)]).mean(0)
     assert min(float(torch.tensor(one["grad"]).norm()) for one in (*replayed, *own)) > 1e-4

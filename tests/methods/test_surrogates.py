@@ -12,14 +12,27 @@ from ray_dfml.core.images import to_bytes
 from ray_dfml.errors import RejectedError, UsageError
 from ray_dfml.methods import METHODS
 from ray_dfml.methods.base import World
+from ray_dfml.methods.bidf.config import Config as BidfConfig
 from ray_dfml.methods.free import answers, bell
 from ray_dfml.methods.free import method as free
 from ray_dfml.methods.free.config import Config
 from ray_dfml.methods.inversion import Inversion
+from ray_dfml.methods.purer.config import Config as PurerConfig
 from ray_dfml.methods.surrogates import stage as surrogates
 from ray_dfml.methods.surrogates.config import LEAST
 from ray_dfml.types import Access, Arrays, Teacher
-from tests.support import FakeService, FakeShard, FakeTeacher, card, play, same, small_config, small_world
+from tests.support import (
+    FakeService,
+    FakeShard,
+    FakeTeacher,
+    card,
+    play,
+    same,
+    small_bidf,
+    small_config,
+    small_purer,
+    small_world,
+)
 
 MIXED: tuple[Access, ...] = ("weights", "probs", "label")
 
@@ -37,6 +50,16 @@ def small(budget: int = 500, **changes: Any) -> Config:
     own = {"budget": budget, "student": "mlp"} | changes.pop("surrogate", {})
     given = {"rounds": 2, "warmup": 0, "teachers_per_round": 3, "draws": "turns", "surrogate": own}
     return small_config(**given | changes)
+
+
+def purer_small() -> PurerConfig:
+    """Two rounds of PURER after two of distillation."""
+    return small_purer(rounds=2, image_warmup=0, surrogate={"budget": 500, "student": "mlp"})
+
+
+def bidf_small() -> BidfConfig:
+    """Two rounds of BiDf-MKD after two of distillation."""
+    return small_bidf(rounds=2, surrogate={"budget": 500, "student": "mlp"})
 
 
 class NoWeights(FakeShard):
@@ -367,3 +390,50 @@ def test_teachers_and_surrogates_of_one_architecture_are_inverted_together_where
         assert one["teacher"] == other["teacher"]
         assert np.abs(one["images"].astype(int) - other["images"].astype(int)).mean() < 0.5
         assert ("agreement" in one) == ("agreement" in other) == (one["teacher"] != "conv4-0")
+
+
+def absent(world: World, id: str) -> World:
+    return replace(world, cards=tuple(card for card in world.cards if card.id != id))
+
+
+@pytest.mark.parametrize("name", ["free", "purer", "bidf-mkd"])
+def test_what_a_service_missed_of_the_distillation_is_made_up_when_it_is_back(name: str) -> None:
+    """One misses the last round, another all of them; both get the surrogates of a run in which nobody was away."""
+    world, method = world_of("label", "probs", "label"), METHODS[name]
+    cfg = {"free": small, "purer": purer_small, "bidf-mkd": bidf_small}[name]()
+    shard = NoWeights(world)
+    _, quiet, _ = play(name, cfg, world, rounds=2, first=0, shard=NoWeights(world))
+    state = method.init(cfg, world)
+    there = absent(world, "conv4-2")
+    for r, present in enumerate((there, absent(there, "conv4-1"), there, world)):
+        jobs = method.plan(cfg, present, state, r)
+        assert {job.teacher for job in jobs} <= {card.id for card in present.cards} - ({"conv4-1"} if r == 2 else set())
+        results = shard.send(f"{name}.recover", jobs, method.shared(cfg, present, state, r))
+        state, _ = method.learn(cfg, present, state, r, results, shard.send)
+        assert set(state.get("students", ())) == [
+            {"conv4-0", "conv4-1", "conv4-2"}, {"conv4-1", "conv4-2"}, {"conv4-2"}, set()
+        ][r]  # fmt: skip
+    assert same(state["surrogates"], quiet["surrogates"])
+    jobs = method.plan(cfg, absent(absent(world, "conv4-0"), "conv4-1"), state, 3)
+    assert {job.teacher for job in jobs} == {"conv4-2"}
+    (found,) = shard.send(f"{name}.recover", jobs[:1], method.shared(cfg, world, state, 3))
+    assert found
+
+
+@pytest.mark.parametrize("name", ["free", "purer", "bidf-mkd"])
+def test_a_service_that_is_away_again_stays_behind_and_a_round_without_surrogates_makes_them_up(name: str) -> None:
+    world, method = world_of("label", "label"), METHODS[name]
+    cfg = {"free": small, "purer": purer_small, "bidf-mkd": bidf_small}[name]()
+    shard = NoWeights(world)
+    state = method.init(cfg, world)
+    for r in range(2):
+        state, _ = method.learn(cfg, world, state, r, [], shard.send)
+    assert method.plan(cfg, world, state, 2) == []
+    refused = lambda op, jobs, shared: []  # noqa: E731
+    still, metrics = method.learn(cfg, world, state, 2, [], refused)
+    assert (set(still["students"]), metrics["recover/tasks"]) == ({"conv4-0", "conv4-1"}, 0)
+    assert method.plan(cfg, world, still, 3) == []
+    state, _ = method.learn(cfg, world, still, 2, [], shard.send)
+    assert set(state["surrogates"]) == {"conv4-0", "conv4-1"}
+    assert len(method.plan(cfg, world, state, 3)) > 0
+    assert {service.asked for service in shard.services.values()} == {500}

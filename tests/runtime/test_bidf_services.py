@@ -43,6 +43,12 @@ def counts(run: Path) -> tuple[dict[str, int], dict[str, int]]:
     return dict(sent), dict(answered)
 
 
+SURROGATE = (
+    "method.surrogate.budget=500", "method.surrogate.student=mlp", "method.surrogate.last_steps=2",
+    "method.rounds=2",
+)  # fmt: skip
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory, pool: Path) -> Path:
     """A run of one process."""
@@ -80,3 +86,21 @@ def test_two_shards_give_the_bits_of_one_process(tmp_path: Path, pool: Path, run
     assert (tmp_path / "run" / "learner.safetensors").read_bytes() == (run / "learner.safetensors").read_bytes()
     toy.assert_equal(toy.last_state(tmp_path / "run"), toy.last_state(run))
     assert counts(tmp_path / "run") == counts(run)
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_cluster")
+def test_surrogates_cost_what_was_planned_and_two_shards_give_the_bits_of_one_process(
+    tmp_path: Path, pool: Path
+) -> None:
+    """After the distillation a visit costs its two sets, and no zero-order gradient."""
+    cfg = config(pool, *SURROGATE)
+    toy.train(cfg, tmp_path / "one")
+    assert isinstance(cfg.method, bidf.Config)
+    planned = bidf.queries(cfg.method, read_inputs(cfg).world)
+    assert counts(tmp_path / "one") == (planned, planned)
+    assert all(count >= 500 and (count - 500) % (2 * 6 * 2) == 0 for count in planned.values())
+    assert set(toy.last_state(tmp_path / "one")["surrogates"]) == set(planned)
+    toy.train(cfg, tmp_path / "two", Machine(workers=2))
+    toy.assert_same_run(tmp_path / "two", tmp_path / "one")
+    assert counts(tmp_path / "two") == (planned, planned)

@@ -4,13 +4,16 @@ import json
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from ray_dfml.config import RunConfig
-from ray_dfml.errors import BudgetReached, Interrupted
+from ray_dfml.errors import BudgetReached, Interrupted, ServiceAway
 from ray_dfml.methods import METHODS
 from ray_dfml.runtime import driver
+from ray_dfml.runtime.asking import WrappedModel
 from ray_dfml.runtime.driver import Machine
+from ray_dfml.runtime.learning import Done
 from ray_dfml.runtime.local import LocalSession
 from ray_dfml.runtime.progress import Progress
 from ray_dfml.runtime.rundir import RunFolder
@@ -110,3 +113,40 @@ def test_a_budget_of_an_entry_ends_the_run_and_keeps_the_learner(tmp_path: Path,
         toy.train(config(pool, toy_data), tmp_path / "run")
     assert answered(tmp_path / "run")[ids(pool)[3]] <= 510
     assert (tmp_path / "run" / "learner.safetensors").exists()
+
+
+def test_what_a_service_missed_of_its_distillation_is_made_up_after_a_resume(
+    tmp_path: Path, local_run: Path, mixed: Path, toy_data: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is away for the second round and the third. Then it has the surrogate of a run in which it never was."""
+    made, save, gone = config(mixed, toy_data), LocalSession.save, ids(mixed)[2]
+    inputs = driver.read_inputs(made)
+    folder = RunFolder.create(tmp_path / "run", made, {"pool": inputs.pools, "data": inputs.data})
+    query = WrappedModel.query
+
+    def answer(self: WrappedModel, images: np.ndarray) -> np.ndarray:
+        if self.card.id != gone:
+            return query(self, images)
+        if asked:
+            raise ServiceAway(f"{gone}: the server is down")
+        asked.append(gone)
+        return query(self, images)
+
+    def stop_after_three(session: LocalSession, rounds: int, row: dict) -> Done:
+        done = save(session, rounds, row)
+        if rounds == 3:
+            raise KeyboardInterrupt
+        return done
+
+    asked: list[str] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(WrappedModel, "query", answer)
+        patch.setattr(LocalSession, "save", stop_after_three)
+        with pytest.raises(Interrupted):
+            driver.run(made, inputs, folder, toy.LOCAL, Progress(quiet=True))
+    assert answered(tmp_path / "run")[gone] == 250
+    driver.run(made, driver.read_inputs(made), folder, toy.LOCAL, Progress(quiet=True))
+    state, quiet = toy.last_state(tmp_path / "run"), toy.last_state(local_run)
+    assert "students" not in state
+    toy.assert_equal(state["surrogates"], quiet["surrogates"])
+    assert 500 <= answered(tmp_path / "run")[gone] <= answered(local_run)[gone]

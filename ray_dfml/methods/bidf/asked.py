@@ -1,4 +1,5 @@
-"""Recovery from teachers that are only asked ([Hu2023b] zero-order gradients), or images of sources in its place.
+"""Recovery from teachers that are only asked ([Hu2023b] zero-order gradients), or images of sources in its place, and
+what they answer to sets that were recovered from their surrogates.
 
 A set of images costs queries. With the generator every pass asks about 1 + q images for each image of the set (central
 differences: 1 + 2 q), and the finished set is asked about once. With image sources only the finished set is asked
@@ -10,6 +11,7 @@ model where they agreed at the centre. The task model is ours and is asked at ev
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -23,6 +25,7 @@ from ray_dfml.core.sources import SOURCES
 from ray_dfml.errors import first_of
 from ray_dfml.methods.bidf.config import GENERATOR, Config
 from ray_dfml.methods.inversion import BETAS, Judge, chosen_units, spread
+from ray_dfml.methods.students.training import labels_of, learnable
 from ray_dfml.types import Arrays, ImageSpec, Service, TeacherCard
 
 FLOOR = 1e-4
@@ -39,9 +42,9 @@ def mu(cfg: Config, image: ImageSpec) -> float:
 
 
 def set_queries(cfg: Config, way: int) -> int:
-    """The queries that one recovered set of a teacher costs."""
+    """The queries that one recovered set of a service costs; one an image if a surrogate is inverted."""
     images = cfg.images_per_class * way
-    if cfg.images != (GENERATOR,):
+    if cfg.surrogate.budget or cfg.images != (GENERATOR,):
         return images
     each = zero_order.queries(images, cfg.zero_order.directions, central=cfg.zero_order.central)
     return images + cfg.iterations * each
@@ -58,6 +61,33 @@ def logits_of(answers: np.ndarray, card: TeacherCard) -> Tensor:
         return (sure * (1 - FLOOR) + FLOOR / known).log()
     found = torch.tensor(answers)
     return found.clamp_min(FLOOR).log() if card.access == "probs" else found
+
+
+def answered(cfg: Config, service: Service, task: Arrays) -> Arrays:
+    """A set that was recovered from the surrogate of a service, with the answers of the service to its view.
+
+    With `cfg.relabel` the answers also give the labels. `agreement` is the share of images whose answer, of all classes
+    of the service, is the one that was wished for, in percent.
+    """
+    card = service.card
+    units = np.array([card.classes.index(name) for name in task["classes"]])
+    seen = fit(view(to_pixels(task["images"]), task["view"], pad=cfg.crop_pad, fill=cfg.crop_fill), card.image.shape)
+    answers = learnable(service.query(to_bytes(seen)), card.access, cfg.surrogate.answers)
+    given = replace(card, access="label" if answers.ndim == 1 else "probs")
+    soft = logits_of(answers, given)[:, torch.tensor(units)]
+    labels = soft.argmax(-1).numpy() if cfg.relabel else task["labels"]
+    return task | {
+        "logits": soft.numpy(),
+        "labels": labels,
+        "balance": _balance(labels, len(units)),
+        "agreement": 100.0 * float((labels_of(answers) == units[task["labels"]]).mean()),
+    }
+
+
+def _balance(labels: np.ndarray, way: int) -> float:
+    """The share of images, in percent, that an even distribution over the classes would keep."""
+    shares = np.bincount(labels, minlength=way) / len(labels)
+    return 100.0 * float(np.minimum(shares, 1 / way).sum())
 
 
 class Asking:
@@ -190,7 +220,6 @@ class Asking:
         soft = self.answers(fit(self._view(to_pixels(stored, self.device), offsets), self.image.shape))[:, self.units]
         card = self.service.card
         found = (soft.argmax(-1) if labels is None else labels).cpu().numpy()
-        shares = np.bincount(found, minlength=self.way) / len(found)
         return {
             "teacher": card.id,
             "classes": [card.classes[u] for u in self.units.tolist()],
@@ -198,7 +227,7 @@ class Asking:
             "labels": found,
             "view": offsets,
             "logits": soft.cpu().numpy(),
-            "balance": 100.0 * float(np.minimum(shares, 1 / self.way).sum()),
+            "balance": _balance(found, self.way),
         }
 
 

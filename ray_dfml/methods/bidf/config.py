@@ -1,6 +1,6 @@
 """Settings of BiDf-MKD, its profiles and its presets."""
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from ray_dfml.core.sources import SOURCES
 from ray_dfml.errors import did_you_mean
@@ -8,6 +8,7 @@ from ray_dfml.methods.bank import BankKey
 from ray_dfml.methods.base import Preset, ReplayConfig, Values
 from ray_dfml.methods.characters import REPLAY, STEP
 from ray_dfml.methods.inversion import InversionConfig
+from ray_dfml.methods.surrogates.config import SurrogateConfig
 
 GENERATOR = "generator"
 IMAGES = (GENERATOR, *(name for name, source in SOURCES.items() if not source.parents))
@@ -74,6 +75,28 @@ class Config(InversionConfig):
         description="A bank class is a class name (side information of the cards), or a (teacher, class) pair.",
     )
     replay: ReplayConfig = ReplayConfig(tasks=4, patience=200, max_updates=1000)
+    surrogate: SurrogateConfig = Field(
+        default=SurrogateConfig(),
+        description="How services are distilled before the inversion; with a budget of 0 they are asked themselves.",
+    )
+
+    @property
+    def total_rounds(self) -> int:
+        """The rounds that distil services, and `rounds`."""
+        return self.rounds + self.surrogate.rounds
+
+    def told(self, way: int) -> int:
+        """The number of classes that the generator is told a label of; 0 if it is told none."""
+        return way if self.conditional else 0
+
+    @model_validator(mode="after")
+    def _one_way_to_ask(self) -> "Config":
+        if self.surrogate.budget and self.images != (GENERATOR,):
+            raise ValueError(
+                "images: with surrogate.budget the generator inverts surrogates; leave images at generator, and name "
+                "the sources of the surrogates in surrogate.images"
+            )
+        return self
 
     @field_validator("images")
     @classmethod

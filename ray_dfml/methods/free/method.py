@@ -96,6 +96,8 @@ def _drawn(cfg: Config, world: World, state: State, r: int) -> list[Job]:
 def _visited(cfg: Config, world: World, r: int) -> list[TeacherCard]:
     """The teachers that round `r` inverts."""
     world, count = surrogates.usable(cfg.surrogate, world), cfg.teachers_per_round
+    if not world.cards:
+        return []
     if cfg.draws == "turns":
         picks = [_in_turn(world, place) for place in range(r * count, (r + 1) * count)]
     else:
@@ -171,11 +173,13 @@ def _learner(shared: Arrays, device: torch.device) -> Callable[..., Tensor] | No
 def learn(cfg: Config, world: World, state: State, r: int, results: list[Arrays], send: Send) -> tuple[State, Metrics]:
     """Update theta_G, the bank and the learner ([Wei2024] Algorithm 3, lines 6-10).
 
-    The learner takes the step of BELL, then replays until a plateau. The rounds that distil services only do that.
+    The learner takes the step of BELL, then replays until a plateau. The rounds that distil services only do that;
+    what a service missed of them is made up in the first round in which it is back.
     """
     r, distils = surrogates.round_of(cfg.surrogate, r)
     if distils:
         return surrogates.learn(cfg.surrogate, world, state, r, results)
+    state = surrogates.made_up("free.recover", cfg.surrogate, world, state, send)
     world = surrogates.usable(cfg.surrogate, world)
     sequential = cfg.generator_sharing == "sequential"
     state, tasks = _chain(cfg, world, state, r, send) if sequential else (state, results)

@@ -10,6 +10,7 @@ has the images of all of them. docs/methods_purer_bidf.md lists the deviations f
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -85,7 +86,7 @@ def plan(cfg: Config, world: World, state: State, r: int) -> list[Job]:
         cards = [cards[i] for i in torch.randperm(len(cards), generator=rng)[: cfg.teachers_per_round].tolist()]
     jobs = []
     for j, card in enumerate(cards):
-        own = state["images"][card.id]
+        own = state["images"].get(card.id) or fresh(cfg, world, card)
         values = {k: own[k].numpy() for k in ("x", "m", "v")} | {"step": own["step"]}
         push = state["push"].get(card.id)
         values["push"] = None if push is None else np.asarray(push)
@@ -132,7 +133,8 @@ def learn(cfg: Config, world: World, state: State, r: int, results: list[Arrays]
     r, distils = surrogates.round_of(cfg.surrogate, r)
     if distils:
         return surrogates.learn(cfg.surrogate, world, state, r, results)
-    world = _used(cfg, world, state)
+    given, world = world, _used(cfg, world, state)
+    state = surrogates.made_up("purer.recover", cfg.surrogate, given, state, send)
     metrics: Metrics = {"recover/tasks": len(results), "recover/images": sum(len(result["x"]) for result in results)}
     if results:
         metrics |= {
@@ -143,13 +145,15 @@ def learn(cfg: Config, world: World, state: State, r: int, results: list[Arrays]
         result["teacher"]: {k: torch.tensor(result[k]) for k in ("x", "m", "v")} | {"step": result["step"]}
         for result in results
     }
+    images = state["images"] | new
+    world = replace(world, cards=tuple(card for card in world.cards if card.id in images))
     usable = [card.id for card in world.cards]
     state = {
         **state,
-        "images": {id: new.get(id, state["images"][id]) for id in usable},
+        "images": {id: images[id] for id in usable},
         "push": {id: state["push"][id] for id in usable if id in state["push"] and id not in new},
     }
-    if r < cfg.image_warmup:
+    if r < cfg.image_warmup or not usable:
         return state, metrics
     store = _Store(cfg, world, state)
     bank_of.check_left(cfg.meta, world, {}, cfg.image_key)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ray_dfml.core.net import Net, net
 from ray_dfml.errors import RejectedError, UsageError
-from ray_dfml.methods.base import State, World
+from ray_dfml.methods.base import Send, State, World
 from ray_dfml.methods.students import loop
 from ray_dfml.methods.students.config import DistilConfig, architecture
 from ray_dfml.methods.students.distil import notes as distil_notes
@@ -76,11 +76,8 @@ def notes(method: str, cfg: SurrogateConfig, world: World) -> list[str]:
 
 
 def plan(cfg: SurrogateConfig, world: World, state: State, r: int) -> list[Job]:
-    """The jobs of round `r` of the distillation, one for each service. What one has missed is not made up."""
-    settings = cfg.distillation
-    jobs = loop.plan(settings, replace(world, cards=services(world)), state, r)
-    last = r == settings.total_rounds - 1
-    return [replace(job, values={**job.values, "last": True}) for job in jobs] if last else jobs
+    """The jobs of round `r` of the distillation, one for each service."""
+    return loop.plan(cfg.distillation, replace(world, cards=services(world)), state, r)
 
 
 def shared(cfg: SurrogateConfig) -> Arrays:
@@ -103,17 +100,44 @@ def begin(cfg: SurrogateConfig, world: World) -> State:
 def learn(
     cfg: SurrogateConfig, world: World, state: State, r: int, results: list[Arrays]
 ) -> tuple[State, dict[str, Any]]:
-    """Store what the shards distilled in round `r`. After the last of these rounds only the surrogates are kept."""
+    """Store what the shards distilled in round `r`. After the last of these rounds only the surrogates are kept, and
+    the students of services that were away in one of them (`made_up`)."""
     settings, asked = cfg.distillation, replace(world, cards=services(world))
     state, metrics = loop.learn(settings, asked, state, r, results, _no_send)
     if r == settings.total_rounds - 1:
-        found = loop.students(settings, asked, state)
-        kept = {
-            id: {"arch": one.weights.arch, "theta": one.weights.theta, "stats": one.weights.stats}
-            for id, one in found.items()
-        }
-        state = {name: value for name, value in state.items() if name != "students"} | {"surrogates": kept}
+        state = _kept(cfg, world, state)
     return state, {f"surrogate/{name}": value for name, value in metrics.items()}
+
+
+def made_up(op: str, cfg: SurrogateConfig, world: World, state: State, send: Send) -> State:
+    """Distil the services that missed rounds of the distillation and are back: all that is missing, one round after
+    another. `op` is the recovery of the method.
+
+    A service that is away again stays behind. A surrogate has the bits of a run in which its service was never away.
+    """
+    behind = state.get("students", {})
+    asked = replace(world, cards=tuple(card for card in services(world) if card.id in behind))
+    while jobs := loop.plan(cfg.distillation, asked, state, 0) if asked.cards else []:
+        results = send(op, jobs, shared(cfg))
+        state, _ = loop.learn(cfg.distillation, asked, state, 0, results, _no_send)
+        answered = {result["teacher"] for result in results}
+        asked = replace(asked, cards=tuple(card for card in asked.cards if card.id in answered))
+    return _kept(cfg, world, state) if behind else state
+
+
+def _kept(cfg: SurrogateConfig, world: World, state: State) -> State:
+    """The state with the surrogates of all students that are done, beside the students that are behind."""
+    students, settings = state["students"], cfg.distillation
+    done = {id for id, one in students.items() if one["rounds"] == settings.total_rounds}
+    found = loop.students(settings, replace(world, cards=tuple(c for c in services(world) if c.id in done)), state)
+    new = {
+        id: {"arch": one.weights.arch, "theta": one.weights.theta, "stats": one.weights.stats}
+        for id, one in found.items()
+    }
+    behind = {id: one for id, one in students.items() if id not in done}
+    rest = {name: value for name, value in state.items() if name != "students"}
+    known = dict(sorted((rest.get("surrogates", {}) | new).items()))
+    return rest | {"surrogates": known} | ({"students": behind} if behind else {})
 
 
 def _no_send(op: str, jobs: Sequence[Job], shared: Arrays) -> list[Arrays]:
@@ -137,15 +161,15 @@ class Surrogate:
 def inverted(method: str, world: World, state: Mapping[str, Any]) -> World:
     """The world in which each service has the architecture of its surrogate, since that is what is inverted.
 
-    Services that were away when the others were distilled have none, and are left out. Raises RejectedError if nobody
-    is left.
+    Services that were away when the others were distilled have none, and are left out until that is made up. Raises
+    RejectedError if nobody is left, and nobody behind either.
     """
     if "surrogates" not in state:
         return world
     known = state["surrogates"]
     cards = [replace(card, arch=known[card.id]["arch"]) if card.id in known else card for card in world.cards]
     cards = tuple(card for card in cards if card.access == "weights" or card.id in known)
-    if not cards:
+    if not cards and "students" not in state:
         raise RejectedError(f"{method}: no teacher has weights or a surrogate; start a new run")
     return replace(world, cards=cards)
 
