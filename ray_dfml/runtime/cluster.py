@@ -37,6 +37,7 @@ from ray_dfml.runtime.ray_gateway import RayGateway
 from ray_dfml.runtime.ray_metrics import RunMetrics
 from ray_dfml.runtime.ray_teachers import PoolStore, seen_by, through_here
 from ray_dfml.runtime.shard import LoadWeights, cap_memory, pick_device, pin
+from ray_dfml.runtime.stalls import BOARD, AtWork, Board
 from ray_dfml.types import Labelled, Spent
 
 PLACEMENT_SECONDS = 180
@@ -242,10 +243,13 @@ class Cluster:
                 ray.shutdown()
 
     def backend(
-        self, load: LoadWeights, desk: Desk | None = None, *, job_seconds: float | None = None
+        self, load: LoadWeights, desk: Desk | None = None, *, job_seconds: float | None = None,
+        board: Board | None = None,
     ) -> RayBackend:  # fmt: skip
         """A backend over the shards, which get their teachers through `load` and ask others at `desk`."""
-        return RayBackend(self.shards, ray.put((load, desk)), batched=self._gpus > 0, job_seconds=job_seconds)
+        return RayBackend(
+            self.shards, ray.put((load, desk)), batched=self._gpus > 0, job_seconds=job_seconds, board=board
+        )  # fmt: skip
 
 
 @contextmanager
@@ -297,6 +301,7 @@ class RaySession:
         job_seconds: float | None = None,
     ) -> None:
         self._cluster, self._own, self._folder = cluster, not cluster.shards, folder
+        self._board = Board(folder / BOARD)
         self._learner: Any = None
         self._gateway: RayGateway | None = None
         self.notes: Sequence[str] = ()
@@ -309,7 +314,7 @@ class RaySession:
             desk = Desk(self._gateway, accounts.by_id) if self._gateway else None
             near = seen_by(cluster.shards, teachers)
             self.notes = through_here(teachers, near)
-            backend = cluster.backend(PoolStore(teachers, near), desk, job_seconds=job_seconds)
+            backend = cluster.backend(PoolStore(teachers, near), desk, job_seconds=job_seconds, board=self._board)
             kept = [replace(one, images=backend.keep(one.images)) for one in sets]
             self._arguments = (
                 config, ray.put(world), kept, backend, folder / CHECKPOINTS, cluster.gpus_per_learner
@@ -359,6 +364,10 @@ class RaySession:
         self._metrics.spent(totals)
         return totals
 
+    def at_work(self) -> list[AtWork]:
+        """See `Session.at_work`."""
+        return self._board.read()
+
     def _ask(self, verb: str, *args: Any) -> Any:
         try:
             return ray.get(getattr(self._learner, verb).remote(*args))
@@ -374,6 +383,7 @@ class RaySession:
                 ray.kill(self._learner)
             if self._gateway is not None:
                 self._gateway.close()
+            self._board.clear()
         finally:
             if self._own:
                 self._cluster.close()

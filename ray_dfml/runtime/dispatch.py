@@ -21,6 +21,7 @@ from ray_dfml.runtime.local import no_teachers
 from ray_dfml.runtime.ray_environment import exceptions, ray
 from ray_dfml.runtime.ray_metrics import waiting
 from ray_dfml.runtime.shard import CACHE_BYTES, Shard, cap_memory
+from ray_dfml.runtime.stalls import LOOK_SECONDS, AtWork, Board, Pace
 from ray_dfml.types import Arrays, Job
 
 STRIKES = 2
@@ -74,15 +75,20 @@ class RayBackend:
     """
 
     def __init__(
-        self, shards: Sequence[Any], load: "ray.ObjectRef", *, batched: bool, job_seconds: float | None = None
-    ) -> None:
-        """`load` refers to what a shard gets teachers by, in the object store (`ShardActor.run_for`)."""
+        self, shards: Sequence[Any], load: "ray.ObjectRef", *, batched: bool, job_seconds: float | None = None,
+        board: Board | None = None,
+    ) -> None:  # fmt: skip
+        """`load` refers to what a shard gets teachers by, in the object store (`ShardActor.run_for`).
+
+        While a call goes on, `board` says every few seconds what is at work.
+        """
         self.shards = list(shards)
         self.load = load
         self.batched = batched
         self.job_seconds = job_seconds
         self.waking: set[int] = set()
         self.notes: list[str] = []
+        self.board, self.pace = board, Pace()
 
     def keep(self, value: np.ndarray) -> "ray.ObjectRef":
         """See `Backend.keep`. The calling process owns what is kept; if it ends, what is kept is lost."""
@@ -98,7 +104,11 @@ class RayBackend:
             waiting = balance.chunks(jobs, len(self.shards), CACHE_BYTES)
         else:
             waiting = [[job] for job in balance.longest_first(jobs)]
-        done = _Dispatch(self, op, waiting, ray.put(shared)).run(len(jobs))
+        try:
+            done = _Dispatch(self, op, waiting, ray.put(shared)).run(len(jobs))
+        finally:
+            if self.board:
+                self.board.clear()
         return [done[job.index] for job in jobs]
 
 
@@ -122,6 +132,7 @@ class _Dispatch:
         self._late: set[int] = set()
         self._answered: set[int] = set()
         self._down_since: float | None = None
+        self._shown = time.monotonic()
 
     def run(self, count: int) -> dict[int, Arrays]:
         """Send all jobs: index -> result, for `count` jobs."""
@@ -136,7 +147,19 @@ class _Dispatch:
             self._kill_late()
             self._check_lost()
             self._fill()
+            self._show()
         return self._done
+
+    def _show(self) -> None:
+        """Let the board say what is at work, if that is due."""
+        board, now = self._backend.board, time.monotonic()
+        if board is not None and now - self._shown >= LOOK_SECONDS:
+            board.write([self._at_work(i, now) for i in self._working()])
+            self._shown = now
+
+    def _at_work(self, i: int, now: float) -> AtWork:
+        chunk = self._flying[self._load[i][0]][1]
+        return self._backend.pace.at_work(i, self._op, chunk, now - self._since[i])
 
     def _receive(self, ref: "ray.ObjectRef") -> None:
         i, chunk = self._flying[ref]
@@ -145,6 +168,7 @@ class _Dispatch:
             self._answered.add(i)
             if chunk:
                 results, news = answer
+                self._backend.pace.ended(self._op, chunk, time.monotonic() - self._since[i])
                 self._done.update((job.index, result) for job, result in zip(chunk, results, strict=True))
                 self._backend.notes += [line for line in news if line not in self._backend.notes]
             else:
@@ -218,11 +242,13 @@ class _Dispatch:
         return [i for i, queue in self._load.items() if queue and i not in self._backend.waking]
 
     def _patience(self) -> float | None:
-        """Seconds until the first shard is late, or until all have been down for too long; None for no such limit."""
+        """Seconds until a shard is late, all have been down for too long, or the board is due; None for no limit."""
         limit, working = self._backend.job_seconds, self._working()
         ends = [self._since[i] + limit for i in working] if limit is not None else []
         if self._down_since is not None:
             ends.append(self._down_since + LOST_SECONDS)
+        if self._backend.board is not None:
+            ends.append(self._shown + LOOK_SECONDS)
         return max(0.0, min(ends) - time.monotonic()) if ends else None
 
     def _check_lost(self) -> None:

@@ -8,8 +8,9 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -24,6 +25,7 @@ from ray_dfml.runtime.learning import Done
 from ray_dfml.runtime.local import LocalSession
 from ray_dfml.runtime.progress import Progress
 from ray_dfml.runtime.rundir import RunFolder
+from ray_dfml.runtime.stalls import AtWork, Stall, Watch
 from ray_dfml.scorer import Step
 from ray_dfml.types import Score, Spent
 
@@ -66,6 +68,10 @@ class Session(Protocol):
 
     def spent(self) -> dict[str, Spent]:
         """What was asked of each teacher so far, after writing it to `ledger.jsonl`. Empty if the run asks nobody."""
+        ...
+
+    def at_work(self) -> Sequence[AtWork]:
+        """What the shards are at, as it is known here. Any thread may ask."""
         ...
 
     def close(self) -> None:
@@ -270,13 +276,15 @@ def _train(
     done, news = _begin(folder, session)
     began, first = time.perf_counter(), done.rounds
     progress.start(rounds + done.missed, first)
+    watch = Watch(session.at_work, partial(_tell_stall, folder, progress))
     while done.rounds < rounds + done.missed:
         if news and on_round is not None and not on_round(done.row):
             break
         r, called = done.rounds, time.perf_counter()
         try:
-            row: dict[str, Any] = {"round": r} | session.call("round", r)
-            row["validation"] = assessment.validate(r) if config.validates(r) else None
+            with watch.round(r + 1):
+                row: dict[str, Any] = {"round": r} | session.call("round", r)
+                row["validation"] = assessment.validate(r) if config.validates(r) else None
             done = session.save(r + 1, row)
         except (BudgetReached, NobodyLeft) as error:
             return done, error
@@ -296,7 +304,7 @@ def _train(
         folder.status(
             state="running", round=done.rounds, rounds=rounds + done.missed, seconds=round(elapsed, 3),
             eta_seconds=round(eta, 1), driver_share=round(1 - busy / elapsed, 5),
-            rejected=inputs.rejected | done.rejected,
+            rejected=inputs.rejected | done.rejected, stalled=None,
             checkpoint=asdict(done.saved) if done.saved else None,
         )  # fmt: skip
         spent = session.spent() if inputs.accounts.asked else {}
@@ -307,6 +315,18 @@ def _train(
         if on_round is not None and not on_round(row):
             break
     return done, None
+
+
+def _tell_stall(folder: RunFolder, progress: Progress, stall: Stall) -> None:
+    """Say that a round stalls, and write it to `status.json`."""
+    progress.note(stall.said)
+    at_work = [asdict(one) | {"seconds": round(one.seconds, 1)} for one in stall.at_work]
+    with suppress(OSError):  # the end of the round meets the same disk, and says so
+        folder.status(
+            stalled={"round": stall.round, "seconds": round(stall.seconds, 1), "at_work": at_work, "said": stall.said}
+        )  # fmt: skip
+    if folder.remote:
+        folder.remote.publish_once()
 
 
 def _tell(folder: RunFolder, done: Done, progress: Progress) -> None:

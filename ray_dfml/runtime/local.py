@@ -1,5 +1,6 @@
 """The backend and the session of a run that needs no other process."""
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from ray_dfml.runtime.accounts import EXPORTED, Accounts
 from ray_dfml.runtime.asking import Desk
 from ray_dfml.runtime.learning import CHECKPOINTS, Done, Learning
 from ray_dfml.runtime.shard import CACHE_BYTES, Loaded, LoadWeights, Shard, pick_device
+from ray_dfml.runtime.stalls import AtWork, Pace
 from ray_dfml.types import Arrays, Job, Labelled, Spent
 
 
@@ -28,6 +30,8 @@ class LocalBackend:
     def __init__(self, load: LoadWeights, desk: Desk | None = None) -> None:
         self._shard = Shard(load, desk=desk)
         self.notes: list[str] = []
+        self._pace = Pace()
+        self._working: tuple[str, Sequence[Job], float] | None = None
 
     def keep(self, value: np.ndarray) -> np.ndarray:
         """See `Backend.keep`. The array is here already."""
@@ -38,10 +42,22 @@ class LocalBackend:
         balance.check_distinct(jobs)
         chunks = balance.chunks(jobs, 1, CACHE_BYTES) if self._shard.batched else [[job] for job in jobs]
         done: dict[int, Arrays] = {}
-        for chunk in chunks:
-            done |= zip((job.index for job in chunk), self._shard.run(op, chunk, shared), strict=True)
-            self.notes += self._shard.news()
+        try:
+            for chunk in chunks:
+                self._working = op, chunk, time.monotonic()
+                done |= zip((job.index for job in chunk), self._shard.run(op, chunk, shared), strict=True)
+                self._pace.ended(op, chunk, time.monotonic() - self._working[2])
+                self.notes += self._shard.news()
+        finally:
+            self._working = None
         return [done[job.index] for job in jobs]
+
+    def at_work(self) -> list[AtWork]:
+        """What this process is at, for another thread."""
+        if (working := self._working) is None:
+            return []
+        op, jobs, since = working
+        return [self._pace.at_work(0, op, jobs, time.monotonic() - since)]
 
 
 class LocalSession:
@@ -64,8 +80,8 @@ class LocalSession:
         self._folder = folder
         self._gateway = accounts.gateway(folder) if accounts.asked else None
         desk = Desk(self._gateway, accounts.by_id) if self._gateway else None
-        backend = LocalBackend(teachers.__getitem__, desk)
-        self._arguments = (config, world, sets, backend, folder / CHECKPOINTS)
+        self._backend = LocalBackend(teachers.__getitem__, desk)
+        self._arguments = (config, world, sets, self._backend, folder / CHECKPOINTS)
 
     def start(self) -> Done:
         """Make a new trainer from the last checkpoint, or from the seed if there is none."""
@@ -86,6 +102,10 @@ class LocalSession:
             return {}
         self._gateway.export(self._folder / EXPORTED)
         return self._gateway.totals()
+
+    def at_work(self) -> list[AtWork]:
+        """See `Session.at_work`."""
+        return self._backend.at_work()
 
     def close(self) -> None:
         """Close the gateway, if there is one; nothing else was started."""

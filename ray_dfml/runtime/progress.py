@@ -29,7 +29,7 @@ class _Stage:
     def text(self, now: float) -> str:
         """How much is done, and the time that is left."""
         share = self.done / max(self.total, self.done)
-        return f"{100 * share:.0f} %  eta {_clock((now - self.began) * (1 / share - 1))}"
+        return f"{100 * share:.0f} %  eta {clock((now - self.began) * (1 / share - 1))}"
 
 
 class Progress:
@@ -130,10 +130,11 @@ def round_line(
         said.insert(0, f"{row['recover/images'] / row['seconds/round']:.0f} images/s")
     if sent:
         said.insert(0, f"{sent:,} queries")
-    return f"round {done}/{rounds}", "  ".join([f"eta {_clock(eta)}", *said])
+    return f"round {done}/{rounds}", "  ".join([f"eta {clock(eta)}", *said])
 
 
-def _clock(seconds: float) -> str:
+def clock(seconds: float) -> str:
+    """A time as minutes and seconds, or hours, minutes and seconds."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

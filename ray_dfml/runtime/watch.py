@@ -68,10 +68,12 @@ def _sent(status: dict[str, Any]) -> int:
 
 
 def _remarks(status: dict[str, Any]) -> list[str]:
-    """The notes of a run, the teachers that it has left out, and that it tests."""
+    """The notes of a run, the teachers that it has left out, what stalls in it, and that it tests."""
     rejected = status.get("rejected") or {}
     reasons = [f"left out: {shown_reason(id, why)}" for id, why in rejected.items()]
-    return [*(status.get("notes") or []), *reasons, *(["testing"] if status.get("state") == "testing" else [])]
+    stalled = [status["stalled"]["said"]] if status.get("stalled") and status.get("exit_code") is None else []
+    testing = ["testing"] if status.get("state") == "testing" else []
+    return [*(status.get("notes") or []), *reasons, *stalled, *testing]
 
 
 def last(status: dict[str, Any]) -> list[str]:

@@ -9,7 +9,7 @@ from PIL import Image
 
 from tests.runtime import toy
 
-OF_RAY = ("backends", "bits", "cluster", "dispatch", "method_bits", "place", "poison", "preflight")
+OF_RAY = ("backends", "bits", "cluster", "dispatch", "method_bits", "place", "poison", "preflight", "stalls")
 """Test modules that import Ray."""
 
 collect_ignore = [] if importlib.util.find_spec("ray") else [f"test_{name}.py" for name in OF_RAY]

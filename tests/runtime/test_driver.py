@@ -48,6 +48,9 @@ class Dying:
         self.done = Done(Saved(f"round-{rounds}", "", rounds), row)
         return self.done
 
+    def at_work(self) -> list[Any]:
+        return []
+
     def close(self) -> None:
         self.starts.append("closed")
 
