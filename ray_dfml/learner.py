@@ -207,30 +207,35 @@ class AdaptedLearner:
     """
 
     classes: tuple[Any, ...]
+    learner: Learner
+    theta: Tensor
+    """The adapted weights [p]."""
+    stats: Tensor
+    """Batch-norm statistics [k] of single queries: of the support, or the learner's own if `bn` is `running`."""
 
     def __init__(self, learner: Learner, classes: tuple[Any, ...], support: Tensor, labels: Tensor) -> None:
         """Adapt `learner` to normalised images [s c h w] with labels [s] in 0..k-1 (`evaluate.adapt_to`)."""
         self.classes = classes
-        self._learner = learner
+        self.learner = learner
         weights = learner.weights
-        self._phi = adapt_to(
+        self.theta = adapt_to(
             weights.net, weights.theta, weights.stats, support, labels,
             steps=weights.steps, lr=weights.lr, bn=learner.bn, head=weights.head,
         )  # fmt: skip
-        self._stats = weights.stats
+        self.stats = weights.stats
         if learner.bn != "running":
             with torch.no_grad():
-                self._stats = weights.net.with_stats(self._phi, support, first_order=True)[1]
+                self.stats = weights.net.with_stats(self.theta, support, first_order=True)[1]
 
     def _logits(self, q: np.ndarray | Tensor) -> Tensor:
-        query, network = network_input(q, self._learner.image), self._learner.weights.net
+        query, network = network_input(q, self.learner.image), self.learner.weights.net
         with torch.no_grad():
-            if self._learner.bn == "transductive" and len(query) > 1:
-                logits = network(self._phi, query, first_order=True)
+            if self.learner.bn == "transductive" and len(query) > 1:
+                logits = network(self.theta, query, first_order=True)
             else:
                 parts = [part for part in query.split(CHUNK) if len(part)]
-                chunks = [network(self._phi, part, self._stats, first_order=True) for part in parts]
-                logits = torch.cat(chunks) if chunks else torch.zeros(0, self._learner.way)
+                chunks = [network(self.theta, part, self.stats, first_order=True) for part in parts]
+                logits = torch.cat(chunks) if chunks else torch.zeros(0, self.learner.way)
         return logits[:, : len(self.classes)]
 
     def predict(self, q: np.ndarray | Tensor) -> list[Any]:

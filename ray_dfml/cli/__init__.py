@@ -24,6 +24,7 @@ COMMANDS = {
     "train": ("ray_dfml.cli.train", "train"),
     "evaluate": ("ray_dfml.cli.evaluate", "evaluate"),
     "adapt": ("ray_dfml.cli.adapt", "adapt"),
+    "export": ("ray_dfml.cli.export", "export"),
     "tune": ("ray_dfml.cli.tune", "tune"),
     "serve": ("ray_dfml.cli.serve", "serve"),
     "check": ("ray_dfml.cli.check", "check"),
