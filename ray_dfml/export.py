@@ -67,7 +67,7 @@ def program(graph: Graph) -> torch.export.ExportedProgram:
 
 
 def write_onnx(graph: Graph, file: Path) -> None:
-    """Write the graph to an ONNX file, in one step. Its input is `images`, and its output `probabilities` or `features`.
+    """Write the graph to an ONNX file, in one step: `images` in, `probabilities` or `features` out.
 
     The key `classes` of its metadata holds the class names as JSON, in the order of the probabilities. Raises
     ResourceError if the packages of the extra `export` are missing.

@@ -14,7 +14,9 @@ from ray_dfml.errors import UsageError, first_of
 from ray_dfml.files import resolved
 
 if TYPE_CHECKING:
-    from ray_dfml.services.hosting import Gives, Served
+    import numpy as np
+
+    from ray_dfml.services.hosting import Adapts, Gives, Served
 
 EPILOG = """\b
 Example:
@@ -40,10 +42,10 @@ def serve(
     model: str, access: str, decimals: int | None, top_k: int | None, rate: float | None, host: str, port: int,
     token_env: str | None, counter: Path | None, json_out: bool,
 ) -> None:  # fmt: skip
-    """Answer to images over HTTP, in the Open Inference Protocol v2: teachers of a pool, or students of a run.
+    """Answer to images over HTTP, in the Open Inference Protocol v2: teachers of a pool, students or learner of a run.
 
-    Without an ID all of them are served. It runs until SIGTERM or Ctrl-C. Without --token-env it answers to this
-    machine only.
+    Without an ID all of them are served. A learner makes classifiers of labelled images that are sent to it. The server
+    runs until SIGTERM or Ctrl-C. Without --token-env it answers to this machine only.
     """
     from ray_dfml.runtime.shard import pin
     from ray_dfml.services.counter import Counter
@@ -52,24 +54,26 @@ def serve(
 
     token = _token(token_env, host)
     pin()
-    folder, served = _chosen(model, Gives(access=access, decimals=decimals, top_k=top_k))  # pyright: ignore[reportArgumentType]
+    gives = Gives(access=access, decimals=decimals, top_k=top_k)  # pyright: ignore[reportArgumentType]
+    folder, served = _chosen(model, gives)
     ids = [one.id for one in served]
+    learner = None if served else _learner(folder, gives)
 
     def announce(url: str) -> None:
         if json_out:  # in one line, since the command goes on
-            click.echo(json.dumps({"url": url, "models": ids, "access": access, "output": served[0].gives.output}))
+            click.echo(json.dumps({"url": url, "models": ids, "access": access, "output": gives.output}))
         else:
-            click.echo(f"serving {first_of(ids)} at {url}")
+            click.echo(f"serving {first_of(ids) if ids else 'a learner'} at {url}")
 
     with closing(Counter(counter or folder / COUNTER)) as counts:
-        server = Server(served, counts, rate=rate, token=token, note=options.say)
+        server = Server(served, counts, rate=rate, token=token, learner=learner, note=options.say)
         asyncio.run(run(server, host, port, announce))
-        for id, (received, answered) in counts.counts(ids).items():
+        for id, (received, answered) in counts.counts(server.ids).items():
             options.say(f"{id}: {received} images received, {answered} answered")
 
 
 def _chosen(model: str, gives: "Gives") -> "tuple[Path, list[Served]]":
-    """The folder that a user names, or that of a file, and the classifiers in it that are meant."""
+    """The folder that a user names, or that of a file, and the classifiers in it that are meant; none of a learner."""
     from ray_dfml.data.manifest import MANIFEST
 
     folder, id = _named(model)
@@ -109,8 +113,6 @@ def _students(folder: Path, id: str | None, gives: "Gives") -> "list[Served]":
     from ray_dfml.student import Student, of_run
 
     found = of_run(folder) if id is None else [Student.load(folder, teacher=id)]
-    if not found:
-        raise UsageError(f"{folder}: holds neither a pool nor students; a few-shot learner has no classes to serve")
     served = []
     for student in found:
         of, device = student.weights, pick_device()
@@ -120,6 +122,27 @@ def _students(folder: Path, id: str | None, gives: "Gives") -> "list[Served]":
             theta=of.theta.to(device), stats=of.stats.to(device),
         ))  # fmt: skip
     return served
+
+
+def _learner(folder: Path, gives: "Gives") -> "Adapts":
+    """The learner of a run, each of whose classifiers answers to an image by itself."""
+    from ray_dfml.learner import Learner
+    from ray_dfml.services.hosting import Adapts, Served
+
+    learner = Learner.load(folder)
+    gives.check("learner", learner.way)
+    if learner.bn == "transductive":
+        options.say("batch norm of this learner is transductive; served images get the statistics of the support")
+
+    def adapt(id: str, images: "np.ndarray", labels: list[str]) -> Served:
+        adapted = learner.adapt(images, labels)
+        gives.check(id, len(adapted.classes))
+        return Served(
+            id=id, image=learner.image, classes=tuple(adapted.classes), gives=gives, net=learner.weights.net,
+            theta=adapted.theta, stats=adapted.stats,
+        )  # fmt: skip
+
+    return Adapts(image=learner.image, adapt=adapt)
 
 
 def _token(name: str | None, host: str) -> str | None:

@@ -2,7 +2,7 @@
 
 import asyncio
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, replace
 
@@ -66,7 +66,7 @@ class Gives:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Served:
-    """A classifier with frozen weights, and what it answers."""
+    """A classifier with frozen weights, and what it answers. Outputs beyond its classes take no part."""
 
     id: str
     image: ImageSpec
@@ -85,7 +85,16 @@ class Served:
         logits = steady_logits(self.net, self.theta, self.stats, images, mean, std)
         good = torch.isfinite(logits).all(-1).cpu().numpy()
         gives = self.gives
-        return answers(logits, gives.access, decimals=gives.decimals, top_k=gives.top_k), good
+        return answers(logits[:, : len(self.classes)], gives.access, decimals=gives.decimals, top_k=gives.top_k), good
+
+
+@dataclass(frozen=True, kw_only=True)
+class Adapts:
+    """A few-shot learner that is served: it makes a classifier of a support."""
+
+    image: ImageSpec
+    adapt: Callable[[str, np.ndarray, list[str]], Served]
+    """(id, images float32 [n c h w] in [0, 1], n labels) -> the classifier. Raises UsageError for a bad support."""
 
 
 def from_pool(pool: Pool, id: str, gives: Gives, device: torch.device) -> Served:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from typing import Any, NamedTuple
 
-from ray_dfml.services.hosting import Served
+from ray_dfml.services.hosting import Adapts, Served
 from ray_dfml.services.protocol import DATATYPES, HEADER_LENGTH
 from ray_dfml.types import size_text
 
@@ -34,6 +34,12 @@ ROUTES = (
     Route("GET", "/stats", "stats", "Images received so far, and those answered, repeats left out", "Stats"),
     Route("GET", "/openapi.json", "openapi", "This document", "Document"),
 )
+
+ADAPT = Route("POST", "/v2/adapt", "adapt", "A classifier of the classes of labelled images", "Adapted")
+"""The further route of a server with a learner."""
+
+BODIES = {"infer": "Request", "adapt": "Support"}
+"""Route with a body -> the schema of it."""
 
 OPEN = ("/v2/health/live", "/v2/health/ready")
 """Paths that need no token."""
@@ -70,7 +76,7 @@ _TENSOR = _object(_NAMED, {"data": _list({}), "parameters": _object({"binary_dat
 _WANTED = _object({"name": _TEXT}, {"parameters": _object({}, {"binary_data": _FLAG})})
 
 
-def _schemas(models: Sequence[Served]) -> dict[str, Any]:
+def _schemas(models: Sequence[Served], learner: Adapts | None) -> dict[str, Any]:
     takes = "; ".join(f"{one.id}: [n, {size_text(one.image.shape)}]" for one in models[:20])
     about = f"Pixels in [0, 1] as FP32, in JSON or as bytes behind it. {takes}"
     return {
@@ -94,6 +100,14 @@ def _schemas(models: Sequence[Served]) -> dict[str, Any]:
         "Stats": _object({**_COUNTS, "models": {"type": "object", "additionalProperties": _object(_COUNTS)}}),
         "Document": {"type": "object"},
         "Error": _object({"error": _TEXT}),
+    } | ({} if learner is None else _of_learner(learner))
+
+
+def _of_learner(learner: Adapts) -> dict[str, Any]:
+    about = f"`images`, pixels in [0, 1] as FP32 [n, {size_text(learner.image.shape)}], and `labels`, BYTES [n]"
+    return {
+        "Support": _object({"inputs": _list(_TENSOR, minItems=2, maxItems=2) | {"description": about}}, more=True),
+        "Adapted": _object({"model": _TEXT, "classes": _list(_TEXT)}),
     }
 
 
@@ -110,7 +124,7 @@ def _errors(route: Route, secured: bool) -> dict[str, str]:
         found |= {"404": "no such model"}
     if route.name in ("infer", "stats"):
         found |= {"500": "the counts cannot be kept" + (", or the model is bad" if route.name == "infer" else "")}
-    if route.name == "infer":
+    if route.name in BODIES:
         found |= {
             "400": "the request is wrong",
             "408": "the body does not arrive",
@@ -120,11 +134,12 @@ def _errors(route: Route, secured: bool) -> dict[str, str]:
     return found
 
 
-def document(models: Sequence[Served], *, secured: bool) -> dict[str, Any]:
-    """The description of a server of these models; `secured` says whether it wants a token."""
+def document(models: Sequence[Served], *, secured: bool, learner: Adapts | None = None) -> dict[str, Any]:
+    """The description of a server of these models, and of a learner; `secured` says whether it wants a token."""
     paths: dict[str, dict[str, Any]] = {}
-    known = {"model": {"enum": [one.id for one in models]}, "version": {"enum": ["1"]}}
-    for route in ROUTES:
+    ids = _TEXT if learner else {"enum": [one.id for one in models]}
+    known = {"model": ids, "version": {"enum": ["1"]}}
+    for route in (*ROUTES, *([ADAPT] if learner else [])):
         answer: dict[str, Any] = {"description": route.about, "content": _json(route.answer)}
         operation: dict[str, Any] = {
             "summary": route.about,
@@ -140,11 +155,12 @@ def document(models: Sequence[Served], *, secured: bool) -> dict[str, Any]:
                 for status, text in sorted(_errors(route, secured).items())
             },
         }
-        if route.name == "infer":
+        if route.name in BODIES:
             octets = {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}
             length = {"description": "Bytes of JSON before the tensors", "schema": _SIZE}
-            operation["requestBody"] = {"required": True, "content": _json("Request") | octets}
+            operation["requestBody"] = {"required": True, "content": _json(BODIES[route.name]) | octets}
             operation["parameters"].append({"name": HEADER_LENGTH, "in": "header", **length})
+        if route.name == "infer":
             answer["content"] |= octets
             answer["headers"] = {HEADER_LENGTH: length}
         if secured and route.path not in OPEN:
@@ -154,6 +170,6 @@ def document(models: Sequence[Served], *, secured: bool) -> dict[str, Any]:
         "openapi": "3.1.0",
         "info": {"title": "ray-dfml serve", "version": version("ray-dfml")},
         "paths": paths,
-        "components": {"schemas": _schemas(models)}
+        "components": {"schemas": _schemas(models, learner)}
         | ({"securitySchemes": {"token": {"type": "http", "scheme": "bearer"}}} if secured else {}),
     }

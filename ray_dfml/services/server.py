@@ -7,6 +7,7 @@ can ask it.
 
 import asyncio
 import errno
+import functools
 import hashlib
 import hmac
 import json
@@ -26,8 +27,8 @@ from ray_dfml.data.services import is_loopback
 from ray_dfml.errors import ResourceError, UsageError, did_you_mean
 from ray_dfml.services import openapi
 from ray_dfml.services.counter import Counter
-from ray_dfml.services.hosting import Batcher, NotFinite, Served
-from ray_dfml.services.protocol import HEADER_LENGTH, Malformed, Tensor, pack, unpack
+from ray_dfml.services.hosting import Adapts, Batcher, NotFinite, Served
+from ray_dfml.services.protocol import HEADER_LENGTH, Malformed, Message, Tensor, pack, unpack
 from ray_dfml.services.rate import Bucket
 from ray_dfml.types import size_text
 
@@ -44,6 +45,9 @@ STOP_SECONDS = 30
 SLACK = 1e-5
 """How far pixels may leave [0, 1] by rounding."""
 
+MOST_ADAPTED = 64
+"""The most classifiers that a learner has made and that are kept; then the oldest is forgotten."""
+
 VERSION = "1"
 """The only version of every model."""
 SERVER = "ray-dfml"
@@ -56,7 +60,8 @@ class Server:
     """The routes and limits of a server of some classifiers, by their ids.
 
     `rate` bounds the images of a second, over all models; `token`, if there is one, must come with every request but
-    those about health. `note` gets one line for each defect.
+    those about health. A `learner`, if there is one, makes further classifiers of supports. `note` gets one line for
+    each defect.
     """
 
     def __init__(
@@ -66,20 +71,22 @@ class Server:
         *,
         rate: float | None = None,
         token: str | None = None,
+        learner: Adapts | None = None,
         note: Callable[[str], None] = lambda line: None,
     ) -> None:
         self._executor = ThreadPoolExecutor(1, "model")
         self._models = {served.id: Batcher(served, counter, self._executor) for served in models}
+        self._learner = learner
         self._counter, self._note = counter, note
         self._bucket = None if rate is None else Bucket(rate)
         self._token = None if token is None else hashlib.sha256(token.encode()).digest()
         self._waiting = 0
-        self._document = openapi.document(models, secured=token is not None)
+        self._document = openapi.document(models, secured=token is not None, learner=learner)
 
     def app(self) -> web.Application:
-        """The application, whose routes are those of `openapi.ROUTES`."""
+        """The application, whose routes are those of `openapi`."""
         app = web.Application(client_max_size=MOST_BYTES, middlewares=[self._errors, self._guard])
-        for route in openapi.ROUTES:
+        for route in (*openapi.ROUTES, *([openapi.ADAPT] if self._learner else [])):
             app.router.add_route(route.method, route.path, getattr(self, route.name))
         return app
 
@@ -89,6 +96,11 @@ class Server:
         quiet.propagate = False
         quiet.addHandler(logging.NullHandler())
         return web.AppRunner(self.app(), access_log=None, logger=quiet, shutdown_timeout=STOP_SECONDS)
+
+    @property
+    def ids(self) -> list[str]:
+        """The ids of the classifiers that are served now."""
+        return list(self._models)
 
     def close(self) -> None:
         """Stop the model's thread. No request may be at work."""
@@ -168,7 +180,16 @@ class Server:
 
     async def infer(self, request: web.Request) -> web.Response:
         """Answer one batch of images."""
-        batcher = self._batcher(request)
+        return await self._bounded(request, functools.partial(self._answer, self._batcher(request)))
+
+    async def adapt(self, request: web.Request) -> web.Response:
+        """Make a classifier of labelled images; its id depends on these alone."""
+        return await self._bounded(request, self._adapt)
+
+    async def _bounded(
+        self, request: web.Request, answer: Callable[[web.Request], Awaitable[web.Response]]
+    ) -> web.Response:
+        """The answer to a request with a body, if there is room for it."""
         size = MOST_BYTES if request.content_length is None else request.content_length
         if size > MOST_BYTES:
             raise web.HTTPRequestEntityTooLarge(MOST_BYTES, size, text=f"a body has at most {MOST_BYTES} bytes")
@@ -178,19 +199,33 @@ class Server:
             raise _later("many requests wait already", 1)
         self._waiting += size
         try:
-            return await self._answer(batcher, request)
+            return await answer(request)
         finally:
             self._waiting -= size
 
+    async def _adapt(self, request: web.Request) -> web.Response:
+        learner = self._learner
+        assert learner is not None
+        _, tensors = await _message(request)
+        images, labels = _support(tensors, learner.image.shape)
+        support = hashlib.sha256(json.dumps([images.shape, labels]).encode() + images.tobytes())
+        id = f"adapted-{support.hexdigest()[:16]}"
+        batcher = self._models.pop(id, None)
+        if batcher is None:
+            loop = asyncio.get_running_loop()
+            served = await loop.run_in_executor(self._executor, learner.adapt, id, images, labels)
+            batcher = Batcher(served, self._counter, self._executor)
+        self._models[id] = batcher
+        for old in list(self._models)[:-MOST_ADAPTED]:
+            del self._models[old]
+        return _json({"model": id, "classes": list(batcher.served.classes)})
+
     async def _answer(self, batcher: Batcher, request: web.Request) -> web.Response:
-        try:
-            async with asyncio.timeout(BODY_SECONDS):
-                body = await request.read()
-        except TimeoutError:
-            raise web.HTTPRequestTimeout(text=f"the body did not arrive within {BODY_SECONDS} s") from None
         served = batcher.served
-        head, tensors = unpack("inputs", body, _length(request.headers.get(HEADER_LENGTH)))
-        images = _images(tensors, served)
+        head, tensors = await _message(request)
+        if len(tensors) != 1:
+            raise Malformed(f"expected one input of images, got {len(tensors)}")
+        images = _images(tensors[0], served.id, served.image.shape)
         binary = _wants_binary(head, served)
         id = head.get("id", "")
         if not isinstance(id, str):
@@ -264,15 +299,37 @@ def _length(text: str | None) -> int | None:
     return int(text)
 
 
-def _images(tensors: Sequence[Tensor], served: Served) -> np.ndarray:
-    """The images of a request, float32 [n c h w] in [0, 1]. Its only input may have any name."""
-    if len(tensors) != 1:
-        raise Malformed(f"expected one input of images, got {len(tensors)}")
-    _, datatype, array = tensors[0]
+async def _message(request: web.Request) -> Message:
+    """The message in the body of a request."""
+    try:
+        async with asyncio.timeout(BODY_SECONDS):
+            body = await request.read()
+    except TimeoutError:
+        raise web.HTTPRequestTimeout(text=f"the body did not arrive within {BODY_SECONDS} s") from None
+    return unpack("inputs", body, _length(request.headers.get(HEADER_LENGTH)))
+
+
+def _support(tensors: Sequence[Tensor], shape: tuple[int, int, int]) -> tuple[np.ndarray, list[str]]:
+    """The images of a support, float32 [n c h w] in [0, 1], and their labels."""
+    named = {tensor.name: tensor for tensor in tensors}
+    if len(tensors) != 2 or set(named) != {"images", "labels"}:
+        raise Malformed("expected two inputs, 'images' and 'labels'")
+    images, labels = _images(named["images"], "the learner", shape), named["labels"]
+    if labels.datatype != "BYTES" or labels.array.shape != (len(images),):
+        raise Malformed(f"labels are BYTES of shape [{len(images)}], one for each image")
+    try:
+        return images, [label.decode() for label in labels.array.tolist()]
+    except UnicodeDecodeError:
+        raise Malformed("a label is no UTF-8") from None
+
+
+def _images(tensor: Tensor, taker: str, shape: tuple[int, int, int]) -> np.ndarray:
+    """The images of a request, float32 [n c h w] in [0, 1]. Their input may have any name."""
+    _, datatype, array = tensor
     if datatype != "FP32":
         raise Malformed(f"the input is FP32 with pixels in [0, 1], got {datatype}; send uint8 pixels as FP32, over 255")
-    if array.ndim != 4 or array.shape[1:] != served.image.shape:
-        raise Malformed(f"{served.id} takes images of shape [n, {size_text(served.image.shape)}], got {array.shape}")
+    if array.ndim != 4 or array.shape[1:] != shape:
+        raise Malformed(f"{taker} takes images of shape [n, {size_text(shape)}], got {array.shape}")
     if not 1 <= len(array) <= MOST_IMAGES:
         raise Malformed(f"a request has 1 to {MOST_IMAGES} images, got {len(array)}")
     if not bool(((array >= -SLACK) & (array <= 1 + SLACK)).all()):

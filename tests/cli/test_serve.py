@@ -23,10 +23,11 @@ from ray_dfml.core import seeds
 from ray_dfml.core.images import normalise
 from ray_dfml.core.net import net
 from ray_dfml.data.pool import Pool
+from ray_dfml.learner import Learner
 from ray_dfml.services.hosting import Gives
 from ray_dfml.types import LearnerWeights
 from tests.runtime import toy
-from tests.services.serving import Reply, counts, get, post, request_of
+from tests.services.serving import Reply, counts, get, post, request_of, send
 from tests.support import card, random_teacher
 
 Command = Callable[..., toy.Done]
@@ -186,10 +187,44 @@ def student_weights(id: str) -> LearnerWeights:
     )
 
 
-def test_a_run_without_students_cannot_be_served(free_run: Path, command: Command) -> None:
-    done = command("serve", free_run, "--access", "label")
-    assert (done.code, done.out) == (2, "")
-    assert done.err.endswith("holds neither a pool nor students; a few-shot learner has no classes to serve\n")
+def support(x: np.ndarray, labels: list[str]) -> bytes:
+    """The body of a request to adapt."""
+    images = {"name": "images", "shape": list(x.shape), "datatype": "FP32", "data": x.ravel().tolist()}
+    named = {"name": "labels", "shape": [len(labels)], "datatype": "BYTES", "data": labels}
+    return json.dumps({"inputs": [images, named]}).encode()
+
+
+def test_a_learner_is_served(free_run: Path, tmp_path: Path) -> None:
+    """It adapts to a support, and the classifier gives the probabilities of `AdaptedLearner`, image by image."""
+    learner = Learner.load(free_run)
+    learner.bn = "support"
+    x = np.random.default_rng(0).random((9, *learner.image.shape), np.float32)
+    labels = ["ä", "b", "ä", "b"]
+    with serving(free_run, "--access", "probs", "--counter", tmp_path / "counts") as (process, line):
+        said, _, url = line.rstrip().partition(" at ")
+        assert said == "serving a learner"
+        made = send(url, "POST", "/v2/adapt", support(x[:4], labels))
+        assert (made.status, made.json["classes"]) == (200, ["ä", "b"])
+        model = made.json["model"]
+        assert send(url, "POST", "/v2/adapt", support(x[:4], labels)).json == made.json
+        other = send(url, "POST", "/v2/adapt", support(x[:4], labels[::-1])).json
+        assert other["model"] != model
+        found = post(url, request_of(x[4:]), model=model).json["outputs"][0]
+        assert found["shape"] == [5, 2]
+        for body, why in (
+            (support(x[:4], ["a"] * 4), "1 distinct labels"),
+            (support(x[:4], ["a", "b"]), "labels are BYTES of shape [4]"),
+            (request_of(x).body, "two inputs"),
+            (support(x[:4, :, 1:], labels), "takes images of shape"),
+        ):
+            reply = send(url, "POST", "/v2/adapt", body)
+            assert reply.status == 400
+            assert why in reply.json["error"]
+        process.send_signal(signal.SIGTERM)
+        _, err = process.communicate(timeout=60)
+    assert f"{model}: 5 images received, 5 answered" in err.splitlines()
+    wanted = learner.adapt(x[:4], labels).predict_proba(x[4:])
+    np.testing.assert_allclose(np.array(found["data"]).reshape(5, 2), wanted, atol=1e-5)
 
 
 def test_no_more_is_given_away_than_the_pool_does(toy_pool: Path, tmp_path: Path, command: Command) -> None:
