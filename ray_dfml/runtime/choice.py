@@ -23,12 +23,13 @@ def chosen(members: Members, cfg: ChoiceConfig, seed: int) -> tuple[Members, lis
     """
     notes: list[str] = []
     if cfg.min_accuracy is not None:
-        weak = [id for id, (entry, _) in members.items() if (entry.accuracy.reported or 0.0) < cfg.min_accuracy]
-        if len(weak) == len(members):
+        good = {id: one for id, one in members.items() if (one[0].accuracy.reported or 0.0) >= cfg.min_accuracy}
+        weak = [id for id in members if id not in good]
+        if not good:
             raise UsageError(f"pool.min_accuracy={cfg.min_accuracy:g}: no teacher reports as much; lower it")
         if weak:
             notes.append(f"pool.min_accuracy={cfg.min_accuracy:g} leaves out {len(weak)} teachers: {first_of(weak)}")
-        members = {id: member for id, member in members.items() if id not in weak}
+        members = good
     if cfg.limit is not None:
         if cfg.limit > len(members):
             raise UsageError(f"pool.limit={cfg.limit}: there are {len(members)} usable teachers; lower it")

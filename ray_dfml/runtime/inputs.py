@@ -15,7 +15,7 @@ from ray_dfml.data.pool import Entry, Pool
 from ray_dfml.data.services import Asked, Budget
 from ray_dfml.errors import RejectedError, UsageError, first_of
 from ray_dfml.evaluate import EvalConfig
-from ray_dfml.files import Uri, located
+from ray_dfml.files import Uri
 from ray_dfml.methods import METHODS, start
 from ray_dfml.methods.base import World, teacher_job
 from ray_dfml.runtime import choice
@@ -27,6 +27,9 @@ from ray_dfml.types import ImageSpec, Labelled, TeacherCard, size_text
 
 DEFAULT_WAY = 5
 """Classes of an episode if there is neither a teacher nor a setting to say."""
+
+CHECKED_BYTES = 4 << 30
+"""Weights of the largest pool on a disk whose teachers are all checked before the run. It takes some seconds."""
 
 FIT_IMAGES = 512
 """How many images are resized at once."""
@@ -80,18 +83,13 @@ class Inputs:
     """Whom the run asks, and what it may spend."""
 
     def held_bytes(self) -> int:
-        """How much an object store must hold at once: teachers, real images, and twice the state.
+        """How much the object store of this machine must hold at once: real images, and twice the state.
 
-        The state counts twice, for what goes to the shards and for what comes back. Teachers of a pool that is itself
-        in an object store are not held.
+        The state counts twice, for what goes to the shards and for what comes back. Teachers are not held, since the
+        shards of this machine read them from their pool.
         """
-        held = [card for card in self.world.cards if not self._is_remote(card.id)]
-        teachers = sum(teacher_job(card, index=0, seed=0, values={}).memory for card in held)
         real = sum(one.nbytes for one in self.world.real.values())
-        return teachers + real + sum(one.images.nbytes for one in self.sets) + 2 * self.state_bytes
-
-    def _is_remote(self, id: str) -> bool:
-        return id in self.teachers and isinstance(self.teachers.pool_of(id), Uri)
+        return real + sum(one.images.nbytes for one in self.sets) + 2 * self.state_bytes
 
 
 def read_inputs(config: RunConfig) -> Inputs:
@@ -101,17 +99,14 @@ def read_inputs(config: RunConfig) -> Inputs:
     other, if the key of a service that will be asked is missing, or if a budget is below one request to it.
     """
     _check_once(config.data)
-    members, rejected, pools = _open(config)
+    members, rejected, pools, later = _open(config)
     members, notes = choice.chosen(members, config.choice, config.seed)
     spoiled = choice.spoiled(members, config.choice, config.seed)
     if spoiled:
         notes.append(
             f"pool.fraction_poisoned: the weights of {len(spoiled)} teachers are shuffled: {first_of([*spoiled])}"
         )
-    notes += [
-        f"{place}: the weights of each teacher are checked when they are first needed"
-        for place in config.pool if isinstance(located(place), Uri)
-    ]  # fmt: skip
+    notes += [f"{place}: the weights of each teacher are checked when they are first needed" for place in later]
     cards = tuple(replace(entry.card, id=id) for id, (entry, _) in members.items())
     loaded = {spec: datasets.load(spec) for spec in config.data}
     if not members and not loaded:
@@ -195,18 +190,24 @@ def _check_different(loaded: Mapping[str, datasets.ImageSet]) -> None:
         first[one.identity] = spec
 
 
-def _open(config: RunConfig) -> tuple[dict[str, tuple[Entry, Pool]], dict[str, str], list[dict[str, Any]]]:
+def _open(
+    config: RunConfig,
+) -> tuple[dict[str, tuple[Entry, Pool]], dict[str, str], list[dict[str, Any]], list[str]]:
     """The usable teachers of the run's pools, why the others were refused, and the pools as the manifest notes them.
 
-    The weights of a pool in an object store are checked by the shard that first needs them.
+    Last come the pools whose weights are checked by the shard that first needs them: those in an object store, and
+    those of more than `CHECKED_BYTES`, which would take minutes and pass through this process.
     """
     members: dict[str, tuple[Entry, Pool]] = {}
     rejected: dict[str, str] = {}
     closed: list[str] = []
+    later: list[str] = []
     pools, levels = [], METHODS[config.name].access
     for number, path in enumerate(config.pool):
         pool = Pool.open(path)
         pools.append({"path": path, "sha256": pool.sha256(), "teachers": len(pool.cards)})
+        if isinstance(pool.path, Uri) or _weights_bytes(pool) > CHECKED_BYTES:
+            later.append(path)
         for card in pool.cards:
             id = card.id if len(config.pool) == 1 else f"{number}:{card.id}"
             entry = pool.entry(card.id)
@@ -214,7 +215,7 @@ def _open(config: RunConfig) -> tuple[dict[str, tuple[Entry, Pool]], dict[str, s
                 if card.access not in levels:
                     closed.append(id)
                     raise RejectedError(f"gives {card.access}, and {config.name} takes {' or '.join(levels)}")
-                if entry.api is None and isinstance(pool.path, Path):
+                if entry.api is None and path not in later:
                     pool.load(card.id)
                 members[id] = (entry, pool)
             except RejectedError as error:
@@ -225,7 +226,13 @@ def _open(config: RunConfig) -> tuple[dict[str, tuple[Entry, Pool]], dict[str, s
         raise RejectedError(
             f"no usable teacher in {', '.join(config.pool)}: {next(iter(rejected.values()), 'it is empty')}"
         )
-    return members, rejected, pools
+    return members, rejected, pools, later
+
+
+def _weights_bytes(pool: Pool) -> int:
+    """Bytes of the weights in a pool, by the architectures that its manifest names."""
+    inside = [pool.entry(card.id) for card in pool.cards]
+    return sum(teacher_job(one.inside, index=0, seed=0, values={}).memory for one in inside if one.api is None)
 
 
 def _accounts(

@@ -54,7 +54,7 @@ def examine(storage: Path | Uri | None = None) -> list[Finding]:
     answers, silent = _each(nodes, dict.fromkeys(nodes, (_say,)))
     after = time.time()
     names = {id: f"{nodes[id]} ({answers[id]['host']})" for id in answers}
-    found = [_whole("nodes", silent, f"{len(answers)} of {len(nodes)} answer")]
+    found = [_whole("nodes", [*silent.values()], f"{len(answers)} of {len(nodes)} answer")]
     here = versions()
     unlike = differences(here, {names[id]: one["versions"] for id, one in answers.items()})
     found.append(_whole("versions", unlike, " ".join(f"{name} {version}" for name, version in here.items())))
@@ -157,17 +157,20 @@ def _on(node: str, function: Callable[..., Any], *args: Any) -> Any:
     return task.options(scheduling_strategy=OnNode(node, soft=False)).remote(*args)
 
 
-def _each(names: Mapping[str, str], calls: Mapping[str, tuple[Any, ...]]) -> tuple[dict[str, Any], list[str]]:
-    """Call a function, with its arguments, on each of some nodes. Returns the answers, and a line for each failure."""
+def _each(names: Mapping[str, str], calls: Mapping[str, tuple[Any, ...]]) -> tuple[dict[str, Any], dict[str, str]]:
+    """Call a function, with its arguments, on each of some nodes.
+
+    Returns the answers, and a line for each failure, by the ids of the nodes: nodes of one machine share a name.
+    """
     refs = {id: _on(id, function, *args) for id, (function, *args) in calls.items()}
-    answers, bad, until = {}, [], time.monotonic() + NODE_SECONDS
+    answers, bad, until = {}, {}, time.monotonic() + NODE_SECONDS
     for id, ref in refs.items():
         try:
             answers[id] = ray.get(ref, timeout=max(until - time.monotonic(), 0.1))
         except exceptions.GetTimeoutError:
-            bad.append(f"{names[id]} does not answer within {NODE_SECONDS:g} s; look at its log and its ports")
+            bad[id] = f"{names[id]} does not answer within {NODE_SECONDS:g} s; look at its log and its ports"
         except exceptions.RayError as error:
-            bad.append(f"{names[id]}: {str(error).strip().splitlines()[-1]}")
+            bad[id] = f"{names[id]}: {str(error).strip().splitlines()[-1]}"
     return answers, bad
 
 
@@ -177,10 +180,9 @@ def _transfers(names: Mapping[str, str]) -> list[str]:
         return []
     ids = list(names)
     made = {id: _on(id, _make) for id in ids}
-    _, bad = _each(names, {id: (_take, made[ids[i - 1]]) for i, id in enumerate(ids)})
-    return [
-        f"fetching from {names[ids[i - 1]]}: {line}" for i, id in enumerate(ids) for line in bad if names[id] in line
-    ]
+    before = dict(zip(ids, [ids[-1], *ids[:-1]], strict=True))
+    _, bad = _each(names, {id: (_take, made[before[id]]) for id in ids})
+    return [f"fetching from {names[before[id]]}: {line}" for id, line in bad.items()]
 
 
 def _storage(names: Mapping[str, str], folder: Path | Uri) -> list[str]:
@@ -191,12 +193,13 @@ def _storage(names: Mapping[str, str], folder: Path | Uri) -> list[str]:
     first = next(iter(names))
     _, bad = _each(names, {first: (_write, path, text)})
     if bad:
-        return bad
+        return [*bad.values()]
     try:
         answers, bad = _each(names, dict.fromkeys(names, (_read, path)))
     finally:
         _each(names, {first: (_remove, path)})
-    return bad + [f"{names[id]} reads another file at {path}" for id, said in answers.items() if said != text]
+    others = [f"{names[id]} reads another file at {path}" for id, said in answers.items() if said != text]
+    return [*bad.values(), *others]
 
 
 def _say() -> dict[str, Any]:

@@ -67,5 +67,6 @@ def seen_by(shards: Sequence[Any], teachers: Teachers) -> list[str]:
 
 def through_here(teachers: Teachers, near: Collection[str]) -> list[str]:
     """A line about each pool that shards cannot read."""
-    far = dict.fromkeys(teachers.pool_of(id) for id in teachers if id not in near)
+    seen = set(near)
+    far = dict.fromkeys(teachers.pool_of(id) for id in teachers if id not in seen)
     return [f"{pool}: not every shard can read this pool, so its teachers pass through this process" for pool in far]

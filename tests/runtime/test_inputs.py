@@ -203,6 +203,31 @@ def test_teachers_are_read_when_they_are_asked_for(
         found[ids[0]]
 
 
+def test_the_teachers_of_a_large_pool_are_checked_by_who_needs_them(
+    tmp_path: Path, toy_pool: Path, toy_data: str, free_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As those in an object store; the bits are the same, and a bad one is rejected with its reason."""
+    config, note = toy.config("free", toy_pool, toy_data), "the weights of each teacher are checked when they are"
+    size = inputs._weights_bytes(Pool.open(toy_pool))
+    assert size == sum(theta.nbytes + stats.nbytes for _, theta, stats in read_inputs(config).teachers.values())
+    monkeypatch.setattr(inputs, "CHECKED_BYTES", size)
+    assert not [line for line in read_inputs(config).notes if note in line]
+    monkeypatch.setattr(inputs, "CHECKED_BYTES", size - 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(Pool, "load", None)
+        assert [line for line in read_inputs(config).notes if line.startswith(f"{toy_pool}: {note}")]
+    toy.train(config, tmp_path / "run")
+    toy.assert_same_run(tmp_path / "run", free_run)
+    copy = Path(shutil.copytree(toy_pool, tmp_path / "pool"))
+    first, *others = (card.id for card in Pool.open(copy).cards)
+    (copy / "weights" / f"{first}.safetensors").write_bytes(b"other")
+    config = toy.config("average", copy, toy_data)
+    assert read_inputs(config).rejected == {}
+    toy.train(config, tmp_path / "bad")
+    assert list(toy.status(tmp_path / "bad")["rejected"]) == [first]
+    assert len(others) == 3
+
+
 def test_a_teacher_that_changes_after_it_was_checked_is_refused(tmp_path: Path, toy_data: str) -> None:
     pool = toy.build_pool(tmp_path / "pool", toy_data, models=3, way=2)
     config = toy.config("average", pool, toy_data)
@@ -249,13 +274,12 @@ def test_one_data_set_twice_is_refused(toy_pool: Path, toy_data: str) -> None:
         read_inputs(mixed("free", [toy_pool], [toy_data, toy_data]))
 
 
-def test_what_a_run_holds_counts_teachers_real_images_and_the_state(toy_pool: Path, toy_data: str) -> None:
+def test_what_a_run_holds_counts_real_images_and_the_state(toy_pool: Path, toy_data: str) -> None:
     """PURER's state has the images and moments of all teachers, which go to the shards and come back."""
     free, purer = (driver.read_inputs(toy.config(name, toy_pool, toy_data)) for name in ("free", "purer"))
-    teachers = sum(theta.nbytes + stats.nbytes for _, theta, stats in free.teachers.values())
     real = sum(one.images.nbytes for one in free.sets)
     assert real == (120 + 160) * 16 * 16
     images = 4 * 2 * 5 * 16 * 16 * 4 * 3
     for one in (free, purer):
-        assert one.held_bytes() == teachers + real + 2 * one.state_bytes
+        assert one.held_bytes() == real + 2 * one.state_bytes
     assert purer.state_bytes > images

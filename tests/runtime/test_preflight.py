@@ -6,12 +6,14 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from ray_dfml.errors import ResourceError
 from ray_dfml.runtime import cluster, preflight
 from ray_dfml.runtime.preflight import Finding
+from ray_dfml.runtime.ray_environment import ray
 from tests.runtime import toy
 
 Command = Callable[..., toy.Done]
@@ -118,6 +120,83 @@ def test_a_node_that_does_not_answer_is_named(monkeypatch: pytest.MonkeyPatch) -
     found = {one.check: one for one in preflight.examine()}
     assert not found["nodes"].ok
     assert "does not answer within 0.2 s" in found["nodes"].text
+
+
+def test_a_transfer_that_fails_is_one_line_also_where_nodes_share_a_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = {"a": "node 10.0.0.1 (host)", "b": "node 10.0.0.1 (host)", "c": "node 10.0.0.11 (host)"}
+    monkeypatch.setattr(preflight, "_on", lambda id, _: f"object of {id}")
+
+    def each(_: object, calls: dict[str, tuple[object, str]]) -> tuple[dict[str, float], dict[str, str]]:
+        assert {id: call[1] for id, call in calls.items()} == {
+            "a": "object of c", "b": "object of a", "c": "object of b",
+        }  # fmt: skip
+        return {"b": 1.0, "c": 1.0}, {"a": f"{names['a']}: lost"}
+
+    monkeypatch.setattr(preflight, "_each", each)
+    assert preflight._transfers(names) == ["fetching from node 10.0.0.11 (host): node 10.0.0.1 (host): lost"]
+
+
+@pytest.fixture
+def second_node(ray_cluster: None) -> Iterator[str]:
+    """The address of a node that joins the session's Ray, and leaves it again."""
+    from ray._private.node import Node
+    from ray._private.parameter import RayParams
+
+    address = "127.0.0.2"
+    params = RayParams(
+        gcs_address=ray.get_runtime_context().gcs_address, num_cpus=1, num_gpus=0, node_ip_address=address,
+        object_store_memory=80 * 2**20, min_worker_port=0, max_worker_port=0, node_manager_port=0,
+        include_log_monitor=False,
+    )  # fmt: skip
+    node = Node(params, head=False, spawn_reaper=False)
+    try:
+        until(lambda: len(living()) == 2)
+        yield address
+    finally:
+        node.kill_all_processes(check_alive=False, allow_graceful=True, wait=True)
+        until(lambda: len(living()) == 1)
+
+
+def living() -> list[str]:
+    """The addresses of the nodes that live."""
+    return [node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]]
+
+
+def until(true: Callable[[], bool]) -> None:
+    """Wait; the limit of the test's own time ends it."""
+    while not true():
+        time.sleep(0.05)
+
+
+@pytest.mark.ray
+def test_the_command_checks_several_nodes(
+    tmp_path: Path, second_node: str, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done = command("check", "--workers", 3, "--storage", tmp_path)
+    assert (done.code, done.err) == (0, "")
+    assert "ok   nodes      2 of 2 answer" in done.out
+
+    def say() -> dict[str, Any]:
+        """The second node's clock is an hour behind, and its torch is old."""
+        said = plain()
+        if ray.util.get_node_ip_address() != second_node:
+            return said
+        return said | {"time": said["time"] - 3600, "versions": said["versions"] | {"torch": "1.0"}}
+
+    def read(path: Path) -> str:
+        """The second node does not see the folder."""
+        if ray.util.get_node_ip_address() == second_node:
+            raise FileNotFoundError(2, "No such file or directory", str(path))
+        return path.read_text()
+
+    plain = preflight._say
+    monkeypatch.setattr(preflight, "_say", say)
+    monkeypatch.setattr(preflight, "_read", read)
+    done = command("check", "--workers", 3, "--storage", tmp_path)
+    failures = {line.split()[1]: line for line in done.out.splitlines() if line.startswith("FAIL")}
+    assert (done.code, [*failures]) == (5, ["versions", "clocks", "storage"])
+    assert all(line.count("node ") == line.count(f"node {second_node} (") == 1 for line in failures.values())
+    assert list(tmp_path.iterdir()) == [], "what the check wrote is removed"
 
 
 def test_room_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
