@@ -5,12 +5,16 @@ Each node is a raylet of its own on this machine, with one processor and one sha
 first one. For each pool `ray-dfml train free` runs as a user would start it, on the disk that all nodes see, with eight
 teachers a round, and is watched from outside: private memory of its processes from /proc, what the driver's sockets
 carried from `ss`, the time of rounds and their parts from its log. Teachers are small Conv4 with random weights, since
-nothing here depends on what they know. Then Ray's overhead: a round of so many jobs that compute nothing.
+nothing here depends on what they know. Then all pools at once, with the same shards each, so that their rounds can be
+compared on a machine that does other work too; Ray's overhead, of rounds of so many jobs that compute nothing; and
+rounds in one process, in which the pools take turns, for their processor time.
+
 OUT gets `scale.json`; a picture goes to OUT/scale.png, and the tables to stdout. Exit code 1 if the memory of driver or
 learner grows by more than a tenth from 100 to 1,000 teachers.
 """
 
 import argparse
+import contextlib
 import json
 import logging
 import os
@@ -30,10 +34,13 @@ from ray.cluster_utils import Cluster  # isort: skip
 
 from benchmarks.chaos_processes import actors, awaited
 from benchmarks.scale_show import plot, tables
+from ray_dfml.config import resolve
 from ray_dfml.core import seeds
 from ray_dfml.core.net import net
 from ray_dfml.data.pool import Pool
+from ray_dfml.runtime import driver
 from ray_dfml.runtime.dispatch import RayBackend, ShardActor
+from ray_dfml.runtime.learning import CHECKPOINTS
 from ray_dfml.runtime.local import no_teachers
 from ray_dfml.runtime.shard import pin
 from ray_dfml.types import Arrays, ImageSpec, Job
@@ -100,18 +107,13 @@ def pool_of(path: Path, teachers: int) -> Path:
 
 def watched(run: Path, pool: Path, nodes: int, rounds: int, raylets: Sequence[int]) -> dict[str, Any]:
     """Train on a pool, and watch the processes. Returns what they used."""
-    words = ["train", "free", "--pool", pool, "--data", f"folder:{pool.parent / 'images'}", "--run-dir", run]
-    words += ["--workers", nodes, *(word for one in (*SETTINGS, f"method.rounds={rounds}") for word in ("--set", one))]
     began = time.time()
-    with run.with_suffix(".log").open("wb") as log:
-        driver = subprocess.Popen(
-            [sys.executable, "-m", "ray_dfml", *map(str, words)], stdout=log, stderr=subprocess.STDOUT
-        )
-    usage, found, carried = Usage(driver.pid), {}, {}
+    command = started(run, pool, nodes, rounds)
+    usage, found, carried = Usage(command.pid), {}, {}
     memory: dict[str, list[int]] = {"driver": [], "learner": [], "shard": []}
     learner_cpu: list[tuple[int, float, float]] = []
-    while driver.poll() is None:
-        try:
+    while command.poll() is None:
+        with contextlib.suppress(OSError):  # a process has ended
             if "cpu, inputs" not in found and (run / "config.yaml").exists():
                 found |= {"cpu, inputs": usage.cpu(), "bytes read, inputs": usage.read()}
                 found["seconds, inputs"] = (run / "config.yaml").stat().st_mtime - began
@@ -124,26 +126,53 @@ def watched(run: Path, pool: Path, nodes: int, rounds: int, raylets: Sequence[in
                 memory["learner"] += [Usage(pid).private() for pid in learners]
                 memory["shard"] += [Usage(pid).private() for pid in shards[:1]]
                 learner_cpu += [(done, Usage(pid).cpu(), usage.cpu()) for pid in learners]
-            carried |= sockets(driver.pid)
-        except (OSError, ProcessLookupError):
-            continue
+            carried |= sockets(command.pid)
         time.sleep(TICK_SECONDS)
-    if driver.returncode:
+    if command.returncode:
         raise RuntimeError(run.with_suffix(".log").read_text())
     awaited(f"{run}: actors are left", lambda: not actors(raylets, "learner", "shard"), 60)
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()][2:]
     (first, *cpu_first), (last, *cpu_last) = learner_cpu[0], learner_cpu[-1]
     for name, a, b in zip(("learner", "driver"), cpu_first, cpu_last, strict=True):
         found[f"cpu a round, {name}"] = (b - a) / max(last - first, 1)
-    keys = [key for key in rows[0] if key.startswith("seconds/")]
     return found | {
         "memory": {name: statistics.median(values) for name, values in memory.items()},
         "sent": sum(sent for sent, _ in carried.values()),
         "received": sum(received for _, received in carried.values()),
-        "round": {key.partition("/")[2]: statistics.median(row.get(key, 0.0) for row in rows) for key in keys},
+        "round": parts(run),
         "driver share": json.loads((run / "status.json").read_text()).get("driver_share"),
         "actors": nodes + 1,
     }
+
+
+def started(run: Path, pool: Path, workers: int, rounds: int) -> "subprocess.Popen[bytes]":
+    """The command that trains on a pool."""
+    words = ["train", "free", "--pool", pool, "--data", f"folder:{pool.parent / 'images'}", "--run-dir", run]
+    words += ["--workers", workers]
+    words += [word for one in (*SETTINGS, f"method.rounds={rounds}") for word in ("--set", one)]
+    subprocess.run(["rm", "-rf", run], check=True)
+    with run.with_suffix(".log").open("wb") as log:
+        return subprocess.Popen(
+            [sys.executable, "-m", "ray_dfml", *map(str, words)], stdout=log, stderr=subprocess.STDOUT
+        )
+
+
+def at_once(out: Path, counts: Sequence[int], nodes: int, rounds: int) -> dict[str, dict[str, float]]:
+    """Median seconds of rounds and their parts by pool, while all pools are trained on at the same time.
+
+    Each has as many shards. Whatever else the machine does, it does to all of them alike.
+    """
+    commands = {n: started(out / f"at-once-{n}", out / f"pool-{n}", nodes // len(counts), rounds) for n in counts}
+    for n, command in commands.items():
+        if command.wait():
+            raise RuntimeError((out / f"at-once-{n}.log").read_text())
+    return {str(n): parts(out / f"at-once-{n}") for n in counts}
+
+
+def parts(run: Path) -> dict[str, float]:
+    """Median seconds of the rounds of a run, and of their parts, without the first two rounds."""
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()][2:]
+    keys = [key for key in rows[0] if key.startswith("seconds/")]
+    return {key.partition("/")[2]: statistics.median(row.get(key, 0.0) for row in rows) for key in keys}
 
 
 def count_lines(file: Path) -> int:
@@ -181,6 +210,30 @@ def overheads(counts: Sequence[int], nodes: int) -> dict[int, list[float]]:
     return found
 
 
+def in_turn(out: Path, counts: Sequence[int], rounds: int) -> dict[str, list[float]]:
+    """Processor seconds of rounds and their checkpoints in this process, by pool; the pools take turns.
+
+    Whatever else the machine does, it does to all of them alike. The first two rounds are left out.
+    """
+    sessions = {}
+    for n in counts:
+        settings = [*SETTINGS, f"method.rounds={rounds}"]
+        config = resolve("free", settings=settings, pool=(str(out / f"pool-{n}"),), data=(f"folder:{out / 'images'}",))
+        folder = out / f"turn-{n}"
+        subprocess.run(["rm", "-rf", folder], check=True)
+        (folder / CHECKPOINTS).mkdir(parents=True)
+        sessions[n] = toy.LOCAL.session(config, driver.read_inputs(config), folder)
+        sessions[n].start()
+    found: dict[str, list[float]] = {str(n): [] for n in counts}
+    for r in range(rounds):
+        for n, session in sessions.items():
+            began = time.process_time()
+            session.save(r + 1, {"round": r} | session.call("round", r))
+            if r >= 2:
+                found[str(n)].append(time.process_time() - began)
+    return found
+
+
 def main() -> int:
     """Measure everything. Returns the exit code."""
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -212,15 +265,15 @@ def main() -> int:
         print(f"{given.nodes} nodes: {time.perf_counter() - began:.1f} s", file=sys.stderr)
         raylets = [one.all_processes["raylet"][0].process.pid for one in (cluster.head_node, *cluster.worker_nodes)]
         for n in given.teachers:
-            run = out / f"run-{n}"
-            subprocess.run(["rm", "-rf", run], check=True)
-            results["runs"][str(n)] = watched(run, out / f"pool-{n}", given.nodes, given.rounds, raylets)
+            results["runs"][str(n)] = watched(out / f"run-{n}", out / f"pool-{n}", given.nodes, given.rounds, raylets)
             print(json.dumps({n: results["runs"][str(n)]}), file=sys.stderr, flush=True)
+        results["at once"] = at_once(out, given.teachers, given.nodes, given.rounds)
         ray.init(address=cluster.address, log_to_driver=False, logging_level=logging.ERROR)
         results["overhead"] = {str(n): times for n, times in overheads(given.teachers, given.nodes).items()}
         ray.shutdown()
     finally:
         cluster.shutdown()
+    results["in turn"] = in_turn(out, given.teachers, given.rounds)
     (out / "scale.json").write_text(json.dumps(results, indent=1))
     print(tables(results))
     plot(results, out / "scale.png")
