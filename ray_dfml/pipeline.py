@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from ray_dfml import top1
+from ray_dfml import gallery, top1
 from ray_dfml.config import RunConfig, build
 from ray_dfml.errors import DfmlError, NobodyLeft, RejectedError, shown_reason
 from ray_dfml.methods import METHODS, UNTRAINED, start
@@ -26,9 +26,9 @@ from ray_dfml.types import Arrays, Backend, Job, Labelled, LearnerWeights
 KEYS = {"val": "best", "test-best": "test_best"}
 """Selection -> the key in the state of the weights that it has kept."""
 
-KEPT = ("rejected", "began", *KEYS.values())
-"""Keys in the state that belong to the loop and not to the method: the teachers found bad, the digest of the weights
-that the method began with, and the weights kept so far."""
+KEPT = ("rejected", "pictures", "began", *KEYS.values())
+"""Keys in the state that belong to the loop and not to the method: the teachers found bad, the gallery of images, the
+digest of the weights that the method began with, and the weights kept so far."""
 
 
 class Trainer:
@@ -69,6 +69,7 @@ class Trainer:
         Services that are away are left out by this Trainer only. Raises NobodyLeft if no teacher is left.
         """
         seconds: dict[str, float] = {}
+        recovered: list[Arrays] = []
         started = time.perf_counter()
 
         def send(op: str, jobs: Sequence[Job], shared: Arrays) -> list[Arrays]:
@@ -76,7 +77,10 @@ class Trainer:
             results = self._backend.map(op, jobs, shared)
             seconds[op] = seconds.get(op, 0.0) + time.perf_counter() - begun
             self._quarantine(jobs, results)
-            return [result for result in results if "rejected" not in result]
+            results = [result for result in results if "rejected" not in result]
+            if op == f"{self.config.name}.recover":
+                recovered.extend(results)
+            return results
 
         first = self.config.start_rounds
         try:
@@ -89,7 +93,9 @@ class Trainer:
             if isinstance(error, NobodyLeft) or not self._reasons:
                 raise
             raise RejectedError(f"{error} (rejected: {self._said()})") from None
-        self.state = state | {name: self.state[name] for name in KEPT} | {"began": began}
+        seen = self.method.pictures(self.config.method, self._world, recovered)
+        pictures = gallery.taken(self.state["pictures"], seen, r) if seen else self.state["pictures"]
+        self.state = state | {name: self.state[name] for name in KEPT} | {"began": began, "pictures": pictures}
         total = time.perf_counter() - started
         metrics |= {f"seconds/{op}": spent for op, spent in seconds.items()}
         return metrics | {"seconds/learner": total - sum(seconds.values()), "seconds/round": total}

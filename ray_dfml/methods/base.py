@@ -135,6 +135,22 @@ class Panel(NamedTuple):
     """The metric on the x axis."""
 
 
+class Seen(NamedTuple):
+    """Some images of one class that a round has made, for the gallery of the run (`ray_dfml.gallery`)."""
+
+    kind: Literal["recovered", "asked"]
+    """Whether the images were recovered from the teacher, or the teacher was asked about them."""
+    teacher: str
+    name: str
+    """The class that was wished for, or that the teacher said."""
+    images: np.ndarray
+    """uint8 [n c h w]."""
+    said: tuple[str, ...]
+    """The class that the teacher gave to each image."""
+    confidence: tuple[float, ...]
+    """How probable that class was to the teacher, in percent; NaN if it does not say."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Cost:
     """How much work a training is, for `--dry-run`."""
@@ -157,6 +173,10 @@ def _no_jobs(cfg: MethodConfig, world: World, state: State, r: int) -> list[Job]
 
 def _no_values(cfg: MethodConfig, world: World, state: State, r: int) -> Arrays:
     return {}
+
+
+def _no_pictures(cfg: MethodConfig, world: World, results: Sequence[Arrays]) -> list[Seen]:
+    return []
 
 
 def _no_notes(cfg: MethodConfig, world: World) -> list[str]:
@@ -204,6 +224,8 @@ class Method(Generic[C]):
     """Measure what a training takes, on a shard that hosts the teachers. None if it takes next to nothing."""
     panels: tuple[Panel, ...] = ()
     """Plots of the method's metrics in a report."""
+    pictures: Callable[[C, World, Sequence[Arrays]], list[Seen]] = _no_pictures
+    """What the results of a round's recover op show for the gallery of the run; the same for the same results."""
     shown: Mapping[str, str] = field(default_factory=dict)
     """Metrics in percent that the line of progress shows -> the words for them."""
     access: tuple[Access, ...] = ("weights",)

@@ -1,4 +1,4 @@
-"""What the learner's process does, wherever it runs: it trains, and writes its own checkpoints.
+"""What the learner's process does, wherever it runs: it trains, and writes its own checkpoints and the gallery.
 
 The state stays in this process, which returns figures only.
 """
@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ray_dfml import gallery
+from ray_dfml.data import weights_file
 from ray_dfml.methods.base import World
 from ray_dfml.pipeline import Trainer
 from ray_dfml.runtime.checkpoint import Checkpoints, Saved
@@ -37,13 +39,14 @@ class Done:
 
 
 class Learning:
-    """A trainer and the checkpoints of its run, in the folder `checkpoints`."""
+    """A trainer and the checkpoints of its run, in the folder `checkpoints`; the gallery lies beside it."""
 
     def __init__(
         self, config: dict[str, Any], world: World, sets: Sequence[Labelled], backend: Backend, checkpoints: Path
     ) -> None:
         self._arguments, self._backend = (config, world, sets, backend), backend
         self._checkpoints = Checkpoints(Folder(checkpoints))
+        self._gallery = checkpoints.parent / gallery.FILE
 
     def begin(self) -> Done:
         """Make the trainer from the last checkpoint, or from the seed if there is none.
@@ -54,6 +57,7 @@ class Learning:
         saved, state, row = found or (None, None, {})
         self._trainer = Trainer(*self._arguments, state)
         rounds = saved.rounds if saved else 0
+        self._show()  # a process may have died between the last checkpoint and this file
         return Done(saved, row, self._trainer.rejected(), self._trainer.missed(rounds))
 
     def call(self, name: str, *args: Any) -> Any:
@@ -64,5 +68,11 @@ class Learning:
         """Write a checkpoint of the state after `rounds` rounds. `row` holds the metrics of the last round."""
         state = self._trainer.state
         saved = self._checkpoints.save(rounds, state, row)
+        self._show()
         missed = self._trainer.missed(rounds)
         return Done(saved, row, self._trainer.rejected(), missed, tuple(self._backend.notes))
+
+    def _show(self) -> None:
+        """Write the gallery of the state, if there is one."""
+        if pictures := self._trainer.state["pictures"]:
+            weights_file.write_bytes(self._gallery, gallery.to_file(pictures))

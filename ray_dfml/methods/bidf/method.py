@@ -15,7 +15,7 @@ from ray_dfml.core import seeds
 from ray_dfml.errors import UsageError
 from ray_dfml.methods import bank as bank_of
 from ray_dfml.methods import cost as cost_of
-from ray_dfml.methods import panels, replay
+from ray_dfml.methods import panels, pictures, replay
 from ray_dfml.methods.base import (
     Cost,
     Method,
@@ -227,6 +227,7 @@ METHOD = Method(
     cost=cost,
     access=LEVELS,
     queries=queries,
+    pictures=pictures.seen,
     panels=(
         Panel("Teachers on their recovered images", "accuracy, %",
               "Share of recovered images to which the teacher gives the intended class.",

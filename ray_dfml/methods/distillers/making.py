@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ray_dfml.core import optim
 from ray_dfml.core.generators import Generator, generator
+from ray_dfml.methods import pictures
 from ray_dfml.methods.base import Method, Panel, Values
 from ray_dfml.methods.students import loop
 from ray_dfml.methods.students.config import ReplayConfig, StudentConfig
@@ -55,7 +56,7 @@ def method_of(
     profile = {"method": {**PUBLISHED, **published}}
     return Method(
         Config=Config, init=loop.init, learn=loop.learn, plan=loop.plan, shared=loop.shared, recover=recover,
-        profiles={"paper": profile, "code": profile}, panels=panels, access=LEVELS,
+        profiles={"paper": profile, "code": profile}, panels=panels, access=LEVELS, pictures=pictures.seen,
         queries=loop.queries, students=loop.students,
     )  # fmt: skip
 

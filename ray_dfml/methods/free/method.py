@@ -18,7 +18,7 @@ from ray_dfml.core.images import normalise, to_pixels, view
 from ray_dfml.core.net import net
 from ray_dfml.methods import bank as bank_of
 from ray_dfml.methods import cost as cost_of
-from ray_dfml.methods import panels, recovery, replay
+from ray_dfml.methods import panels, pictures, recovery, replay
 from ray_dfml.methods.base import (
     Cost,
     Method,
@@ -308,6 +308,7 @@ METHOD = Method(
               "The same, not divided by the gradients' lengths.",
               {"align/path_product": "along the path", "align/base_product": "at the start"}),
     ),
+    pictures=pictures.seen,
     access=LEVELS,
     queries=queries,
     shown={"recover/accuracy": "recover", "replay/accuracy_best": "replay"},

@@ -7,6 +7,7 @@ three profiles, and where paper and released code disagree.
 
 from collections.abc import Sequence
 
+from ray_dfml.methods import pictures
 from ray_dfml.methods.base import Method, Panel, World
 from ray_dfml.methods.ideal.config import PRESETS, PROFILES, Config
 from ray_dfml.methods.students import distil, loop
@@ -49,6 +50,7 @@ METHOD = Method(
     profiles=PROFILES,
     presets=PRESETS,
     panels=PANELS,
+    pictures=pictures.seen,
     shown={"agreement": "agreement"},
     access=LEVELS,
     queries=loop.queries,

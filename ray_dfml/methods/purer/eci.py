@@ -14,12 +14,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ray_dfml.core import episodes, losses, optim
-from ray_dfml.core.images import fit, normalise
+from ray_dfml.core.images import fit, normalise, to_bytes
 from ray_dfml.core.inner_loop import adapted, graph_grad
 from ray_dfml.core.net import net
 from ray_dfml.methods.base import stacked
+from ray_dfml.methods.pictures import SHOWN
 from ray_dfml.methods.purer.config import Config
-from ray_dfml.types import Arrays, ImageSpec, Job, Shard, Teacher
+from ray_dfml.types import Arrays, ImageSpec, Job, Shard, Teacher, TeacherCard
 
 
 def as_learner_sees(x: Tensor, teacher: ImageSpec, learner: ImageSpec) -> Tensor:
@@ -40,8 +41,8 @@ def invert(
     """Take `cfg.image_steps` Adam steps on the images of b teachers of one architecture and input.
 
     The values of a job are the images `x` [n c h w], Adam's `m`, `v` and `step`, and `push` [n c h w] or None, which is
-    added to the gradient of the first step. A result holds the new `x`, `m`, `v` and `step`, and figures of the last
-    step: losses in nats, and the accuracy in percent.
+    added to the gradient of the first step. A result holds the new `x`, `m`, `v` and `step`, and of the last step the
+    `logits` [n q] and figures: losses in nats, and the accuracy in percent.
     """
     network, classes = teachers[0].net, len(teachers[0].card.classes)
     theta, stats = (torch.stack([getattr(t, name) for t in teachers]) for name in ("theta", "stats"))
@@ -95,6 +96,7 @@ def invert(
             "m": adams[j].m.cpu().numpy(),
             "v": adams[j].v.cpu().numpy(),
             "step": adams[j].step,
+            "logits": figures["logits"][j].cpu().numpy(),
             "loss_first": float(first[j]),
             "loss_last": float(figures["loss"][j]),
             "ce": float(F.cross_entropy(figures["logits"][j], labels)),
@@ -102,6 +104,19 @@ def invert(
         }
         for j in range(len(jobs))
     ]
+
+
+def as_task(card: TeacherCard, result: Arrays) -> Arrays:
+    """A result of `invert` as a recovered task, as `inversion.Inversion.task` makes it, for the gallery."""
+    image, count = card.image, SHOWN * len(card.classes)
+    mean, std = (torch.tensor(values)[:, None, None] for values in (image.mean, image.std))
+    return {
+        "teacher": card.id,
+        "classes": card.classes,
+        "images": to_bytes(torch.tensor(result["x"][:count]) * std + mean),
+        "labels": np.arange(min(count, len(result["x"]))) % len(card.classes),
+        "logits": result["logits"][:count],
+    }
 
 
 def grad(shard: Shard, jobs: Sequence[Job], shared: Arrays) -> list[Arrays]:

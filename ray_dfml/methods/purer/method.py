@@ -21,8 +21,8 @@ from ray_dfml.core import seeds
 from ray_dfml.errors import UsageError
 from ray_dfml.methods import bank as bank_of
 from ray_dfml.methods import cost as cost_of
-from ray_dfml.methods import panels, recovery, replay
-from ray_dfml.methods.base import Cost, Method, Metrics, Panel, Send, State, World, initial_learner, teacher_job
+from ray_dfml.methods import panels, pictures, recovery, replay
+from ray_dfml.methods.base import Cost, Method, Metrics, Panel, Seen, Send, State, World, initial_learner, teacher_job
 from ray_dfml.methods.inversion import dropped_statistics
 from ray_dfml.methods.purer import eci
 from ray_dfml.methods.purer.config import PRESETS, PROFILES, Config
@@ -240,6 +240,17 @@ class _Store:
         return {name: np.stack([self.images[i][row] for i, row in rows]) for name, rows in task.items()}
 
 
+def seen(cfg: Config, world: World, results: Sequence[Arrays]) -> list[Seen]:
+    """The images of all teachers, with what these said in the last pass of the round.
+
+    In the rounds that distil services they are the images that these were asked about.
+    """
+    if any("answers" in result for result in results):
+        return pictures.seen(cfg, world, results)
+    cards = {card.id: card for card in world.cards}
+    return pictures.seen(cfg, world, [eci.as_task(cards[result["teacher"]], result) for result in results])
+
+
 def queries(cfg: Config, world: World) -> dict[str, int]:
     """Id of each service -> how many images it is asked about for its surrogate."""
     settings = cfg.surrogate.distillation
@@ -292,6 +303,7 @@ METHOD = Method(
         Panel("Curriculum: steps", "steps so far", "Adversarial steps: one whenever the learner stops improving.",
               {"curriculum/fired": "steps"}),
     ),
+    pictures=seen,
     access=LEVELS,
     queries=queries,
     shown={"recover/accuracy": "recover", "replay/accuracy": "replay"},

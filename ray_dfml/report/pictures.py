@@ -1,0 +1,81 @@
+"""The images of a run folder as a page shows them: PNG inside the page, each with a text for who cannot see it."""
+
+import base64
+import io
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from ray_dfml import gallery
+from ray_dfml.report.record import Record
+
+KINDS = {
+    "recovered": ("Recovered images", "These images were made from the teachers' weights or answers. None is real."),
+    "asked": (
+        "What the teachers were asked",
+        "These images were made too, and bear the class that the teacher said.",
+    ),
+}
+"""Kind of images in a gallery -> the title of their part, and what they are."""
+
+
+def uri(image: np.ndarray) -> str:
+    """A uint8 image [c h w] of 1 or 3 channels as the address of a PNG that holds all of it."""
+    picture = Image.fromarray(image[0] if len(image) == 1 else np.ascontiguousarray(image.transpose(1, 2, 0)))
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG", optimize=True)
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def short(name: str) -> str:
+    """The name of a class without its data set."""
+    return name.partition("/")[2] or name
+
+
+def galleries(record: Record) -> list[dict[str, Any]]:
+    """The parts of the gallery: for each kind of images their classes, and how some of them changed over the rounds.
+
+    There are none if the run has no gallery. Raises RejectedError for a file that is no gallery.
+    """
+    path = record.path / gallery.FILE
+    if not path.is_file():
+        return []
+    found = gallery.read(path)
+    parts = []
+    for kind, (title, about) in KINDS.items():
+        latest = [entry for entry in found["latest"] if entry["kind"] == kind]
+        course = [entry for entry in found["course"] if entry["kind"] == kind and len(entry["images"]) > 1]
+        if latest:
+            parts.append({
+                "kind": kind, "title": title, "about": about, "agreement": _agreement(latest),
+                "classes": [_shown(entry) for entry in sorted(latest, key=_place)],
+                "course": [_shown(entry) for entry in sorted(course, key=lambda entry: -len(entry["images"]))],
+            })  # fmt: skip
+    return parts
+
+
+def _place(entry: Mapping[str, Any]) -> tuple[str, str]:
+    return entry["teacher"], entry["class"]
+
+
+def _agreement(entries: Sequence[Mapping[str, Any]]) -> str:
+    """How many of the images bear the class that was wished for, as text."""
+    said = [(one, entry["class"]) for entry in entries for one in entry["said"]]
+    return f"{sum(one == name for one, name in said)} of {len(said)}"
+
+
+def _shown(entry: Mapping[str, Any]) -> dict[str, Any]:
+    name, images = entry["class"], []
+    for image, said, confidence, r in zip(
+        entry["images"], entry["said"], entry["confidence"], entry["round"], strict=True
+    ):
+        sure = "" if confidence is None else f"{confidence:.0f} %"
+        made = "recovered from" if entry["kind"] == "recovered" else "asked of"
+        text = f"{name}, {made} {entry['teacher']} in round {r}; the teacher says {said}{', ' * bool(sure)}{sure}"
+        images.append({
+            "uri": uri(image), "alt": text, "right": said == name, "said": short(said), "sure": sure,
+            "round": r,
+        })  # fmt: skip
+    return {"name": short(name), "teacher": entry["teacher"], "round": entry["round"][-1], "images": images}
