@@ -66,8 +66,8 @@ class Uri(str):
 def located(place: str | os.PathLike[str]) -> Path | Uri:
     """The place that a user means: a URI of an object store, in one spelling, or a path as `resolved` gives it.
 
-    `file://` is a path. Raises UsageError for a URI that is not of STORES or not of a store alone, which holds no key,
-    no `?` and no `::`, and whatever `resolved` raises.
+    `file://` is an absolute path. Raises UsageError for a URI that is not of STORES or not of a store alone, which
+    holds no key, no `?` and no `::`, and whatever `resolved` raises.
     """
     text = os.fspath(place)
     found = _SCHEME.match(text)
@@ -75,7 +75,13 @@ def located(place: str | os.PathLike[str]) -> Path | Uri:
         return resolved(text)
     scheme = found[0].lower()
     if scheme in ("file", "local") and text[found.end() :].startswith("://"):
-        return resolved(text[found.end() + 3 :])
+        path = text[found.end() + 3 :].removeprefix("localhost")
+        if not path.startswith(("/", "~", "$")):
+            raise UsageError(
+                f"{shown(text)}: names a machine or a relative path; write {scheme}:///FOLDER/NAME, or a path without "
+                f"{scheme}://"
+            )
+        return resolved(path)
     if scheme not in STORES or not text[found.end() :].startswith("://"):
         raise UsageError(
             f"{shown(text)}: {shown(found[0])} is no object store of this program{did_you_mean(scheme, STORES)}; "

@@ -9,6 +9,7 @@ import functools
 import hashlib
 import os
 import shutil
+import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -115,11 +116,19 @@ def below(folder: Uri) -> list[str]:
         return sorted(path.removeprefix(root).lstrip("/") for path in store.find(folder))
 
 
+FETCHED_BYTES = 20 * 2**30
+"""What copies of files of a store may occupy on the disk together."""
+
+UNUSED_SECONDS = 86_400.0
+"""A copy that was asked for since stays, since a run may be reading it."""
+
+
 def fetch(uri: Uri, into: Path) -> Path:
     """Copy a file, or a folder with all that is below it, to the disk. Returns the copy.
 
     The copy lies in a folder of `into` that is called after the state of what is copied, so one that is there already
-    is not fetched again. Raises FileNotFoundError, RejectedError for a name that leaves the folder, and OSError.
+    is not fetched again. Copies that nobody has asked for since a day are removed, the oldest first, while all occupy
+    over FETCHED_BYTES. Raises FileNotFoundError, RejectedError for a name that leaves the folder, and OSError.
     """
     with _saying(uri):
         store = _of(uri)
@@ -131,6 +140,8 @@ def fetch(uri: Uri, into: Path) -> Path:
         target = into / state.hexdigest()[:32]
         copy = target / uri.name
         if target.exists():
+            with contextlib.suppress(OSError):  # a cache that may only be read
+                os.utime(target)
             return copy
         part = into / f"{target.name}.{uuid.uuid4().hex}.part"
         try:
@@ -142,7 +153,19 @@ def fetch(uri: Uri, into: Path) -> Path:
                 os.rename(part, target)
         finally:
             shutil.rmtree(part, ignore_errors=True)
+        _trim(into, target)
         return copy
+
+
+def _trim(into: Path, newest: Path) -> None:
+    """Remove copies as `fetch` says, and what was left half fetched."""
+    copies = sorted((path.stat().st_mtime, path) for path in into.iterdir())
+    sizes = {path: sum(file.stat().st_size for file in path.rglob("*") if file.is_file()) for _, path in copies}
+    over = sum(sizes.values()) - FETCHED_BYTES
+    for used, path in copies:
+        if path != newest and time.time() - used > UNUSED_SECONDS and (over > 0 or path.suffix == ".part"):
+            shutil.rmtree(path, ignore_errors=True)
+            over -= sizes[path]
 
 
 def _below(name: str) -> str:

@@ -38,7 +38,10 @@ MOST_NODES = 10**6
 
 
 def load(text: str | bytes) -> Any:
-    """The value of a YAML text. It has plain types only. Raises yaml.YAMLError, also if references swell it."""
+    """The value of a YAML text. It has plain types only.
+
+    Raises yaml.YAMLError, also if references swell it, or if a mapping has a key twice.
+    """
     loader = _Loader(text)
     try:
         node = loader.get_single_node()
@@ -54,14 +57,27 @@ def load(text: str | bytes) -> Any:
 
 
 def _size(node: yaml.Node, known: dict[int, int]) -> int:
-    """How many values a node stands for. One that holds itself counts as too many."""
+    """How many values a node stands for. One that holds itself counts as too many. Raises for a key given twice."""
     if isinstance(node, yaml.ScalarNode):
         return 1
     if id(node) not in known:
         known[id(node)] = MOST_NODES + 1  # what is met again before it is counted holds itself
-        parts = [part for pair in node.value for part in pair] if isinstance(node, yaml.MappingNode) else node.value
+        parts = node.value
+        if isinstance(node, yaml.MappingNode):
+            _check_keys(node)
+            parts = [part for pair in node.value for part in pair]
         known[id(node)] = 1 + sum(_size(part, known) for part in parts)
     return known[id(node)]
+
+
+def _check_keys(node: yaml.MappingNode) -> None:
+    met: set[tuple[str, str]] = set()
+    for key, _ in node.value:
+        if isinstance(key, yaml.ScalarNode):
+            if (key.tag, key.value) in met:
+                problem = f"the key {key.value!r} is given twice"
+                raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
+            met.add((key.tag, key.value))
 
 
 def dump(value: Any) -> str:

@@ -1,6 +1,8 @@
 """URIs as people write them, and files in object stores: in memory and in S3."""
 
+import os
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -14,7 +16,7 @@ def test_a_uri_has_one_spelling(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     monkeypatch.setenv("BUCKET", "birds")
     assert located("S3://$BUCKET/pools/a/") == Uri("s3://birds/pools/a")
     assert located("abfs://box@account.dfs.core.windows.net/a") / "b" == "abfs://box@account.dfs.core.windows.net/a/b"
-    assert located(f"file://{tmp_path}") == located(tmp_path) == tmp_path
+    assert located(f"file://{tmp_path}") == located(f"file://localhost{tmp_path}") == located(tmp_path) == tmp_path
     assert (Uri("s3://b/x.parquet").name, Uri("s3://b/x.parquet").suffix) == ("x.parquet", ".parquet")
 
 
@@ -30,6 +32,8 @@ def test_a_uri_has_one_spelling(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
         ("s3://b/c?versionId=1", "without '\\?', '..' and empty names"),
         ("s3://b/a\nb", "without '\\?', '..' and empty names"),
         ("s3://$NOWHERE_AT_ALL/c", "the variable NOWHERE_AT_ALL is not set"),
+        ("file://host/x", "names a machine or a relative path; write file:///FOLDER/NAME"),
+        ("file://x", "names a machine or a relative path"),
     ],
 )
 def test_what_is_no_uri_of_a_store_is_refused(uri: str, said: str) -> None:
@@ -135,3 +139,25 @@ def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "gcsfs", None)
     with pytest.raises(ResourceError, match=r"^gs:// needs a package that is not here: pip install gcsfs$"):
         object_store.read(Uri("gs://b/x"))
+
+
+def test_copies_that_nobody_uses_go_when_the_disk_would_fill(
+    memory_folder: Uri, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The oldest first; one that was asked for today stays, however full it is, and so does the newest."""
+    monkeypatch.setattr(object_store, "FETCHED_BYTES", 400)
+    copies = {}
+    for name in "abcd":
+        object_store.write(memory_folder / name, name.encode() * 100)
+        copies[name] = object_store.fetch(memory_folder / name, tmp_path)
+    assert all(copy.exists() for copy in copies.values()), "all were asked for today"
+    now = time.time()
+    for name, days in {"a": 3, "b": 2, "c": 1.5}.items():
+        os.utime(copies[name].parent, (now - 86_400 * days,) * 2)
+    (tmp_path / "left.part").mkdir()
+    os.utime(tmp_path / "left.part", (now - 86_400 * 2,) * 2)
+    object_store.fetch(memory_folder / "a", tmp_path)
+    object_store.write(memory_folder / "e", b"e" * 100)
+    copies["e"] = object_store.fetch(memory_folder / "e", tmp_path)
+    assert [name for name, copy in copies.items() if copy.exists()] == ["a", "c", "d", "e"]
+    assert not (tmp_path / "left.part").exists()

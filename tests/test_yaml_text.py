@@ -66,3 +66,18 @@ def test_a_list_of_the_recipe_of_a_pool() -> None:
 def test_a_number_with_a_zero_in_front_is_decimal() -> None:
     assert parse_set("method.rounds=010") == (["method", "rounds"], "010")
     assert resolve("free", settings=["method.rounds=010"]).method.rounds == 10
+
+
+@pytest.mark.parametrize(
+    ("text", "line"), [("a: 1\nb: 2\na: 3\n", 3), ("x:\n  - {k: 1, 'k': 2}\n", 2), ("1: a\n2: b\n1: c\n", 3)]
+)
+def test_a_key_that_is_given_twice_is_refused(text: str, line: int) -> None:
+    """Readers of YAML would take the last value without a word."""
+    with pytest.raises(yaml.YAMLError, match=r"the key '[ak1]' is given twice") as raised:
+        yaml_text.load(text)
+    assert f"line {line}," in str(raised.value)
+
+
+def test_a_key_may_be_there_as_a_number_and_as_text_and_in_other_mappings() -> None:
+    text = "{1: a, '1': b, x: &one {k: 1}, y: {k: 2}, z: *one}"
+    assert yaml_text.load(text) == {1: "a", "1": "b", "x": {"k": 1}, "y": {"k": 2}, "z": {"k": 1}}

@@ -8,8 +8,9 @@ has counted must not be lost, so a run that asks services goes on where its ledg
 import hashlib
 import shutil
 import sys
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import filelock
@@ -20,8 +21,12 @@ from ray_dfml.data import cache
 from ray_dfml.errors import DfmlError, ResourceError, UsageError
 from ray_dfml.files import Uri, shown
 from ray_dfml.published import Publisher
+from ray_dfml.runtime import locks
 from ray_dfml.runtime.accounts import LEDGER
 from ray_dfml.runtime.owner import Owner
+
+KEEP_DAYS = 7
+"""How long the folder stays of a run that was killed here and has gone on nowhere, or elsewhere."""
 
 PATIENCE = 120.0
 """How many seconds a store may refuse to take a round before the run ends."""
@@ -51,12 +56,14 @@ class Remote:
                 "--resume"
             ) from None
 
-    def publish_once(self) -> None:
-        """Publish the folder if the store takes it. If not, a line on the terminal says so."""
+    def publish_once(self) -> bool:
+        """Publish the folder if the store takes it. If not, a line on the terminal says so. Returns whether it did."""
         try:
             self._publisher.publish()
         except (OSError, DfmlError) as error:
-            _note(f"{self.uri}: the end of this run could not be published: {error}")
+            _note(f"{self.uri}: what is in {self.folder} could not be published: {error}")
+            return False
+        return True
 
     def _say(self, state: RetryCallState) -> None:
         if state.attempt_number == 1 and state.outcome is not None:
@@ -82,8 +89,9 @@ def working(place: Path | Uri, *, new: bool) -> Iterator[tuple[Path, Remote | No
 
     For a URI this process becomes the owner of the run, and the folder holds the version that was published last, or
     nothing with `new`. At the end, also after an error, the folder is published once more if it is not, and the run may
-    belong to others. Raises UsageError if there is a run already with `new`, or none without; or if another process
-    writes it; and ResourceError if the store does not answer.
+    belong to others. The folder is then cleared, but for a ledger; what the store refused stays. Raises UsageError if
+    there is a run already with `new`, or none without; or if another process writes it; and ResourceError if the store
+    does not answer.
     """
     if isinstance(place, Path):
         yield place, None
@@ -95,29 +103,38 @@ def working(place: Path | Uri, *, new: bool) -> Iterator[tuple[Path, Remote | No
                 raise UsageError(
                     f"{place}: exists already; add --resume to continue that run, or choose another --run-dir"
                 )
+            _clear_others(folder)
             _clear(folder, ledger=new)
-            version = None if new else published.fetch(place, folder)
-            remote = Remote(folder, Publisher(place, folder, version, owner.check))
         except OSError as error:
             raise ResourceError(f"{place}: cannot be read: {error.strerror or error}") from None
+        kept = False
         try:
-            yield folder, remote
-        except BaseException:
-            if folder.is_dir() and any(folder.iterdir()):
-                remote.publish_once()
-            raise
-        _clear(folder)
+            remote = _fetched(place, folder, owner, new=new)
+            try:
+                yield folder, remote
+            except BaseException:
+                kept = folder.is_dir() and any(folder.iterdir()) and not remote.publish_once()
+                raise
+        finally:
+            if not kept:
+                _clear(folder)
+
+
+def _fetched(place: Uri, folder: Path, owner: Owner, *, new: bool) -> Remote:
+    """Bring the newest version to the folder, unless the run is new. Returns what publishes it."""
+    try:
+        version = None if new else published.fetch(place, folder)
+        return Remote(folder, Publisher(place, folder, version, owner.check))
+    except OSError as error:
+        raise ResourceError(f"{place}: cannot be read: {error.strerror or error}") from None
 
 
 @contextmanager
 def _alone(uri: Uri, folder: Path) -> Iterator[None]:
     """Keep other processes away from a folder, also those that take this one for dead while it is only stopped."""
-    lock = filelock.FileLock(folder.with_name(".lock"), timeout=0)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        lock.acquire()
-    except filelock.Timeout:
-        raise UsageError(f"{uri}: another process is at work on this run in {folder}; wait, or stop it") from None
+        lock = locks.hold(folder.with_name(".lock"), f"{uri}: another process is at work on this run in {folder}")
     except OSError as error:
         raise ResourceError(f"{folder.parent}: cannot be written: {error.strerror or error}") from None
     try:
@@ -145,6 +162,24 @@ def check_ledger(folder: Path, began_at: object) -> None:
             f"this run asks services, and its {LEDGER} is where it began ({began_at}): go on there, or copy the file "
             f"from there to {folder}; without it what was paid for would be asked and counted again"
         )
+
+
+def _clear_others(folder: Path) -> None:
+    """Clear the folders beside one that nobody has worked in for KEEP_DAYS. Ledgers stay."""
+    for path in folder.parent.parent.glob("*/*"):
+        if not path.is_dir() or path == folder or _idle_seconds(path) < KEEP_DAYS * 86_400:
+            continue
+        lock = filelock.FileLock(path.with_name(".lock"), timeout=0)
+        with suppress(OSError, filelock.Timeout), lock:
+            _clear(path)
+
+
+def _idle_seconds(folder: Path) -> float:
+    """How long ago something in a folder was changed last."""
+    times = [0.0]
+    with suppress(OSError):  # another process clears it
+        times += [path.stat().st_mtime for path in (folder, *folder.rglob("*"))]
+    return time.time() - max(times)
 
 
 def _clear(folder: Path, *, ledger: bool = False) -> None:

@@ -18,7 +18,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import filelock
 import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
@@ -28,6 +27,7 @@ from ray_dfml.config import RunConfig, build
 from ray_dfml.data import weights_file
 from ray_dfml.errors import RejectedError, UsageError
 from ray_dfml.files import naming
+from ray_dfml.runtime import locks
 from ray_dfml.runtime.accounts import EXPORTED, spending
 from ray_dfml.runtime.learning import CHECKPOINTS
 from ray_dfml.runtime.remote_run import Remote
@@ -47,6 +47,18 @@ def write_table(path: Path, table: pa.Table) -> None:
     with naming(path):
         pq.write_table(table, temporary)
     os.replace(temporary, path)
+
+
+def read_status(folder: Path) -> dict[str, Any]:
+    """What `status.json` says; nothing where there is none. Raises RejectedError if it cannot be read."""
+    path = folder / "status.json"
+    return _json(path) if path.exists() else {}
+
+
+def update_status(folder: Path, **fields: Any) -> None:
+    """Update fields of `status.json`. The others keep their values."""
+    known = read_status(folder) | fields | {"updated": _now()}
+    write_text(folder / "status.json", json.dumps(known, indent=2) + "\n")
 
 
 class RunFolder:
@@ -105,15 +117,11 @@ class RunFolder:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Let this process alone write to the folder. Raises UsageError if another one is at work in it.
+        """Let this process alone write to the folder. Raises UsageError if another one stays at work in it.
 
         What a killed one left half written is removed.
         """
-        lock = filelock.FileLock(self.path / ".lock", timeout=0)
-        try:
-            lock.acquire()
-        except filelock.Timeout:
-            raise UsageError(f"{self.path}: another process is at work in this run folder; wait, or stop it") from None
+        lock = locks.hold(self.path / ".lock", f"{self.path}: another process is at work in this run folder")
         try:
             for left in self.path.rglob(".*.tmp"):
                 left.unlink(missing_ok=True)
@@ -144,8 +152,7 @@ class RunFolder:
 
     def status(self, **fields: Any) -> None:
         """Update fields of `status.json`. The others keep their values."""
-        known = self.read_status() | fields | {"updated": _now()}
-        write_text(self.path / "status.json", json.dumps(known, indent=2) + "\n")
+        update_status(self.path, **fields)
 
     def spent(self, totals: Mapping[str, Spent]) -> None:
         """Write what was asked of teachers to `status.json` and `manifest.json`."""
@@ -159,8 +166,7 @@ class RunFolder:
 
     def read_status(self) -> dict[str, Any]:
         """What `status.json` says; nothing where there is none. Raises RejectedError if it cannot be read."""
-        path = self.path / "status.json"
-        return _json(path) if path.exists() else {}
+        return read_status(self.path)
 
     def read_scores(self) -> list[dict[str, Any]]:
         """The rows of `scores.json`. Raises RejectedError if it cannot be read."""

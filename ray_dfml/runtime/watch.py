@@ -5,10 +5,15 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from ray_dfml.errors import shown_reason
+from tenacity import RetryCallState, Retrying, retry_if_exception_type, stop_after_delay, wait_exponential
+
+from ray_dfml.errors import ResourceError, shown_reason
 from ray_dfml.methods import METHODS
 from ray_dfml.runtime.progress import Progress, round_line
 from ray_dfml.runtime.rundir import RunFolder
+
+PATIENCE = 120.0
+"""How many seconds a store may refuse to show a run that is followed."""
 
 EVERY_SECONDS = 1.0
 """How often a folder that is followed is read."""
@@ -32,17 +37,34 @@ def summary(folder: RunFolder) -> list[str]:
     return lines + _remarks(status) + last(status)
 
 
+def patiently(refresh: Callable[[], object], note: Callable[[str], None]) -> None:
+    """Call `refresh`, and again for PATIENCE seconds while a store does not answer; `note` is told of the first time.
+
+    Raises ResourceError if it still does not.
+    """
+
+    def say(state: RetryCallState) -> None:
+        if state.attempt_number == 1 and state.outcome is not None:
+            note(f"{state.outcome.exception()}; trying again for {PATIENCE:g} s")
+
+    tries = Retrying(
+        retry=retry_if_exception_type(ResourceError), stop=stop_after_delay(PATIENCE),
+        wait=wait_exponential(max=15), before_sleep=say, reraise=True,
+    )  # fmt: skip
+    tries(refresh)
+
+
 def follow(folder: RunFolder, refresh: Callable[[], object] = lambda: None) -> int:
     """Show each round of a run as it ends, until the run is over. Returns its exit code.
 
-    `refresh` brings a folder that is a copy up to date.
+    `refresh` brings a folder that is a copy up to date. If a store does not answer it is called again (`patiently`).
     """
     progress = Progress(METHODS[folder.config().name].shown)
     said: set[str] = set()
     shown: int | None = None
     try:
         while True:
-            refresh()
+            patiently(refresh, progress.note)
             status = folder.read_status()  # before the rounds, so that none is missed when the run is over
             rows = folder.rows()
             for line in [line for line in _remarks(status) + last(status) if line not in said]:

@@ -23,6 +23,7 @@ from ray_dfml.core import seeds
 from ray_dfml.errors import UsageError
 from ray_dfml.methods import METHODS
 from ray_dfml.methods.base import World
+from ray_dfml.runtime.rundir import RunFolder
 from ray_dfml.sweeps import plan, trial
 from ray_dfml.sweeps.plan import Trial
 from ray_dfml.sweeps.space import RANGES, Axis, Point, axes_of
@@ -115,9 +116,22 @@ def _fork(parent: Path, child: Path, rounds: int, to: Trial) -> None:
     with filelock.FileLock(parent / ".lock", timeout=0):
         shutil.copytree(parent, temporary, ignore=shutil.ignore_patterns(".lock"))
     (temporary / "config.yaml").write_text(yaml.safe_dump(to.config.model_dump(mode="json"), sort_keys=False))
-    noted = json.loads((temporary / "manifest.json").read_text()) | {"parent": {"run": parent.name, "round": rounds}}
+    began = {"run": parent.name, "round": rounds, "queries": sent(temporary)}
+    noted = json.loads((temporary / "manifest.json").read_text()) | {"parent": began}
     (temporary / "manifest.json").write_text(json.dumps(noted, indent=2))
     os.rename(temporary, child)
+
+
+def own_queries(run: Path) -> int:
+    """How many images a run has sent to teachers itself, without those of the run whose state it took over."""
+    if not (run / "manifest.json").exists():
+        return 0
+    return sent(run) - int((RunFolder(run).manifest().get("parent") or {}).get("queries", 0))
+
+
+def sent(run: Path) -> int:
+    """How many images the ledger of a run says were sent, with those of runs before it."""
+    return int(RunFolder(run).read_status().get("queries", {}).get("sent", 0))
 
 
 def check(sweep: Sweep, trials: Sequence[Trial], world: World) -> None:

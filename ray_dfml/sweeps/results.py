@@ -14,8 +14,8 @@ from scipy import stats
 
 from ray_dfml.methods import UNTRAINED
 from ray_dfml.runtime import driver
-from ray_dfml.runtime.rundir import RunFolder, write_table, write_text
-from ray_dfml.sweeps import plan, trial
+from ray_dfml.runtime.rundir import write_table, write_text
+from ray_dfml.sweeps import pbt, plan, trial
 from ray_dfml.sweeps.plan import Trial
 
 Interval = tuple[float, float | None]
@@ -71,7 +71,7 @@ def collect(trials: Sequence[Trial], folder: Path) -> list[Row]:
 
 def _row(number: int, members: Sequence[Trial], folder: Path) -> Row:
     found = [trial.look(folder / one.name) for one in members]
-    values = [trial.validation(of.rows, one.config.name) for one, of in zip(members, found, strict=True)]
+    values = [of.validation(one.config.name) for one, of in zip(members, found, strict=True)]
     states = [of.state for of in found]
     return Row(
         number=number, point=members[0].point, runs=[one.name for one in members], seeds=[one.seed for one in members],
@@ -79,14 +79,16 @@ def _row(number: int, members: Sequence[Trial], folder: Path) -> Row:
         rounds=float(np.mean([of.rounds for of in found])), stopped=states.count(driver.STOPPED),
         failed=sum(not of.final and of.state != driver.STOPPED for of in found),
         seconds=sum(row.get("seconds/round", 0.0) for of in found for row in of.rows),
-        queries=sum(_sent(folder / one.name) for one in members),
+        queries=sum(pbt.own_queries(run) for one in members for run in _runs(one, folder)),
         tests=_tests([folder / one.name for one in members]),
     )  # fmt: skip
 
 
-def _sent(run: Path) -> int:
-    """How many images a run sent to teachers."""
-    return int(RunFolder(run).read_status().get("queries", {}).get("sent", 0))
+def _runs(one: Trial, folder: Path) -> list[Path]:
+    """The run folders of a trial: with PBT also those that it left when it took over the state of another one."""
+    return sorted(folder.glob(f"{one.number:04d}-seed{one.seed}")) + sorted(
+        folder.glob(f"{one.number:04d}-seed{one.seed}-from*")
+    )
 
 
 def _tests(runs: Sequence[Path]) -> dict[str, Interval]:

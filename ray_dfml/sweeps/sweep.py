@@ -4,22 +4,18 @@ The sweep's folder holds `sweep.yaml`, `status.json`, the runs in `trials/`, and
 go on: a trial whose run folder says that it has ended is not begun again.
 """
 
-import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import filelock
 
 from ray_dfml import yaml_text
 from ray_dfml.config import RunConfig, build
 from ray_dfml.errors import DfmlError, Interrupted, UsageError
-from ray_dfml.runtime import driver
+from ray_dfml.runtime import driver, locks
 from ray_dfml.runtime.driver import Machine, interruptible
-from ray_dfml.runtime.rundir import RunFolder, write_text
+from ray_dfml.runtime.rundir import RunFolder, update_status, write_text
 from ray_dfml.sweeps import page, pbt, plan, pools, results, spec, trial
 from ray_dfml.sweeps.optuna_search import proposed
 from ray_dfml.sweeps.plan import Trial
@@ -56,10 +52,10 @@ def run(sweep: Sweep, folder: Path, place: Place, *, resume: bool, say: Say) -> 
         try:
             rows = _run(sweep, trials, folder, place, say)
         except KeyboardInterrupt:
-            _status(folder, state="interrupted")
+            update_status(folder, state="interrupted")
             raise Interrupted(f"interrupted; continue with the same command and --resume: {folder}") from None
         except Exception as error:
-            _status(folder, state="failed", last_error=f"{type(error).__name__}: {error}".splitlines()[0])
+            update_status(folder, state="failed", last_error=f"{type(error).__name__}: {error}".splitlines()[0])
             raise
     return rows
 
@@ -67,7 +63,7 @@ def run(sweep: Sweep, folder: Path, place: Place, *, resume: bool, say: Say) -> 
 def _run(sweep: Sweep, trials: Sequence[Trial], folder: Path, place: Place, say: Say) -> list[Row]:
     from ray_dfml.sweeps import ray_tune
 
-    _status(folder, state="starting", trials=len(trials))
+    update_status(folder, state="starting", trials=len(trials))
     with ray_tune.connected(place.machine):
         if isinstance(sweep.pool, PoolRecipe):
             pools.build(sweep.pool, folder / pools.POOL, local=place.machine.backend == "local", say=say)
@@ -76,17 +72,17 @@ def _run(sweep: Sweep, trials: Sequence[Trial], folder: Path, place: Place, say:
             pbt.check(sweep, trials, inputs.world)
         for line in _announced(sweep, trials, _first(sweep, folder), inputs):
             say(line)
-        _status(folder, state="running")
+        update_status(folder, state="running")
         trials = _train(sweep, trials, folder, place, say)
         rows = results.collect(trials, folder / TRIALS)
-        _status(folder, state="testing")
+        update_status(folder, state="testing")
         _test(sweep, trials, rows, folder, place, say)
     rows = results.collect(trials, folder / TRIALS)
     axes = plan.axes(sweep, pools.of(sweep, folder))
     results.write(folder, rows, [axis.key for axis in axes])
     page.write(folder, sweep, rows, axes)
     failed = sum(row.failed for row in rows)
-    _status(folder, state="done", failed=failed, last_error=None)
+    update_status(folder, state="done", failed=failed, last_error=None)
     if failed:
         say(f"{failed} of {len(trials)} trials failed; their status.json says why, and --resume tries them again")
     if all(row.validation is None for row in rows):
@@ -128,8 +124,7 @@ def _search(sweep: Sweep, trials: Sequence[Trial], folder: Path, place: Place, s
         points = proposed(axes, scores, count, batch=sweep.batch, seed=sweep.search_seed)[start:]
         first = int(sweep.defaults) + start
         made = [one for n, point in enumerate(points, first) for one in plan.of_point(sweep, where, n, point)]
-        later = plan.of_point(sweep, where, first + len(points), {})
-        if not any((folder / TRIALS / one.name).exists() for one in later):
+        if not _begun(folder, first + len(points)):
             say(f"points {start + 1} to {count} of {sweep.samples}")
             _run_tasks([_task(one, folder, place) for one in made], sweep.scheduler, folder, place, say)
         rows = {row.number: row for row in results.collect(made, folder / TRIALS)}
@@ -137,6 +132,12 @@ def _search(sweep: Sweep, trials: Sequence[Trial], folder: Path, place: Place, s
         scores += [row.validation[0] if row.whole and row.validation else None for row in ordered]
         found += made
     return found
+
+
+def _begun(folder: Path, number: int) -> bool:
+    """Whether a trial of a point of this number, or of a later one, has begun: any of a batch may be the first."""
+    names = (path.name.partition("-")[0] for path in (folder / TRIALS).iterdir())
+    return any(name.isdigit() and int(name) >= number for name in names)
 
 
 def _first(sweep: Sweep, folder: Path) -> RunConfig:
@@ -239,14 +240,8 @@ def _open(sweep: Sweep, folder: Path, resume: bool) -> None:
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
+    lock = locks.hold(folder / ".lock", f"{folder}: another process is at work in this sweep")
     try:
-        with filelock.FileLock(folder / ".lock", timeout=0):
-            yield
-    except filelock.Timeout:
-        raise UsageError(f"{folder}: another process is at work in this sweep; wait, or stop it") from None
-
-
-def _status(folder: Path, **fields: Any) -> None:
-    path = folder / "status.json"
-    known = json.loads(path.read_text()) if path.exists() else {}
-    write_text(path, json.dumps(known | fields, indent=2) + "\n")
+        yield
+    finally:
+        lock.release()

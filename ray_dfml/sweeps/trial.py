@@ -51,6 +51,12 @@ class Found:
     rounds: int
     rows: list[dict[str, Any]]
     error: str | None
+    ranked: int | None = None
+    """Rounds by which the run is ranked, if it has trained on since; None: all"""
+
+    def validation(self, name: str) -> float | None:
+        """The accuracy in percent by which the run, of a method, is ranked."""
+        return validation(self.rows[: self.ranked], name)
 
     @property
     def final(self) -> bool:
@@ -66,7 +72,7 @@ def look(path: Path) -> Found:
     status = folder.read_status()
     rounds = status.get("round") or 0
     rows = [row for row in folder.rows() if row["round"] < rounds]
-    return Found(status.get("state", "created"), rounds, rows, status.get("last_error"))
+    return Found(status.get("state", "created"), rounds, rows, status.get("last_error"), status.get("ranked_rounds"))
 
 
 def validation(rows: list[dict[str, Any]], name: str) -> float | None:
@@ -92,7 +98,7 @@ def has_ended(task: Task) -> bool:
     """Whether a task that trains has nothing more to do: the run is at its end, or where it is to stop."""
     found = look(task.path)
     if task.until is None:
-        return found.final or found.state == driver.STOPPED
+        return found.final or found.state == driver.STOPPED or found.ranked is not None
     return found.final or task.until <= found.rounds < build(task.config).total_rounds
 
 
@@ -101,7 +107,7 @@ def train(task: Task, tell: Tell) -> None:
     config = build(task.config)
     found = look(task.path)
     rows: list[dict[str, Any]] = []
-    for row in found.rows:
+    for row in found.rows[: found.ranked]:
         rows.append(row)
         if not tell(figures(rows, config.name)):
             return
@@ -117,7 +123,14 @@ def train(task: Task, tell: Tell) -> None:
 
 
 def test(task: Task) -> None:
-    """Test a run that has trained. Its scores are in its folder; a run that is tested stays as it is."""
+    """Test a run that has trained. Its scores are in its folder; a run that is tested stays as it is.
+
+    One that was stopped trains to its end first. It keeps the rank that it had when it was chosen, since others had no
+    more rounds.
+    """
+    found = look(task.path)
+    if found.state == driver.STOPPED and found.ranked is None:
+        RunFolder(task.path).status(ranked_rounds=found.rounds)
     try:
         continue_run(task.path, task.config["name"], task.machine, quiet=True)
     except BudgetReached:

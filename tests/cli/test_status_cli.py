@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from ray_dfml.errors import ResourceError
 from ray_dfml.runtime import watch
 from ray_dfml.runtime.rundir import RunFolder
 from tests.runtime import toy
@@ -39,7 +40,7 @@ def test_a_run_is_followed_to_its_end(run: Path, command: Command, monkeypatch: 
     """Another process goes on with the run between two looks at the folder; its exit code is that of the command."""
     whole, rows = toy.status(run), (run / "metrics.jsonl").read_text().splitlines(keepends=True)
     (run / "metrics.jsonl").write_text("".join(rows[:2]) + rows[2][:9])  # a line is being written
-    unknown = {"exit_code": None, "state": "running"}
+    unknown = {"exit_code": None, "state": "running", "updated": "2999-01-01T00:00:00+00:00"}
     (run / "status.json").write_text(json.dumps(whole | unknown | {"round": 2, "notes": ["a note"]}))
     looks = threading.Semaphore(1)
 
@@ -78,3 +79,23 @@ def test_what_is_no_run(tmp_path: Path, command: Command) -> None:
 def test_teachers_that_were_left_out(run: Path) -> None:
     (run / "status.json").write_text(json.dumps(toy.status(run) | {"rejected": {"t1": "t1: NaN"}, "state": "testing"}))
     assert watch.summary(RunFolder.open(run))[2:] == ["left out: t1: NaN", "testing"]
+
+
+def test_a_store_that_refuses_for_a_while_does_not_end_the_following(
+    run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One line says so; a store that stays away ends it with its error."""
+    left = [3]
+
+    def refresh() -> None:
+        left[0] -= 1
+        if left[0] >= 0:
+            raise ResourceError("s3://b/run: no route")
+
+    monkeypatch.setattr("tenacity.nap.time.sleep", lambda _: None)
+    assert watch.follow(RunFolder.open(run), refresh) == 0
+    assert capsys.readouterr().err.splitlines().count("s3://b/run: no route; trying again for 120 s") == 1
+    left[0] = 10**9
+    monkeypatch.setattr(watch, "PATIENCE", 0.0)
+    with pytest.raises(ResourceError, match="no route"):
+        watch.follow(RunFolder.open(run), refresh)

@@ -13,7 +13,7 @@ import torch
 
 from ray_dfml.errors import Interrupted, LearnerLost, RejectedError, UsageError
 from ray_dfml.pipeline import Trainer
-from ray_dfml.runtime import driver
+from ray_dfml.runtime import driver, locks
 from ray_dfml.runtime.assess import Assessment
 from ray_dfml.runtime.checkpoint import Saved
 from ray_dfml.runtime.learning import Done
@@ -265,7 +265,10 @@ def test_settings_that_cannot_work_are_refused_before_there_is_a_run(
         driver.read_inputs(toy.config("free", toy_pool, toy_data, change))
 
 
-def test_one_process_at_a_time_writes_a_run_folder(tmp_path: Path, free_run: Path) -> None:
+def test_one_process_at_a_time_writes_a_run_folder(
+    tmp_path: Path, free_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
+    monkeypatch.setattr(locks, "WAIT_SECONDS", 0.01)
     copy = Path(shutil.copytree(free_run, tmp_path / "run"))
     with (
         RunFolder(copy).locked(),

@@ -1,5 +1,6 @@
 """Runs whose folder is in an object store: the bits of a run on a disk, whoever is killed, readable from anywhere."""
 
+import contextlib
 import json
 import os
 import random
@@ -20,7 +21,7 @@ from ray_dfml.errors import Interrupted, ResourceError, UsageError
 from ray_dfml.files import Uri
 from ray_dfml.pipeline import Trainer
 from ray_dfml.published import Publisher
-from ray_dfml.runtime import owner, remote_run
+from ray_dfml.runtime import locks, owner, remote_run
 from ray_dfml.runtime.checkpoint import Checkpoints
 from ray_dfml.runtime.launch import continue_run, new_run, start_or_continue
 from ray_dfml.runtime.storage import Folder
@@ -172,8 +173,11 @@ def test_a_run_that_is_stopped_goes_on_elsewhere(
     toy.assert_same_run(copy_of(uri, tmp_path / "copy"), on_disk)
 
 
-def test_a_process_that_is_only_stopped_keeps_its_folder(memory_folder: Uri) -> None:
+def test_a_process_that_is_only_stopped_keeps_its_folder(
+    memory_folder: Uri, monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
     """Another one on its machine takes it for dead, and would work in the same folder."""
+    monkeypatch.setattr(locks, "WAIT_SECONDS", 0.01)
     with remote_run.working(memory_folder, new=True) as (folder, remote):
         assert remote is not None
         folder.mkdir()
@@ -307,3 +311,42 @@ def test_a_writer_of_s3_is_killed_at_random(
     assert deaths >= 3
     assert len(seen) >= deaths
     toy.assert_same_run(copy_of(uri, tmp_path / "copy"), on_disk)
+
+
+def scratch_files(tmp_path: Path) -> list[str]:
+    """What runs have left on this machine, without locks."""
+    found = (path for path in (tmp_path / "cache" / "runs").rglob("*") if path.is_file() and path.name != ".lock")
+    return sorted(path.name for path in found)
+
+
+def test_a_run_that_fails_leaves_nothing_here_but_its_ledger_and_what_the_store_refused(
+    memory_folder: Uri, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*, new: bool) -> None:
+        with contextlib.suppress(ZeroDivisionError), remote_run.working(memory_folder, new=new) as (folder, _):
+            folder.mkdir(exist_ok=True)
+            (folder / "status.json").write_text("{}")
+            (folder / "ledger.sqlite").write_text("counts")
+            raise ZeroDivisionError
+
+    fail(new=True)
+    assert scratch_files(tmp_path) == ["ledger.sqlite"]
+
+    def refuse(*_: Any) -> None:
+        raise OSError(28, "no room")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Publisher, "publish", refuse)
+        fail(new=False)
+    assert scratch_files(tmp_path) == ["ledger.sqlite", "status.json"]
+    assert f"{remote_run.scratch(memory_folder)} could not be published" in capsys.readouterr().err
+    with (
+        pytest.raises(UsageError, match="not a run folder"),
+        remote_run.working(memory_folder / "other", new=False),
+    ):
+        pass
+    assert len(scratch_files(tmp_path)) == 2, "too young"
+    monkeypatch.setattr(remote_run, "KEEP_DAYS", -1)
+    with remote_run.working(memory_folder / "third", new=True):
+        pass
+    assert scratch_files(tmp_path) == ["ledger.sqlite"]

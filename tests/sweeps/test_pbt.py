@@ -1,6 +1,7 @@
 """Population-based training: who takes over from whom, with which settings, and from which state. No Ray."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,8 @@ import pytest
 from ray_dfml.core import seeds
 from ray_dfml.errors import UsageError
 from ray_dfml.runtime import driver
-from ray_dfml.sweeps import pbt, plan, spec, trial
+from ray_dfml.runtime.rundir import RunFolder
+from ray_dfml.sweeps import pbt, plan, results, spec, trial
 from ray_dfml.sweeps.space import Axis
 from ray_dfml.sweeps.trial import Task
 from tests.runtime import toy
@@ -101,7 +103,7 @@ def test_a_member_goes_on_from_the_state_of_a_better_one(
     new = found[worse]
     assert new.name == f"000{worse}-seed0-from2"
     assert json.loads((folder / new.name / "manifest.json").read_text())["parent"] == {
-        "run": members[better].name, "round": 2,
+        "run": members[better].name, "round": 2, "queries": 0,
     }  # fmt: skip
     toy.assert_equal(toy.last_state(folder / new.name), toy.last_state(folder / members[better].name))
     for one in (new, found[better]):
@@ -133,3 +135,21 @@ def test_a_population_that_cannot_exchange(sweep_file: SweepFile, changes: dict,
     trials = plan.trials(sweep, [str(toy_pool)])
     with pytest.raises(UsageError, match=said):
         pbt.check(sweep, trials, driver.read_inputs(trials[0].config).world)
+
+
+def test_queries_that_were_taken_over_are_counted_once(
+    tmp_path: Path, sweep_file: SweepFile, toy_pool: Path, free_run: Path
+) -> None:
+    """The run that was left asked 30, the better one 50 and then 20 more, and the one that took over from it 40."""
+    sweep = spec.read(sweep_file(scheduler={"type": "pbt", "interval": 2, "resample": 0}))
+    members, folder = plan.trials(sweep, [str(toy_pool)]), tmp_path / "trials"
+    for one, sent, accuracy in zip(members, (30, 50), (20.0, 60.0), strict=True):
+        run = RunFolder(Path(shutil.copytree(free_run, folder / one.name)))
+        run.status(round=2, state="stopped", queries={"sent": sent})
+        rows = [json.dumps({"round": r, "validation": accuracy}) + "\n" for r in range(2)]
+        (run.path / "metrics.jsonl").write_text("".join(rows))
+    found = pbt.next_members(sweep, plan.axes(sweep, [str(toy_pool)]), members, folder, 2, [str(toy_pool)])
+    assert found[0].name == "0000-seed0-from2"
+    RunFolder(folder / found[0].name).status(queries={"sent": 90})
+    RunFolder(folder / found[1].name).status(queries={"sent": 70})
+    assert {row.number: row.queries for row in results.collect(found, folder)} == {0: 30 + 40, 1: 70}

@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from ray_dfml.config import ChoiceConfig
 from ray_dfml.errors import UsageError
 from ray_dfml.sweeps import plan, spec
 from ray_dfml.sweeps.space import Axis, axes_of, points
+from tests.runtime import toy
 
 LR = {"loguniform": [1e-4, 1e-1]}
 
@@ -163,3 +165,21 @@ def test_a_file_that_is_no_sweep(tmp_path: Path, text: str, said: str) -> None:
 def test_a_file_is_read_up_to_a_limit_whatever_size_it_says() -> None:
     with pytest.raises(UsageError, match="/dev/zero: larger than 1 MiB, so it is no sweep"):
         spec.read(Path("/dev/zero"))
+
+
+def test_a_key_that_is_given_twice_is_refused_in_one_line(tmp_path: Path, command: Callable[..., toy.Done]) -> None:
+    (tmp_path / "sweep.yaml").write_text("method: free\nseeds: 1\nspace: {}\nseeds: 2\n")
+    done = command("tune", tmp_path / "sweep.yaml", "--run-dir", tmp_path / "out")
+    assert (done.code, done.err.count("\n")) == (2, 1)
+    assert "the key 'seeds' is given twice" in done.err
+    assert "line 4" in done.err
+
+
+@pytest.mark.parametrize(
+    "words", [("s3://b/sweep.yaml", "--run-dir", "out"), ("sweep.yaml", "--run-dir", "s3://b/out")]
+)
+def test_sweeps_are_on_disks(words: tuple[str, ...], command: Callable[..., toy.Done]) -> None:
+    done = command("tune", *words)
+    assert (done.code, done.err.count("\n")) == (2, 1)
+    assert "s3://b/" in done.err
+    assert "a path on a disk is needed here" in done.err

@@ -1,6 +1,8 @@
 """A trial whose process died in the moment between two writes. No Ray."""
 
+import contextlib
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +10,7 @@ import pytest
 
 from ray_dfml.runtime import driver, watch
 from ray_dfml.runtime.rundir import RunFolder
-from ray_dfml.sweeps import trial
+from ray_dfml.sweeps import sweep, trial
 from ray_dfml.sweeps.trial import Task
 from tests.runtime import toy
 
@@ -47,3 +49,37 @@ def test_a_run_that_did_all_rounds_and_has_not_said_so_is_at_work(
     assert not trial.has_ended(task)
     trial.train(task, lambda _: True)
     assert trial.look(task.path).state == driver.TRAINED
+
+
+def test_a_winner_that_trains_on_for_its_test_keeps_the_rank_that_it_had(tmp_path: Path, free_run: Path) -> None:
+    """Others had no more rounds. Also if the sweep is killed while it trains on, and for ASHA, which is told again."""
+    path = Path(shutil.copytree(free_run, tmp_path / "run"))
+    run = RunFolder(path)
+    rows = [{"round": r, "validation": 50.0 + r} for r in range(6)]
+    (path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run.status(state="stopped", round=3)
+    task = Task(path=path, config=run.config().model_dump(mode="json"), machine=toy.LOCAL, label="", shown={})
+
+    def killed(*_: Any, **__: Any) -> None:
+        run.status(state="running", round=5)
+        raise KeyboardInterrupt
+
+    for goes_on in (killed, lambda *_, **__: run.status(state="done", round=6)):
+        with pytest.MonkeyPatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
+            patch.setattr(trial, "continue_run", goes_on)
+            trial.test(task)
+        assert trial.look(path).validation("free") == 52.0
+        assert trial.has_ended(task)
+        told: list[int] = []
+        trial.train(task, lambda row, told=told: told.append(row["round"]) or True)
+        assert told == [1, 2, 3]
+    assert trial.look(path).rounds == 6
+
+
+@pytest.mark.parametrize("name", ["0004-seed1", "0005-seed0"])
+def test_a_batch_has_begun_with_any_of_its_trials(tmp_path: Path, name: str) -> None:
+    (tmp_path / "trials" / ".0009.tmp").mkdir(parents=True)
+    (tmp_path / "trials" / "0003-seed0").mkdir()
+    assert not sweep._begun(tmp_path, 4)
+    (tmp_path / "trials" / name).mkdir()
+    assert sweep._begun(tmp_path, 4)
