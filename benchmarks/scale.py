@@ -5,9 +5,9 @@ Each node is a raylet of its own on this machine, with one processor and one sha
 first one. For each pool `ray-dfml train free` runs as a user would start it, on the disk that all nodes see, with eight
 teachers a round, and is watched from outside: private memory of its processes from /proc, what the driver's sockets
 carried from `ss`, the time of rounds and their parts from its log. Teachers are small Conv4 with random weights, since
-nothing here depends on what they know. Then all pools at once, with the same shards each, so that their rounds can be
-compared on a machine that does other work too; Ray's overhead, of rounds of so many jobs that compute nothing; and
-rounds in one process, in which the pools take turns, for their processor time.
+nothing here depends on what they know. Then four learners over the same shards, whose rounds take turns, so that
+their times can be compared on a machine that does other work too, and the same in one process, for its processor time;
+and Ray's overhead, of rounds of so many jobs that compute nothing.
 
 OUT gets `scale.json`; a picture goes to OUT/scale.png, and the tables to stdout. Exit code 1 if the memory of driver or
 learner grows by more than a tenth from 100 to 1,000 teachers.
@@ -39,7 +39,9 @@ from ray_dfml.core import seeds
 from ray_dfml.core.net import net
 from ray_dfml.data.pool import Pool
 from ray_dfml.runtime import driver
+from ray_dfml.runtime.cluster import Cluster as RunCluster
 from ray_dfml.runtime.dispatch import RayBackend, ShardActor
+from ray_dfml.runtime.driver import Machine, Session
 from ray_dfml.runtime.learning import CHECKPOINTS
 from ray_dfml.runtime.local import no_teachers
 from ray_dfml.runtime.shard import pin
@@ -138,7 +140,7 @@ def watched(run: Path, pool: Path, nodes: int, rounds: int, raylets: Sequence[in
         "memory": {name: statistics.median(values) for name, values in memory.items()},
         "sent": sum(sent for sent, _ in carried.values()),
         "received": sum(received for _, received in carried.values()),
-        "round": parts(run),
+        "round": parts(rows_of(run)),
         "driver share": json.loads((run / "status.json").read_text()).get("driver_share"),
         "actors": nodes + 1,
     }
@@ -156,21 +158,13 @@ def started(run: Path, pool: Path, workers: int, rounds: int) -> "subprocess.Pop
         )
 
 
-def at_once(out: Path, counts: Sequence[int], nodes: int, rounds: int) -> dict[str, dict[str, float]]:
-    """Median seconds of rounds and their parts by pool, while all pools are trained on at the same time.
-
-    Each has as many shards. Whatever else the machine does, it does to all of them alike.
-    """
-    commands = {n: started(out / f"at-once-{n}", out / f"pool-{n}", nodes // len(counts), rounds) for n in counts}
-    for n, command in commands.items():
-        if command.wait():
-            raise RuntimeError((out / f"at-once-{n}.log").read_text())
-    return {str(n): parts(out / f"at-once-{n}") for n in counts}
+def rows_of(run: Path) -> list[dict[str, Any]]:
+    """The metrics of the rounds of a run, without the first two."""
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()][2:]
 
 
-def parts(run: Path) -> dict[str, float]:
-    """Median seconds of the rounds of a run, and of their parts, without the first two rounds."""
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()][2:]
+def parts(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """Median seconds of rounds and of their parts."""
     keys = [key for key in rows[0] if key.startswith("seconds/")]
     return {key.partition("/")[2]: statistics.median(row.get(key, 0.0) for row in rows) for key in keys}
 
@@ -210,27 +204,34 @@ def overheads(counts: Sequence[int], nodes: int) -> dict[int, list[float]]:
     return found
 
 
-def in_turn(out: Path, counts: Sequence[int], rounds: int) -> dict[str, list[float]]:
-    """Processor seconds of rounds and their checkpoints in this process, by pool; the pools take turns.
+def in_turn(
+    out: Path, counts: Sequence[int], rounds: int, machine: Machine, cluster: RunCluster | None = None
+) -> dict[str, list[dict[str, Any]]]:
+    """The metrics of rounds by pool, with the processor seconds of this process; the pools take turns.
 
     Whatever else the machine does, it does to all of them alike. The first two rounds are left out.
     """
-    sessions = {}
-    for n in counts:
-        settings = [*SETTINGS, f"method.rounds={rounds}"]
-        config = resolve("free", settings=settings, pool=(str(out / f"pool-{n}"),), data=(f"folder:{out / 'images'}",))
-        folder = out / f"turn-{n}"
-        subprocess.run(["rm", "-rf", folder], check=True)
-        (folder / CHECKPOINTS).mkdir(parents=True)
-        sessions[n] = toy.LOCAL.session(config, driver.read_inputs(config), folder)
-        sessions[n].start()
-    found: dict[str, list[float]] = {str(n): [] for n in counts}
-    for r in range(rounds):
-        for n, session in sessions.items():
-            began = time.process_time()
-            session.save(r + 1, {"round": r} | session.call("round", r))
-            if r >= 2:
-                found[str(n)].append(time.process_time() - began)
+    sessions: dict[int, Session] = {}
+    found: dict[str, list[dict[str, Any]]] = {str(n): [] for n in counts}
+    try:
+        for n in counts:
+            pool, data = (str(out / f"pool-{n}"),), (f"folder:{out / 'images'}",)
+            config = resolve("free", settings=[*SETTINGS, f"method.rounds={rounds}"], pool=pool, data=data)
+            folder = out / f"turn-{n}"
+            subprocess.run(["rm", "-rf", folder], check=True)
+            (folder / CHECKPOINTS).mkdir(parents=True)
+            sessions[n] = machine.session(config, driver.read_inputs(config), folder, cluster)
+            sessions[n].start()
+        for r in range(rounds):
+            for n, session in sessions.items():
+                began = time.process_time()
+                row = {"round": r} | session.call("round", r)
+                session.save(r + 1, row)
+                if r >= 2:
+                    found[str(n)].append(row | {"processor": time.process_time() - began})
+    finally:
+        for session in sessions.values():
+            session.close()
     return found
 
 
@@ -267,13 +268,16 @@ def main() -> int:
         for n in given.teachers:
             results["runs"][str(n)] = watched(out / f"run-{n}", out / f"pool-{n}", given.nodes, given.rounds, raylets)
             print(json.dumps({n: results["runs"][str(n)]}), file=sys.stderr, flush=True)
-        results["at once"] = at_once(out, given.teachers, given.nodes, given.rounds)
         ray.init(address=cluster.address, log_to_driver=False, logging_level=logging.ERROR)
+        with Machine(workers=given.nodes).cluster(STORE_BYTES) as shards:
+            rows = in_turn(out, given.teachers, given.rounds, Machine(workers=given.nodes), shards)
+        results["in turn"] = {n: parts(found) for n, found in rows.items()}
         results["overhead"] = {str(n): times for n, times in overheads(given.teachers, given.nodes).items()}
         ray.shutdown()
     finally:
         cluster.shutdown()
-    results["in turn"] = in_turn(out, given.teachers, given.rounds)
+    alone = in_turn(out, given.teachers, given.rounds, toy.LOCAL)
+    results["processor"] = {n: [row["processor"] for row in found] for n, found in alone.items()}
     (out / "scale.json").write_text(json.dumps(results, indent=1))
     print(tables(results))
     plot(results, out / "scale.png")

@@ -25,8 +25,8 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def tables(results: dict[str, Any]) -> str:
     """What was measured, as tables."""
     runs = {f"{int(n):,}": one for n, one in results["runs"].items()}
-    at_once = {f"{int(n):,}": one for n, one in results["at once"].items()}
-    parts = list(next(iter(at_once.values())))
+    in_turn = {f"{int(n):,}": one for n, one in results["in turn"].items()}
+    parts = list(next(iter(in_turn.values())))
     memory = [
         [n, *(f"{one['memory'][key] / 1e6:.1f}" for key in MEMORY), *(f"{one[key] / 1e6:.1f}" for key in BYTES)]
         for n, one in runs.items()
@@ -35,7 +35,7 @@ def tables(results: dict[str, Any]) -> str:
         [n, *(f"{one['round'][part]:.3f}" for part in parts), *(f"{one[key]:.3f}" for key in ("driver share", *CPU))]
         for n, one in runs.items()
     ]
-    rounds = [[n, *(f"{one[part]:.3f}" for part in parts)] for n, one in at_once.items()]
+    rounds = [[n, *(f"{one[part]:.3f}" for part in parts)] for n, one in in_turn.items()]
     start = [[n, *(f"{one[key]:.1f}" for key in START)] for n, one in runs.items()]
     overhead = [
         [
@@ -46,12 +46,12 @@ def tables(results: dict[str, Any]) -> str:
     ]  # fmt: skip
     turns = [
         [f"{int(n):,}", f"{statistics.median(times):.3f}", f"{min(times):.3f} to {max(times):.3f}"]
-        for n, times in results["in turn"].items()
+        for n, times in results["processor"].items()
     ]
     return "\n\n".join(
         [
             table(["teachers", *MEMORY.values(), *BYTES.values()], memory),
-            table(["teachers, all at once", *(f"{part} s" for part in parts)], rounds),
+            table(["teachers, in turn", *(f"{part} s" for part in parts)], rounds),
             table(["teachers, alone", *(f"{part} s" for part in parts), "driver's share", *CPU.values()], alone),
             table(["teachers", *START.values()], start),
             table(["teachers", "round in one process, CPU s", "least to most s"], turns),
@@ -70,11 +70,11 @@ def plot(results: dict[str, Any], path: Path) -> None:
     for who in MEMORY:
         memory.plot(counts, [one["memory"][who] / 1e6 for one in runs.values()], marker="o", label=who)
     memory.set(title="private memory in rounds", ylabel="MB")
-    for part in next(iter(results["at once"].values())):
-        rounds.plot(counts, [one[part] for one in results["at once"].values()], marker="o", label=part)
-    middle = [statistics.median(times) for times in results["in turn"].values()]
+    for part in next(iter(results["in turn"].values())):
+        rounds.plot(counts, [one[part] for one in results["in turn"].values()], marker="o", label=part)
+    middle = [statistics.median(times) for times in results["processor"].values()]
     rounds.plot(counts, middle, marker="s", color="black", label="one process, processor time")
-    rounds.set(title="median time of a round of eight teachers, all pools at once", ylabel="s")
+    rounds.set(title="median time of a round of eight teachers, pools in turn", ylabel="s")
     for key, label in (("cpu, inputs", "pool and data read"), ("cpu, first round", "first round done")):
         start.plot(counts, [one[key] for one in runs.values()], marker="o", label=label)
     start.set(title="start-up: the driver's processor time", ylabel="s")

@@ -15,6 +15,7 @@ import shutil
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -107,16 +108,24 @@ def free_run(tmp_path_factory: pytest.TempPathFactory, toy_pool: Path, toy_data:
 
 
 @pytest.fixture(scope="session")
-def ray_cluster() -> Iterator[None]:
-    """One Ray with two logical CPUs for the session. Only what is started here is stopped."""
-    import ray
+def ray_cluster() -> Iterator[Any]:
+    """One Ray with two logical CPUs and a dashboard for the session, to which a test may add nodes.
 
-    ray.init(
-        address="local", num_cpus=2, include_dashboard=False, object_store_memory=200 * 2**20,
-        log_to_driver=False, logging_level=logging.ERROR,
-    )  # fmt: skip
-    yield
+    Its ports are free ones, also those that Ray would share with another one on this machine. Only what is started here
+    is stopped.
+    """
+    import ray
+    from ray.cluster_utils import Cluster
+
+    head = {
+        "num_cpus": 2, "object_store_memory": 200 * 2**20, "include_dashboard": True,
+        "dashboard_agent_listen_port": None,
+    }  # fmt: skip
+    cluster = Cluster(initialize_head=True, head_node_args=head)
+    ray.init(address=cluster.address, log_to_driver=False, logging_level=logging.ERROR)
+    yield cluster
     ray.shutdown()
+    cluster.shutdown()
 
 
 @pytest.fixture

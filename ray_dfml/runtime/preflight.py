@@ -169,8 +169,10 @@ def _each(names: Mapping[str, str], calls: Mapping[str, tuple[Any, ...]]) -> tup
             answers[id] = ray.get(ref, timeout=max(until - time.monotonic(), 0.1))
         except exceptions.GetTimeoutError:
             bad[id] = f"{names[id]} does not answer within {NODE_SECONDS:g} s; look at its log and its ports"
-        except exceptions.RayError as error:
+        except exceptions.RayTaskError as error:
             bad[id] = f"{names[id]}: {str(error).strip().splitlines()[-1]}"
+        except exceptions.RayError as error:  # Ray goes on with advice
+            bad[id] = f"{names[id]}: {str(error).strip().splitlines()[0].partition('. ')[0]}"
     return answers, bad
 
 

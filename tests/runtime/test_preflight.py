@@ -13,7 +13,7 @@ import pytest
 from ray_dfml.errors import ResourceError
 from ray_dfml.runtime import cluster, preflight
 from ray_dfml.runtime.preflight import Finding
-from ray_dfml.runtime.ray_environment import ray
+from ray_dfml.runtime.ray_environment import exceptions, ray
 from tests.runtime import toy
 
 Command = Callable[..., toy.Done]
@@ -136,35 +136,25 @@ def test_a_transfer_that_fails_is_one_line_also_where_nodes_share_a_name(monkeyp
     assert preflight._transfers(names) == ["fetching from node 10.0.0.11 (host): node 10.0.0.1 (host): lost"]
 
 
-@pytest.fixture
-def second_node(ray_cluster: None) -> Iterator[str]:
-    """The address of a node that joins the session's Ray, and leaves it again."""
-    from ray._private.node import Node
-    from ray._private.parameter import RayParams
+def test_a_node_that_is_gone_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    def get(*_: object, **__: object) -> None:
+        raise exceptions.NodeDiedError("Task failed because the node is dead. Node IP: 10.0.0.2, use `ray list nodes`.")
 
-    address = "127.0.0.2"
-    params = RayParams(
-        gcs_address=ray.get_runtime_context().gcs_address, num_cpus=1, num_gpus=0, node_ip_address=address,
-        object_store_memory=80 * 2**20, min_worker_port=0, max_worker_port=0, node_manager_port=0,
-        include_log_monitor=False,
+    monkeypatch.setattr(preflight, "_on", lambda *_: None)
+    monkeypatch.setattr(preflight.ray, "get", get)
+    assert preflight._each({"a": "node a"}, {"a": (len, "")}) == (
+        {}, {"a": "node a: Task failed because the node is dead"},
     )  # fmt: skip
-    node = Node(params, head=False, spawn_reaper=False)
-    try:
-        until(lambda: len(living()) == 2)
-        yield address
-    finally:
-        node.kill_all_processes(check_alive=False, allow_graceful=True, wait=True)
-        until(lambda: len(living()) == 1)
 
 
-def living() -> list[str]:
-    """The addresses of the nodes that live."""
-    return [node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]]
-
-
-def until(true: Callable[[], bool]) -> None:
-    """Wait; the limit of the test's own time ends it."""
-    while not true():
+@pytest.fixture
+def second_node(ray_cluster: Any) -> Iterator[str]:
+    """The address of a node that joins the session's Ray, and leaves it again."""
+    address = "127.0.0.2"
+    node = ray_cluster.add_node(num_cpus=1, node_ip_address=address, object_store_memory=80 * 2**20)
+    yield address
+    ray_cluster.remove_node(node)
+    while sum(node["Alive"] for node in ray.nodes()) > 1:
         time.sleep(0.05)
 
 
