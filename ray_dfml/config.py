@@ -14,11 +14,11 @@ from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationErr
 from ray_dfml import yaml_text
 from ray_dfml.core.backbones import known_arch
 from ray_dfml.core.inner_loop import Head
-from ray_dfml.data import specs
+from ray_dfml.data import quarantine, specs
 from ray_dfml.data.pretrain import PretrainConfig
 from ray_dfml.errors import UsageError, did_you_mean
 from ray_dfml.evaluate import EvalConfig
-from ray_dfml.files import located
+from ray_dfml.files import located, resolved
 from ray_dfml.methods import METHODS, no_pool
 from ray_dfml.methods import start as start_of
 from ray_dfml.methods.base import MethodConfig
@@ -75,6 +75,9 @@ class ChoiceConfig(BaseModel):
     limit: int | None = Field(default=None, ge=1, description="How many teachers are used, drawn by the run's seed.")
     min_accuracy: float | None = Field(
         default=None, ge=0, le=100, description="Lowest reported accuracy in percent of a teacher that is used."
+    )
+    without: tuple[str, ...] = Field(
+        default=(), description="Ids of teachers that are left out, or the file of a list of them (.yaml)."
     )
     fraction_poisoned: float = Field(
         default=0.0, ge=0, le=1, description="Share of the used teachers whose weights are shuffled, drawn by the seed."
@@ -189,6 +192,8 @@ def resolve(
                     f"--set {text}: name pools with --pool; pool.* is {', '.join(ChoiceConfig.model_fields)}"
                 )
             path = ["choice", *path[1:]]
+            if path[1] == "without" and isinstance(value, str) and value.endswith(quarantine.SUFFIXES):
+                value = list(quarantine.read(resolved(value)))
         value = _listed({"method": METHODS[name].Config, "start": no_pool.Config}.get(path[0], RunConfig), path, value)
         for key in reversed(path):
             value = {key: value}

@@ -48,7 +48,7 @@ def test_the_documents_are_there() -> None:
     """Nothing else in `docs`: what a page says is held to the code in tests/test_readme.py."""
     assert {path.name for path in (ROOT / "docs").iterdir()} == {
         "architecture.md", "inputs.md", "methods.md", "methods_purer_bidf.md", "methods_black_box.md",
-        "methods_ideal.md", "services.md", "storage.md", "sweeps.md", "own_models.md",
+        "methods_ideal.md", "doctor.md", "services.md", "storage.md", "sweeps.md", "own_models.md",
         "training.md", "run_folder.md", "cluster.md", "results.md",
         "SECURITY.md", "CONTRIBUTING.md", "CHANGELOG.md",
     }  # fmt: skip

@@ -9,7 +9,7 @@ from typing import Any
 import click
 from click.shell_completion import CompletionItem
 
-from ray_dfml.errors import ResourceError
+from ray_dfml.errors import ResourceError, UsageError
 from ray_dfml.files import Uri, located, resolved
 from ray_dfml.runtime import host
 
@@ -92,6 +92,12 @@ def gpus_per_worker(function: Callable[..., Any]) -> Callable[..., Any]:
         "--gpus-per-worker", type=SHARE, default=0.0, show_default=True,
         help="Part of a GPU for each shard, such as 1/4: of its time, and at most so much of its memory.",
     )(function)  # fmt: skip
+
+
+def check_out(option: str, file: Path | None) -> None:
+    """Raise UsageError if a file that is about to be written is a folder, or would be in a folder that is not there."""
+    if file is not None and (file.is_dir() or not file.parent.is_dir()):
+        raise UsageError(f"{option} {file}: a folder, or in a folder that does not exist; name a file in one that does")
 
 
 def print_json(value: Any) -> None:

@@ -10,6 +10,7 @@ import yaml
 from ray_dfml import yaml_text
 from ray_dfml.cli import options
 from ray_dfml.data.services import Adapter, Terms
+from ray_dfml.data.weights_file import write_bytes
 from ray_dfml.errors import RejectedError, UsageError
 from ray_dfml.files import Uri
 from ray_dfml.types import LEVELS, Access
@@ -206,28 +207,56 @@ def _numbers(option: str, text: str | None) -> list[float] | None:
         raise UsageError(f"{option} {text}: expected numbers with commas, such as 0.5,0.5,0.5") from None
 
 
-@pool.command(epilog="\b\nExample:\n  ray-dfml pool check pools/mine")
+CHECK = """\b
+Example:
+  ray-dfml pool check pools/mine --html pool.html
+  ray-dfml pool check pools/mine --quarantine out.yaml
+  ray-dfml train free --pool pools/mine --set pool.without=out.yaml --run-dir runs/free
+"""
+
+
+@pool.command(epilog=CHECK)
 @click.argument("path", metavar="POOL", type=options.PLACE)
+@click.option("--html", metavar="FILE", type=options.PATH, help="Also write a page about the pool; replaces FILE.")
+@click.option(
+    "--quarantine", metavar="FILE", type=options.PATH,
+    help="Also write the teachers that should be left out, with the evidence, for --set pool.without=FILE.",
+)  # fmt: skip
 @click.option("--ask", is_flag=True, help="Also ask each service about one image, which is charged.")
 @options.as_json
-def check(path: Path | Uri, ask: bool, json_out: bool) -> int:
-    """Load and run each teacher once, and print one line for each. The exit code is 3 if any is rejected.
+def check(path: Path | Uri, html: Path | None, quarantine: Path | None, ask: bool, json_out: bool) -> int:
+    """Load and run each teacher, print one line for each, then what was found about them without any data.
 
-    A service is asked only with --ask.
+    The exit code is 3 if any is rejected. Warnings and notes are for the reader to weigh. A service is asked only with
+    --ask.
     """
+    from ray_dfml.data import quarantine as lists
     from ray_dfml.data.pool import Pool
+    from ray_dfml.doctor.examine import examine
+    from ray_dfml.doctor.page import page
 
+    for option, file in (("--html", html), ("--quarantine", quarantine)):
+        options.check_out(option, file)
     found = Pool.open(path)
     rows = found.check()
     if ask:
         from ray_dfml.services.members import check_service
 
         rows = [check_service(found, row["id"]) if found.entry(row["id"]).api else row for row in rows]
+    seen = examine(found, rows)
+    if html is not None:
+        write_bytes(html, page(seen).encode())
+        options.say(f"wrote {html}")
+    if quarantine is not None:
+        write_bytes(quarantine, lists.text(seen.leave_out(), f"ray-dfml pool check {path}").encode())
+        options.say(f"wrote {quarantine}: {len(seen.leave_out())} of {len(rows)} teachers")
     if json_out:
-        options.print_json(rows)
+        options.print_json([row | {"findings": [one.tree() for one in seen.of(row["id"])]} for row in rows])
     else:
         for row in rows:
             click.echo(f"{row['id']:<32} {'ok' if row['ok'] else 'REJECTED'}  {row['reason']}".rstrip())
+        for line in ["", *(one.line() for one in seen.findings)] if rows else []:
+            click.echo(line)
     if not rows:
         raise RejectedError(f"{path}: the pool holds no teacher; add one with `ray-dfml pool add`")
-    return 0 if all(row["ok"] for row in rows) else 3
+    return 3 if seen.unusable else 0

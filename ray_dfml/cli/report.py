@@ -28,8 +28,7 @@ def report_runs(runs: tuple[Path | Uri, ...], out: Path | None, json_out: bool) 
     if out is not None:
         if out.suffix.lower() not in tables.FORMATS:
             raise UsageError(f"--out {out}: name a file that ends in {', '.join(tables.FORMATS)}")
-        if out.is_dir() or not out.parent.is_dir():
-            raise UsageError(f"--out {out}: a folder, or in a folder that does not exist; name a file in one that does")
+        options.check_out("--out", out)
         form = tables.FORMATS[out.suffix.lower()]
     found = compare(runs)
     if out is not None:

@@ -18,10 +18,20 @@ Members = Mapping[str, tuple[Entry, Pool]]
 def chosen(members: Members, cfg: ChoiceConfig, seed: int) -> tuple[Members, list[str]]:
     """The teachers that a run uses, in the order of `members`, and lines about those that it leaves out.
 
-    Teachers below `min_accuracy`, and those of unknown accuracy, go first. Of the others the first `limit` of a random
-    order stay, so that a smaller limit gives a subset of a larger one. Raises UsageError if too few are there.
+    Those of `without` go first, then teachers below `min_accuracy` and those of unknown accuracy. Of the others the
+    first `limit` of a random order stay, so that a smaller limit gives a subset of a larger one. A teacher of several
+    pools is named by its id in the run, `N:ID`, or by its id in its pool. Raises UsageError if too few are there.
     """
     notes: list[str] = []
+    if cfg.without:
+        named = {id: {id, entry.id} & set(cfg.without) for id, (entry, _) in members.items()}
+        out = [id for id, names in named.items() if names]
+        if len(out) == len(members):
+            raise UsageError("pool.without: every usable teacher is left out; keep one")
+        unknown = sorted(set(cfg.without).difference(*named.values()))
+        notes += [f"pool.without leaves out {len(out)} teachers: {first_of(out)}"] if out else []
+        notes += [f"pool.without names no usable teacher by {first_of(unknown)}"] if unknown else []
+        members = {id: member for id, member in members.items() if not named[id]}
     if cfg.min_accuracy is not None:
         good = {id: one for id, one in members.items() if (one[0].accuracy.reported or 0.0) >= cfg.min_accuracy}
         weak = [id for id in members if id not in good]

@@ -83,7 +83,7 @@ def test_pool_build_check_and_resume(tmp_path: Path, toy_data: str, command: Com
     assert len(after) == 3
     assert before.items() <= after.items()
     rows = json.loads(command("pool", "check", tmp_path / "pool", "--json").out)
-    assert [(row["ok"], set(row)) for row in rows] == [(True, {"id", "ok", "reason"})] * 3
+    assert [(row["ok"], set(row)) for row in rows] == [(True, {"id", "ok", "reason", "findings"})] * 3
     assert command("pool", "build", *words, "--models", 3).code == 2
 
 
@@ -96,7 +96,9 @@ def test_pool_check_names_the_damaged_teacher(tmp_path: Path, toy_pool: Path, co
     assert "NaN" in rows[id]["reason"]
     plain = command("pool", "check", tmp_path / "pool")
     assert plain.code == 3
-    assert [line.split()[1] for line in plain.out.splitlines()] == ["ok", "REJECTED", "ok", "ok"]
+    teachers, findings = plain.out.split("\n\n")
+    assert [line.split()[1] for line in teachers.splitlines()] == ["ok", "REJECTED", "ok", "ok"]
+    assert findings.startswith(f"error    {id}: ")
 
 
 def test_pool_add(tmp_path: Path, command: Command) -> None:

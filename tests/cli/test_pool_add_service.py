@@ -155,7 +155,9 @@ def test_a_check_asks_a_service_only_if_told(tmp_path: Path, server: FaultyServi
     assert "m                                ok  a service, which was not asked" in quiet.out
     asked = command("pool", "check", pool.path, "--ask", "--json")
     assert (asked.code, server.received) == (0, 2)
-    assert json.loads(asked.out)[2] == {"id": "m", "ok": True, "reason": "asked 1 image, cost 0.5"}
+    row = json.loads(asked.out)[2]
+    assert [one["kind"] for one in row.pop("findings")] == ["service"]
+    assert row == {"id": "m", "ok": True, "reason": "asked 1 image, cost 0.5"}
     server.faults = iter(["nan"])
     bad = command("pool", "check", pool.path, "--ask")
     assert (bad.code, server.received) == (3, 3)

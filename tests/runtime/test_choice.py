@@ -64,7 +64,7 @@ def test_a_share_of_the_teachers_has_shuffled_weights(toy_pool: Path) -> None:
     [
         ("pool.limits=3", r"unknown key pool.limits \(did you mean 'limit'\?\)"),
         ("pool.fraction_poisoned=2", "pool.fraction_poisoned: input should be less than or equal to 1"),
-        ("pool=3", "name pools with --pool; pool.* is limit, min_accuracy, fraction_poisoned"),
+        ("pool=3", "name pools with --pool; pool.* is limit, min_accuracy, without, fraction_poisoned"),
     ],
 )
 def test_a_setting_that_is_none(text: str, said: str) -> None:
