@@ -124,7 +124,7 @@ def shared(cfg: EvalConfig, weights: LearnerWeights, *, reading: str, images: An
 
 
 def evaluate(shard: Shard, jobs: Sequence[Job], shared: Arrays) -> list[Arrays]:
-    """The `evaluate` op: the accuracies in percent of the episodes of each job.
+    """The `evaluate` op: of the episodes of each job the accuracies in percent, and the ways `predicted` [e q].
 
     The reading `finetune` adapts to the support. `direct` takes output unit c for way c and ignores the support.
     `assign` matches output units to ways by the support's log-probabilities. The last two use the running statistics of
@@ -151,8 +151,9 @@ def evaluate(shard: Shard, jobs: Sequence[Job], shared: Arrays) -> list[Arrays]:
             answers = _finetuned(weights, supports, labels, queries, bn=shared["bn"], icfil=icfil, seeds=at)
         else:
             answers = _read(weights, supports, labels, queries, assign=shared["reading"] == "assign")
-        found = [100.0 * float((logits.argmax(-1) == wanted).float().mean()) for logits in answers]
-        out.append({"accuracies": np.array(found)})
+        predicted = [logits.argmax(-1) for logits in answers]
+        found = [100.0 * float((ways == wanted).float().mean()) for ways in predicted]
+        out.append({"accuracies": np.array(found), "predicted": torch.stack(predicted).cpu().numpy()})
     return out
 
 

@@ -6,9 +6,9 @@ Nothing in it is a real image. The gallery is a part of the state of a run, and 
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import safetensors
@@ -32,6 +32,8 @@ SIDE = 64
 
 FILE_BYTES = 8 << 20
 """Largest file that is read."""
+
+T = TypeVar("T")
 
 Gallery = dict[str, dict[str, Any]]
 """`latest` and `course`: key of a class -> its images [n c h w] and what is known of each."""
@@ -59,14 +61,15 @@ def _key(one: Seen) -> str:
 
 
 def _entry(one: Seen, rows: slice, r: int) -> dict[str, Any]:
-    images = _small(one.images[rows])
+    images = small(one.images[rows])
     return {
         "kind": one.kind, "teacher": one.teacher, "class": one.name, "images": images, "said": list(one.said[rows]),
         "confidence": np.array(one.confidence[rows], np.float32), "round": np.full(len(images), r, np.int64),
     }  # fmt: skip
 
 
-def _small(images: np.ndarray) -> np.ndarray:
+def small(images: np.ndarray) -> np.ndarray:
+    """Images [n c h w] with a height and a width of at most SIDE."""
     channels, height, width = images.shape[1:]
     if max(height, width) <= SIDE:
         return images
@@ -117,7 +120,7 @@ def to_file(gallery: Mapping[str, Any]) -> bytes:
             said[part].append(
                 shown | {"tensor": name, "confidence": confidence, "round": entry["round"].tolist()}
             )  # fmt: skip
-    return safetensors.numpy.save(tensors, {"gallery": json.dumps(said)})
+    return packed(tensors, said)
 
 
 def read(path: Path) -> dict[str, list[dict[str, Any]]]:
@@ -125,21 +128,39 @@ def read(path: Path) -> dict[str, list[dict[str, Any]]]:
 
     Raises RejectedError for another file.
     """
+    return unpacked(path, lambda said, images: {
+        part: [_read(entry, images(entry["tensor"])) for entry in said[part]] for part in ("latest", "course")
+    })  # fmt: skip
+
+
+def packed(tensors: Mapping[str, np.ndarray], said: Mapping[str, Any]) -> bytes:
+    """Images by name, and a description of them, as the content of a file that `unpacked` reads."""
+    return safetensors.numpy.save(dict(tensors), {"gallery": json.dumps(said)})
+
+
+def unpacked(path: Path, read: Callable[[Any, Callable[[str], np.ndarray]], T]) -> T:
+    """What `read` makes of the description in a file, and of a function that gives the images of a name.
+
+    Raises RejectedError if it cannot, or if the file is too large; images are uint8 [n c h w] of 1 or 3 channels.
+    """
     try:
         if path.stat().st_size > FILE_BYTES:
             raise ValueError(f"it has more than {FILE_BYTES} bytes")
         with safetensors.safe_open(path, "np") as file:
-            said = json.loads((file.metadata() or {})["gallery"])
-            return {part: [_read(entry, file) for entry in said[part]] for part in ("latest", "course")}
+
+            def images(name: str) -> np.ndarray:
+                found = file.get_tensor(name)
+                if found.dtype != np.uint8 or found.ndim != 4 or found.shape[1] not in (1, 3) or 0 in found.shape:
+                    raise ValueError(f"{name} holds no images")
+                return found
+
+            return read(json.loads((file.metadata() or {})["gallery"]), images)
     except Exception as error:
         why = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise RejectedError(f"{path}: not a gallery of images ({why}); remove it to report without it") from None
 
 
-def _read(entry: Mapping[str, Any], file: Any) -> dict[str, Any]:
-    images = file.get_tensor(entry["tensor"])
-    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1] not in (1, 3) or 0 in images.shape:
-        raise ValueError(f"{entry['tensor']} holds no images")
+def _read(entry: Mapping[str, Any], images: np.ndarray) -> dict[str, Any]:
     if {len(entry[name]) for name in ("said", "confidence", "round")} != {len(images)}:
         raise ValueError(f"{entry['tensor']} and its description have different lengths")
     found = {name: str(entry[name]) for name in ("kind", "teacher", "class")}

@@ -20,7 +20,7 @@ from ray_dfml.errors import DfmlError, NobodyLeft, RejectedError, shown_reason
 from ray_dfml.methods import METHODS, UNTRAINED, start
 from ray_dfml.methods.base import Metrics, Send, State, Student, World, learner_weights
 from ray_dfml.methods.baselines import untrained
-from ray_dfml.scorer import Part, accuracies
+from ray_dfml.scorer import Part, accuracies, predictions
 from ray_dfml.types import Arrays, Backend, Job, Labelled, LearnerWeights
 
 KEYS = {"val": "best", "test-best": "test_best"}
@@ -182,11 +182,20 @@ class Trainer:
 
     def score(self, part: Part) -> np.ndarray:
         """Accuracies in percent of a part, whose weights must be among `candidates`."""
+        weights, images = self._of(part)
+        return accuracies(self._backend, self.config.eval, weights, part, images, way=self._world.way)
+
+    def predicted(self, part: Part) -> np.ndarray:
+        """The ways int64 [episodes, queries] that the weights of a part predict. They must be among `candidates`."""
+        weights, images = self._of(part)
+        return predictions(self._backend, self.config.eval, weights, part, images, way=self._world.way)
+
+    def _of(self, part: Part) -> tuple[LearnerWeights, Labelled]:
         of = part.episodes
         if of.weights not in self._known:
             self.candidates()
         (images,) = [one for one in self._sets if (one.data, one.split) == (of.data, of.split)]
-        return accuracies(self._backend, self.config.eval, self._known[of.weights], part, images, way=self._world.way)
+        return self._known[of.weights], images
 
     def keep(self, selection: str, accuracy: float, r: int) -> None:
         """Keep the last weights, those of round `r`, for a selection if their accuracy is higher than the kept one.
@@ -214,13 +223,20 @@ class Trainer:
 
     def top1(self, id: str, fresh: bool, data: str, split: str, start: int, stop: int) -> np.ndarray:
         """Whether a student is right about images start..stop-1 of those in a data set whose class it knows: bool."""
+        return self._asked("right", id, fresh, data, split, slice(start, stop))
+
+    def said(self, id: str, data: str, split: str, places: np.ndarray) -> np.ndarray:
+        """The outputs int64 that a student gives to some of the images in a data set whose class it knows."""
+        return self._asked("said", id, False, data, split, places)
+
+    def _asked(self, name: str, id: str, fresh: bool, data: str, split: str, places: slice | np.ndarray) -> np.ndarray:
         (card,) = [card for card in self._world.cards if card.id == id]
         wanted = (data, split, card.image.shape)
         (of,) = [one for one in self._sets if (one.data, one.split, one.shape) == wanted]
         rows, wanted = top1.rows_known(of, card.classes)
         shared = top1.shared(self.student(id, fresh=fresh), of.images)
-        found = self._backend.map("top1", top1.jobs(rows[start:stop], wanted[start:stop]), shared)
-        return np.concatenate([result["right"] for result in found])
+        found = self._backend.map("top1", top1.jobs(rows[places], wanted[places]), shared)
+        return np.concatenate([result[name] for result in found])
 
     def _students(self, state: State) -> Mapping[str, Student]:
         assert self.method.students is not None

@@ -83,6 +83,19 @@ def accuracies(
     backend: Backend, cfg: EvalConfig, weights: LearnerWeights, part: Part, images: Labelled, *, way: int
 ) -> np.ndarray:
     """The answer to a part: accuracies in percent [stop - start]. Raises DfmlError if one of its jobs fails."""
+    return _answers("accuracies", backend, cfg, weights, part, images, way)
+
+
+def predictions(
+    backend: Backend, cfg: EvalConfig, weights: LearnerWeights, part: Part, images: Labelled, *, way: int
+) -> np.ndarray:
+    """The ways int64 [stop - start, queries] that a part predicts. Raises DfmlError if one of its jobs fails."""
+    return _answers("predicted", backend, cfg, weights, part, images, way)
+
+
+def _answers(
+    name: str, backend: Backend, cfg: EvalConfig, weights: LearnerWeights, part: Part, images: Labelled, way: int
+) -> np.ndarray:
     of = part.episodes
     shared = evaluate.shared(
         cfg, replace(weights, lr=of.lr), reading=of.reading, images=images.images, labels=images.labels
@@ -92,7 +105,7 @@ def accuracies(
     for result in results:
         if "rejected" in result:
             raise DfmlError(f"evaluation failed: {result['rejected']}")
-    return np.concatenate([result["accuracies"] for result in results])
+    return np.concatenate([result[name] for result in results])
 
 
 class Scorer:

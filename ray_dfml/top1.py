@@ -74,7 +74,7 @@ def shared(weights: LearnerWeights, images: Any) -> Arrays:
 
 @torch.no_grad()
 def top1(shard: Shard, jobs: Sequence[Job], shared: Arrays) -> list[Arrays]:
-    """The `top1` op: for each image of a job's `rows`, whether the best output is the one in `wanted`: bool [n].
+    """The `top1` op: for each image of a job's `rows` the best output `said`, and whether it is the one in `wanted`.
 
     Batch norm uses the running statistics of the weights. The images have the size that the classifier takes.
     """
@@ -85,5 +85,6 @@ def top1(shard: Shard, jobs: Sequence[Job], shared: Arrays) -> list[Arrays]:
     for job in jobs:
         pixels = to_pixels(shared["images"][job.values["rows"]], device)
         logits = weights.net(theta, normalise(pixels, mean, std), stats, first_order=True)
-        results.append({"right": logits.argmax(-1).cpu().numpy() == job.values["wanted"]})
+        said = logits.argmax(-1).cpu().numpy()
+        results.append({"said": said, "right": said == job.values["wanted"]})
     return results

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ray_dfml import gallery
+from ray_dfml import examples, gallery
+from ray_dfml.errors import RejectedError
 from ray_dfml.report.record import Record
 
 KINDS = {
@@ -79,3 +80,53 @@ def _shown(entry: Mapping[str, Any]) -> dict[str, Any]:
             "round": r,
         })  # fmt: skip
     return {"name": short(name), "teacher": entry["teacher"], "round": entry["round"][-1], "images": images}
+
+
+def tests(record: Record) -> list[dict[str, Any]]:
+    """Examples of the test: images of the best and worst episode or of a student's answers, and confused classes.
+
+    There are none if the run has none. Raises RejectedError for a file that holds no examples.
+    """
+    path = record.path / examples.FILE
+    found = examples.read(path) if path.is_file() else []
+    try:
+        return [
+            one | {"data": str(one["data"]).partition("@")[0], "parts": [_part(part) for part in one["parts"]]}
+            | {"confusions": _confusions(one["confusions"])}
+            for one in found
+        ]  # fmt: skip
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+        raise RejectedError(f"{path}: not examples of a test ({error}); remove it to report without it") from None
+
+
+def _part(part: Mapping[str, Any]) -> dict[str, Any]:
+    """Rows of images, class after class, of an episode or of a student's answers."""
+    classes, support = [short(name) for name in part["classes"]], part.get("support", ())
+    rows = []
+    for c, name in enumerate(classes):
+        places = [i for i, label in enumerate(part["labels"]) if label == c]
+        shown = [_example(part["query"][i], name, _name(classes, part["predicted"][i])) for i in places]
+        given = [{"uri": uri(support[c]), "alt": f"support image of {name}"}] if c < len(support) else []
+        if shown or given:
+            rows.append({"name": name, "support": given, "images": shown})
+    return {"which": part["which"], "accuracy": part.get("accuracy"), "number": part.get("number"), "rows": rows}
+
+
+def _name(classes: Sequence[str], place: int) -> str:
+    return classes[place] if 0 <= place < len(classes) else "a class that is not shown"
+
+
+def _example(image: np.ndarray, name: str, said: str) -> dict[str, Any]:
+    return {"uri": uri(image), "alt": f"{name}, taken for {said}", "right": name == said, "said": said}
+
+
+def _confusions(found: Mapping[str, Any]) -> dict[str, Any]:
+    pairs = [
+        {"name": short(one["class"]), "said": short(one["said"]), "count": int(one["count"]), "of": int(one["of"])}
+        for one in found["pairs"]
+    ]
+    matrix = found["matrix"] and {
+        "names": [short(name) for name in found["matrix"]["names"]],
+        "shares": [[None if one is None else float(one) for one in row] for row in found["matrix"]["shares"]],
+    }
+    return {"pairs": pairs, "classes": int(found["classes"]), "matrix": matrix}

@@ -9,7 +9,7 @@ from ray_dfml.data.pool import Pool
 from ray_dfml.errors import DfmlError, RejectedError
 from ray_dfml.plots import number
 from ray_dfml.report.answer import answer
-from ray_dfml.report.pictures import galleries
+from ray_dfml.report.pictures import galleries, tests
 from ray_dfml.report.record import SPENT, Record, dicts
 from ray_dfml.report.scores import table
 
@@ -108,6 +108,7 @@ def values(record: Record) -> dict[str, Any]:
         "table": rows,
         "answer": answer(record, rows),
         "galleries": galleries(record),
+        "tests": tests(record),
         "stages": [(name, _duration(seconds), 100 * seconds / total) for name, seconds in spent.items()],
         "unread": record.unread,
         "queries": _queries(record),

@@ -1,18 +1,25 @@
 """The driver's side of validation and test: it asks the learner for accuracies, and decides what to keep and export."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ray_dfml import learner
+import numpy as np
+
+from ray_dfml import examples, learner
 from ray_dfml.config import RunConfig
+from ray_dfml.data import weights_file
 from ray_dfml.errors import DfmlError
+from ray_dfml.evaluate import EPISODES_PER_JOB
 from ray_dfml.methods import METHODS, UNTRAINED
 from ray_dfml.runtime.inputs import Inputs
 from ray_dfml.runtime.progress import Progress
-from ray_dfml.scorer import Entry, Scorer, Step
+from ray_dfml.scorer import Entry, Episodes, Part, Scorer, Step
 from ray_dfml.types import Score
+
+LOOKED = 100
+"""How many test episodes are done again, to see which classes are confused. A multiple of EPISODES_PER_JOB."""
 
 Call = Callable[..., Any]
 """(name of a method of `Trainer`, *arguments) -> its result, wherever the trainer is."""
@@ -28,6 +35,7 @@ class Assessment:
     def __init__(self, config: RunConfig, inputs: Inputs, call: Call, progress: Progress, *, shards: int) -> None:
         sets = {split: [(one.data, split) for one in inputs.sets if one.split == split] for split in ("val", "test")}
         self._config, self._call, self._progress = config, call, progress
+        self._sets, self._way = inputs.sets, inputs.world.way
         self._readings = METHODS[config.name].readings
         self._scorer = Scorer(
             config.eval, way=inputs.world.way, head=inputs.world.head, val=sets["val"], test=sets["test"],
@@ -71,7 +79,35 @@ class Assessment:
                 folder, replace(chosen, lr=self._scorer.step(chosen.digest)), method=config.name, bn=config.eval.bn,
                 selection=selection, profile=config.profile, seed=config.seed,
             )  # fmt: skip
-            return self._scorer.test(entries), self._scorer.steps(entries)
+            scores = self._scorer.test(entries)
+            if scores:
+                self._show(folder, selection, chosen.digest, scores)
+            return scores, self._scorer.steps(entries)
+
+    def _show(self, folder: Path, selection: str, weights: str, scores: Sequence[Score]) -> None:
+        """Write examples of the test of the exported weights, at the smallest shot: `examples.of_episodes`."""
+        cfg, reading = self._config.eval, self._readings[-1]
+        name = self._config.name + (f"-{reading}" if len(self._readings) > 1 else "")
+        shot, (of, *_) = min(cfg.shots), [one for one in self._sets if one.split == "test"]
+        (score,) = [one for one in scores if (one.method, one.selection, one.data, one.shot)
+                    == (name, selection, of.data, shot)]  # fmt: skip
+        found = score.accuracies
+        best, worst = int(np.argmax(found)), int(np.argmin(found))
+        starts = {0} | {i // EPISODES_PER_JOB * EPISODES_PER_JOB for i in (best, worst) if i >= LOOKED}
+        asked = Episodes(
+            weights=weights, reading=reading, data=of.data, split=of.split, shot=shot,
+            lr=self._scorer.step(weights, of.data) if reading == "finetune" else cfg.lr,
+        )  # fmt: skip
+        predicted = {}
+        for start in sorted(starts):
+            stop = min(start + (EPISODES_PER_JOB if start else LOOKED), len(found))
+            ways = self._call("predicted", Part(episodes=asked, start=start, stop=stop))
+            predicted |= dict(zip(range(start, stop), ways, strict=True))
+        example = examples.of_episodes(
+            cfg, of, way=self._way, shot=shot, predicted=predicted,
+            shown={"best": (best, float(found[best])), "worst": (worst, float(found[worst]))},
+        )  # fmt: skip
+        weights_file.write_bytes(folder / examples.FILE, examples.to_file([example]))
 
     def _entries(self, candidates: Mapping[str, str]) -> list[Entry]:
         """What is tested: the weights selected on validation, the last ones, those best on test if asked, `random`."""

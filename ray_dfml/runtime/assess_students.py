@@ -6,13 +6,19 @@ from typing import Any
 
 import numpy as np
 
-from ray_dfml import student, top1
+from ray_dfml import examples, student, top1
 from ray_dfml.config import RunConfig
+from ray_dfml.data import weights_file
 from ray_dfml.methods import UNTRAINED
 from ray_dfml.runtime.inputs import Inputs
 from ray_dfml.runtime.progress import Progress
 from ray_dfml.scorer import Step
 from ray_dfml.types import Labelled, Score, TeacherCard
+
+STUDENTS = 3
+"""Of how many students examples are shown."""
+LOOKED = 2000
+"""About how many images a student is asked again, to see which classes it confuses; they are spread over the data."""
 
 Call = Callable[..., Any]
 """(name of a method of `Trainer`, *arguments) -> its result, wherever the trainer is."""
@@ -53,7 +59,17 @@ class StudentAssessment:
             )  # fmt: skip
         asked = [pair for pair in self._pairs("test") if pair[0].id in queries]
         with self._progress.stage("test", 2 * sum(self._size(card, of) for card, of in asked)):
-            return [self._score(card, of, fresh=fresh) for fresh in (False, True) for card, of in asked], []
+            scores = [self._score(card, of, fresh=fresh) for fresh in (False, True) for card, of in asked]
+            if asked:
+                shown = [self._example(card, of) for card, of in asked[:STUDENTS]]
+                weights_file.write_bytes(folder / examples.FILE, examples.to_file(shown))
+            return scores, []
+
+    def _example(self, card: TeacherCard, of: Labelled) -> examples.Example:
+        rows, wanted = top1.rows_known(of, card.classes)
+        places = np.unique(np.linspace(0, len(rows) - 1, min(LOOKED, len(rows))).round().astype(int))
+        said = self._call("said", card.id, of.data, of.split, places)
+        return examples.of_student(of, card.id, card.classes, rows[places], wanted[places], said)
 
     def _pairs(self, split: str) -> Iterator[tuple[TeacherCard, Labelled]]:
         """Each teacher with each data set of the split of which it knows a class, in images of its student's size."""

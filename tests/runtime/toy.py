@@ -13,7 +13,7 @@ import torch
 import yaml
 from PIL import Image
 
-from ray_dfml import gallery
+from ray_dfml import examples, gallery
 from ray_dfml.config import RunConfig, resolve
 from ray_dfml.data import weights_file
 from ray_dfml.data.pool import Pool
@@ -201,7 +201,7 @@ def assert_same_run(a: Path, b: Path) -> None:
     assert (a / "learner.safetensors").read_bytes() == (b / "learner.safetensors").read_bytes()
     assert_equal(last_state(a), last_state(b))
     assert json.loads((a / "scores.json").read_text()) == json.loads((b / "scores.json").read_text())
-    for name in ("episodes.parquet", gallery.FILE):
+    for name in ("episodes.parquet", gallery.FILE, examples.FILE):
         assert (a / name).exists() == (b / name).exists(), name
         assert not (a / name).exists() or (a / name).read_bytes() == (b / name).read_bytes(), name
 
