@@ -26,10 +26,14 @@ Example:
 @click.option(
     "--concurrent", type=click.IntRange(min=1), show_default="what fits", help="Most trials at a time."
 )  # fmt: skip
+@click.option(
+    "--track", "trackers", type=click.Choice(["mlflow", "wandb"]), multiple=True,
+    help="Hand the figures of all trials to MLflow or Weights & Biases too; repeatable.",
+)  # fmt: skip
 @options.as_json
 def tune(
     sweep: Path, run_dir: Path, small: bool, resume: bool, backend: str, workers: int, gpus_per_worker: float,
-    concurrent: int | None, json_out: bool,
+    concurrent: int | None, trackers: tuple[str, ...], json_out: bool,
 ) -> None:  # fmt: skip
     """Run the trials of SWEEP on Ray Tune, rank them by validation, and test the winners on all seeds."""
     from ray_dfml.runtime.driver import Machine
@@ -39,7 +43,8 @@ def tune(
     options.need_ray()
     wanted = spec.read(sweep, small=small)
     machine = Machine(backend=backend, workers=workers, gpus_per_worker=gpus_per_worker)
-    rows = run(wanted, run_dir, Place(machine=machine, concurrent=concurrent), resume=resume, say=options.say)
+    place = Place(machine=machine, concurrent=concurrent, trackers=trackers)
+    rows = run(wanted, run_dir, place, resume=resume, say=options.say)
     if json_out:
         keys = list(dict.fromkeys(key for row in rows for key in row.point))
         table = results.columns(rows, keys)

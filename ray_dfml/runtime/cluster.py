@@ -220,8 +220,7 @@ class Cluster:
         try:
             self._connected = connect(self._workers, self._gpus, self.gpus_per_learner, store_bytes=self._store_bytes)
             if self._connected and os.environ.get("RAY_ADDRESS"):
-                for warning in preflight.require():
-                    print(f"warning: {warning.text}", file=sys.stderr)
+                preflight.announce()
             self.shards = start_shards(workers=self._workers, gpus_per_worker=self._gpus)
         except BaseException:
             self.close()

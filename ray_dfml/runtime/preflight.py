@@ -8,6 +8,7 @@ import importlib.metadata
 import logging
 import platform
 import socket
+import sys
 import time
 import urllib.error
 import urllib.request
@@ -73,6 +74,12 @@ def require() -> list[Finding]:
     if bad:
         raise ResourceError(f"the cluster is not fit for a run: {'; '.join(bad)} (see ray-dfml check)")
     return [one for one in found if not one.ok]
+
+
+def announce() -> None:
+    """Examine the cluster of RAY_ADDRESS before work, with the warnings on the terminal. Raises as `require`."""
+    for warning in require():
+        print(f"warning: {warning.text}", file=sys.stderr, flush=True)
 
 
 def versions() -> dict[str, str]:

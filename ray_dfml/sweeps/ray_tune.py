@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ray_dfml.errors import DfmlError, ResourceError
+from ray_dfml.runtime import preflight
 from ray_dfml.runtime.cluster import connect
 from ray_dfml.runtime.driver import Machine
 from ray_dfml.runtime.ray_environment import ray
@@ -48,10 +49,13 @@ def bundles(machine: Machine) -> list[dict[str, float]]:
 def connected(machine: Machine) -> Iterator[None]:
     """Be connected to Ray in the `with` block: to the cluster of RAY_ADDRESS, or to one of this machine's own.
 
-    Raises ResourceError if there is no cluster, or if it can never hold the group of one trial.
+    A cluster is examined first, as before a run. Raises ResourceError if there is none, if it is not fit, or if it can
+    never hold the group of one trial.
     """
     new = connect(0, 0.0)
     try:
+        if new and os.environ.get("RAY_ADDRESS"):
+            preflight.announce()
         check_room(machine)
         yield
     finally:
@@ -115,13 +119,36 @@ class _Ends(tune.Callback):
         self._on_end(self._tasks[trial.config["task"]], f"its process died {FAILURES + 1} times")
 
 
+def tracking(names: Sequence[str], folder: Path) -> list[tune.Callback]:
+    """Ray Tune's callbacks for MLflow and Weights & Biases, whose experiment is called after the folder of the sweep.
+
+    MLflow writes to the server of MLFLOW_TRACKING_URI, or to `mlflow.db` in `folder`. Weights & Biases writes to
+    `wandb` there and sends nothing, since Ray would hand its key from process to process; `wandb sync` sends it later.
+    """
+    name, found = folder.parent.name, list[tune.Callback]()
+    if "mlflow" in names:
+        from ray.air.integrations.mlflow import MLflowLoggerCallback
+
+        place = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{folder / 'mlflow.db'}"
+        found.append(MLflowLoggerCallback(place, experiment_name=name))
+    if "wandb" in names:
+        os.environ["WANDB_MODE"] = "offline"
+        from ray.air.integrations.wandb import WandbLoggerCallback
+
+        files = folder / "wandb"
+        files.mkdir(parents=True, exist_ok=True)
+        found.append(WandbLoggerCallback(name, mode="offline", dir=str(files)))
+    return found
+
+
 def run(
-    tasks: Sequence[Task], folder: Path, scheduler: Scheduler, *, rounds: int, concurrent: int | None, on_end: OnEnd
-) -> None:
+    tasks: Sequence[Task], folder: Path, scheduler: Scheduler, *, rounds: int, concurrent: int | None, on_end: OnEnd,
+    trackers: Sequence[str] = (),
+) -> None:  # fmt: skip
     """Run tasks to their ends under a scheduler. `rounds` is the most that one of them has.
 
     Ray must be connected. A task whose process dies is tried again; one that fails is told to `on_end`, and the others
-    go on. Tune's files go to a new folder below `folder`.
+    go on. Tune's files go to a new folder below `folder`. `trackers` are `mlflow` and `wandb`, which get figures too.
     """
     asha = ASHAScheduler(
         time_attr="round", max_t=max(rounds, scheduler.grace), grace_period=scheduler.grace,
@@ -149,7 +176,8 @@ def run(
             trial_dirname_creator=lambda one: tasks[one.config["task"]].path.name,
         ),
         run_config=tune.RunConfig(
-            name=str(number), storage_path=str(folder), verbose=0, callbacks=[_Ends(tasks, on_end)],
+            name=str(number), storage_path=str(folder), verbose=0,
+            callbacks=[_Ends(tasks, on_end), *tracking(trackers, folder)],
             failure_config=tune.FailureConfig(max_failures=FAILURES),
         ),
     )  # fmt: skip

@@ -4,6 +4,7 @@ The sweep's folder holds `sweep.yaml`, `status.json`, the runs in `trials/`, and
 go on: a trial whose run folder says that it has ended is not begun again.
 """
 
+import importlib.util
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -12,7 +13,7 @@ from pathlib import Path
 
 from ray_dfml import yaml_text
 from ray_dfml.config import RunConfig, build
-from ray_dfml.errors import DfmlError, Interrupted, UsageError
+from ray_dfml.errors import DfmlError, Interrupted, ResourceError, UsageError
 from ray_dfml.runtime import driver, locks
 from ray_dfml.runtime.driver import Machine, interruptible
 from ray_dfml.runtime.rundir import RunFolder, update_status, write_text
@@ -38,6 +39,8 @@ class Place:
 
     machine: Machine
     concurrent: int | None = None
+    trackers: Sequence[str] = ()
+    """`mlflow`, `wandb`: who gets the figures of the trials beside Ray Tune's own files"""
 
 
 def run(sweep: Sweep, folder: Path, place: Place, *, resume: bool, say: Say) -> list[Row]:
@@ -46,6 +49,7 @@ def run(sweep: Sweep, folder: Path, place: Place, *, resume: bool, say: Say) -> 
     Raises UsageError if the folder exists and `resume` is not given, or if it holds another sweep; ResourceError if a
     trial does not fit in the cluster; and Interrupted.
     """
+    _check_packages(place.trackers)
     trials = plan.trials(sweep, pools.of(sweep, folder))  # faults of the file are found before anything is made
     _open(sweep, folder, resume)
     with _locked(folder), interruptible():
@@ -58,6 +62,13 @@ def run(sweep: Sweep, folder: Path, place: Place, *, resume: bool, say: Say) -> 
             update_status(folder, state="failed", last_error=f"{type(error).__name__}: {error}".splitlines()[0])
             raise
     return rows
+
+
+def _check_packages(trackers: Sequence[str]) -> None:
+    """Raise ResourceError if the package of a tracker, which has its name, is not installed."""
+    for name in trackers:
+        if importlib.util.find_spec(name) is None:
+            raise ResourceError(f"--track {name} needs a package: pip install 'ray-dfml[{name}]', or leave it out")
 
 
 def _run(sweep: Sweep, trials: Sequence[Trial], folder: Path, place: Place, say: Say) -> list[Row]:
@@ -172,8 +183,9 @@ def _run_tasks(tasks: Sequence[Task], scheduler: spec.Scheduler, folder: Path, p
 
     rounds = max(build(task.config).total_rounds for task in tasks)
     ray_tune.run(
-        tasks if asha else todo, folder / TUNE, scheduler, rounds=rounds, concurrent=place.concurrent, on_end=on_end
-    )
+        tasks if asha else todo, folder / TUNE, scheduler, rounds=rounds, concurrent=place.concurrent, on_end=on_end,
+        trackers=place.trackers,
+    )  # fmt: skip
 
 
 def _test(sweep: Sweep, trials: Sequence[Trial], rows: Sequence[Row], folder: Path, place: Place, say: Say) -> None:
@@ -191,7 +203,10 @@ def _test(sweep: Sweep, trials: Sequence[Trial], rows: Sequence[Row], folder: Pa
         if error:
             say(f"the test of {task.path.name} failed: {error}")
 
-    ray_tune.run(todo, folder / TUNE, spec.Scheduler(), rounds=1, concurrent=place.concurrent, on_end=on_end)
+    ray_tune.run(
+        todo, folder / TUNE, spec.Scheduler(), rounds=1, concurrent=place.concurrent, on_end=on_end,
+        trackers=place.trackers,
+    )  # fmt: skip
 
 
 def _winners(sweep: Sweep, rows: Sequence[Row]) -> list[int]:

@@ -9,7 +9,7 @@ import yaml
 
 from tests.runtime import toy
 
-collect_ignore = [] if importlib.util.find_spec("ray") else ["test_sweep.py", "test_flow.py"]
+collect_ignore = [] if importlib.util.find_spec("ray") else ["test_ray_tune.py", "test_sweep.py", "test_flow.py"]
 
 
 def small_settings() -> dict[str, Any]:
