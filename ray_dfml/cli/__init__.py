@@ -23,6 +23,7 @@ COMMANDS = {
     "pool": ("ray_dfml.cli.pool", "pool"),
     "train": ("ray_dfml.cli.train", "train"),
     "evaluate": ("ray_dfml.cli.evaluate", "evaluate"),
+    "attribute": ("ray_dfml.cli.attribute", "attribute"),
     "adapt": ("ray_dfml.cli.adapt", "adapt"),
     "export": ("ray_dfml.cli.export", "export"),
     "tune": ("ray_dfml.cli.tune", "tune"),
