@@ -94,5 +94,5 @@ def awaited(what: str, find: Callable[[], T], seconds: float = PATIENCE) -> T:
     while not (found := find()):
         if time.monotonic() > until:
             raise TimeoutError(what)
-        time.sleep(0.01)
+        time.sleep(0.05)
     return found

@@ -25,7 +25,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 RAY = str(Path(sys.executable).with_name("ray"))
-PATIENCE = 180.0
+PATIENCE = 600.0
 
 
 class Head:
@@ -173,7 +173,9 @@ def main() -> int:
         refused = one.submit("glyphs-1", "--", *job, RAY_AUTH_TOKEN="wrong" * 13)
         check(refused.returncode == 5, refused)
         steps.done("submit.py with a wrong token: refused, exit 5")
-        submit = (RAY, "job", "submit", "--no-wait", "--submission-id", "glyphs-1", "--", "ray-dfml")
+        grace = json.dumps({"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": "60"}})
+        submit = (RAY, "job", "submit", "--no-wait", "--submission-id", "glyphs-1", "--runtime-env-json", grace)
+        submit += ("--", "ray-dfml")
         check((started := one.call(*submit, *job, "--resume-or-start")).returncode == 0, started)
         wait_for_rounds(run, options.rounds // 2)
         steps.done(f"ray job submit --submission-id glyphs-1: round {options.rounds // 2} is done")
