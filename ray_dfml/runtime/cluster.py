@@ -8,10 +8,8 @@ the pool, so that they outlive a learner that dies. The learner sends jobs to th
 
 import logging
 import os
-import signal
 import socket
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -32,7 +30,7 @@ from ray_dfml.runtime.dispatch import RayBackend, ShardActor, cause
 from ray_dfml.runtime.inputs import Teachers
 from ray_dfml.runtime.learning import CHECKPOINTS, Done, Learning
 from ray_dfml.runtime.local import no_teachers
-from ray_dfml.runtime.ray_environment import IMPORTED_BEFORE, OnNode, exceptions, ray
+from ray_dfml.runtime.ray_environment import IMPORTED_BEFORE, OnNode, exceptions, keeping_sigterm, ray
 from ray_dfml.runtime.ray_gateway import RayGateway
 from ray_dfml.runtime.ray_metrics import RunMetrics
 from ray_dfml.runtime.ray_teachers import PoolStore, seen_by, through_here
@@ -76,15 +74,12 @@ def connect(
                 "num_cpus": host.processors(),
                 "object_store_memory": store_size(store_bytes),
             }
-        before = signal.getsignal(signal.SIGTERM)
         try:
-            ray.init(**options)
+            with keeping_sigterm():
+                ray.init(**options)
         except (ConnectionError, RuntimeError, ValueError) as error:
             reason = " ".join(str(error).split()).rstrip(".")
             raise ResourceError(f"cannot reach or start Ray: {reason}; check RAY_ADDRESS") from None
-        finally:
-            if threading.current_thread() is threading.main_thread():
-                signal.signal(signal.SIGTERM, before)  # Ray's own handler ends the process at once
     try:
         _check_size(workers, gpus_per_worker, gpus_per_learner)
     except ResourceError:

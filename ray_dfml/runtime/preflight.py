@@ -23,7 +23,7 @@ import numpy as np
 from ray_dfml import object_store
 from ray_dfml.errors import ResourceError
 from ray_dfml.files import Uri
-from ray_dfml.runtime.ray_environment import OnNode, exceptions, ray
+from ray_dfml.runtime.ray_environment import OnNode, exceptions, keeping_sigterm, ray
 
 NODE_SECONDS = 60.0
 """Longest wait for an answer of a node."""
@@ -151,7 +151,8 @@ def _listens(port: int) -> bool:
 
 
 def _dashboard_url() -> str:
-    return ray.init(ignore_reinit_error=True, logging_level=logging.ERROR).dashboard_url or ""
+    with keeping_sigterm():
+        return ray.init(ignore_reinit_error=True, logging_level=logging.ERROR).dashboard_url or ""
 
 
 def _whole(check: str, bad: Sequence[str], good: str) -> Finding:

@@ -10,7 +10,11 @@ daemons, so none is set.
 
 import os
 import secrets
+import signal
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 IMPORTED_BEFORE = "ray" in sys.modules
 """Whether Ray was imported before this file could prepare its environment."""
@@ -29,4 +33,15 @@ from ray import exceptions  # noqa: E402
 from ray.util.metrics import Gauge  # noqa: E402
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy as OnNode  # noqa: E402
 
-__all__ = ["IMPORTED_BEFORE", "Gauge", "OnNode", "exceptions", "ray"]
+__all__ = ["IMPORTED_BEFORE", "Gauge", "OnNode", "exceptions", "keeping_sigterm", "ray"]
+
+
+@contextmanager
+def keeping_sigterm() -> Iterator[None]:
+    """Keep the handler of SIGTERM. `ray.init` sets its own, which ends the process at once, also if it is connected."""
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, before)

@@ -1,6 +1,7 @@
 """Preflight: each thing that does not fit is one line, and a cluster of one good node is fit."""
 
 import http.server
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -187,6 +188,18 @@ def test_the_command_checks_several_nodes(
     assert (done.code, [*failures]) == (5, ["versions", "clocks", "storage"])
     assert all(line.count("node ") == line.count(f"node {second_node} (") == 1 for line in failures.values())
     assert list(tmp_path.iterdir()) == [], "what the check wrote is removed"
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_run_that_has_looked_at_its_cluster_can_still_be_stopped() -> None:
+    """By SIGTERM, as from `ray job stop`: the handler of Ray, which ends the process, is not left in place."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        preflight.require()
+        assert signal.getsignal(signal.SIGTERM) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def test_room_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
