@@ -83,7 +83,7 @@ CASES = (
     Case("no-pool", "no-pool", "open", (*toy.NO_POOL, "method.rounds=20")),
     Case("ideal, HTTP", "ideal", "http", IDEAL, workers=2),
     Case("ideal, local", "ideal", "closed", IDEAL),
-    Case("dfme, HTTP", "dfme", "http", DISTILLER),
+    Case("dfme, HTTP", "dfme", "http", (*DISTILLER, "method.generator_steps=1", "method.student_steps=2")),
     Case("free, asked", "free", "mixed", (*toy.FREE, *SURROGATE, "method.rounds=20")),
     Case("bidf-mkd, asked", "bidf-mkd", "closed", (*toy.BIDF, "method.rounds=16", "method.zero_order.directions=4")),
 )  # fmt: skip
