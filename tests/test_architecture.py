@@ -49,9 +49,16 @@ def test_the_documents_are_there() -> None:
     assert {path.name for path in (ROOT / "docs").iterdir()} == {
         "architecture.md", "inputs.md", "methods.md", "methods_purer_bidf.md", "methods_black_box.md",
         "methods_ideal.md", "doctor.md", "services.md", "storage.md", "sweeps.md", "own_models.md",
-        "training.md", "run_folder.md", "cluster.md", "results.md",
+        "training.md", "run_folder.md", "reports.md", "img", "cluster.md", "results.md",
         "SECURITY.md", "CONTRIBUTING.md", "CHANGELOG.md",
     }  # fmt: skip
+
+
+def test_pictures_are_small_and_shown() -> None:
+    text = "".join(path.read_text() for path in DOCUMENTS)
+    for path in (ROOT / "docs" / "img").iterdir():
+        assert path.stat().st_size <= 150_000, path.name
+        assert f"img/{path.name})" in text, path.name
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=name_of)

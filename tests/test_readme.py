@@ -31,7 +31,8 @@ PAGES = (
     "docs/methods_black_box.md",
     "docs/methods_ideal.md", "docs/services.md", "docs/storage.md", "docs/sweeps.md",
     "docs/CHANGELOG.md", "docs/own_models.md", "docs/training.md",
-    "docs/run_folder.md", "docs/cluster.md", "docs/results.md", "docs/SECURITY.md", "docs/CONTRIBUTING.md",
+    "docs/run_folder.md", "docs/reports.md",
+    "docs/cluster.md", "docs/results.md", "docs/SECURITY.md", "docs/CONTRIBUTING.md",
     "cluster/README.md",
 )  # fmt: skip
 TEXT = {page: (ROOT / page).read_text("utf-8") for page in PAGES}
