@@ -49,7 +49,7 @@ def test_the_documents_are_there() -> None:
     assert {path.name for path in (ROOT / "docs").iterdir()} == {
         "architecture.md", "inputs.md", "methods.md", "methods_purer_bidf.md", "methods_black_box.md",
         "methods_ideal.md", "doctor.md", "services.md", "storage.md", "sweeps.md", "own_models.md",
-        "training.md", "run_folder.md", "reports.md", "img", "cluster.md", "results.md",
+        "training.md", "run_folder.md", "reports.md", "img", "cluster.md", "results.md", "index.md",
         "SECURITY.md", "CONTRIBUTING.md", "CHANGELOG.md",
     }  # fmt: skip
 
