@@ -324,6 +324,7 @@ class RaySession:
         """
         if self._learner is not None:
             ray.kill(self._learner)
+        self._board.clear()  # of a process that was killed while jobs were at work
         gpus = self._cluster.gpus_per_learner
         learner: Any = ray.remote(num_cpus=0, num_gpus=gpus, max_restarts=0)(LearnerActor)
         here = OnNode(_node(), soft=False)

@@ -350,7 +350,8 @@ def _begin(folder: RunFolder, session: Session) -> tuple[Done, bool]:
     """
     done = session.start()
     folder.resume_log(done.rounds, done.row)
-    said = folder.read_status().get("round") or 0
-    if said != done.rounds:
-        folder.status(round=done.rounds)
+    status = folder.read_status()
+    said = status.get("round") or 0
+    if said != done.rounds or status.get("stalled"):
+        folder.status(round=done.rounds, stalled=None)
     return done, done.rounds > said

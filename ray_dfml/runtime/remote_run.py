@@ -113,7 +113,8 @@ def working(place: Path | Uri, *, new: bool) -> Iterator[tuple[Path, Remote | No
             try:
                 yield folder, remote
             except BaseException:
-                kept = folder.is_dir() and any(folder.iterdir()) and not remote.publish_once()
+                kept = folder.is_dir() and any(folder.iterdir())
+                kept = kept and not remote.publish_once()  # if that is interrupted, the folder stays
                 raise
         finally:
             if not kept:
@@ -175,11 +176,11 @@ def _clear_others(folder: Path) -> None:
 
 
 def _idle_seconds(folder: Path) -> float:
-    """How long ago something in a folder was changed last."""
-    times = [0.0]
-    with suppress(OSError):  # another process clears it
-        times += [path.stat().st_mtime for path in (folder, *folder.rglob("*"))]
-    return time.time() - max(times)
+    """How long ago something in a folder was changed last; 0 if that cannot be told, as while another one writes."""
+    try:
+        return time.time() - max(path.stat().st_mtime for path in (folder, *folder.rglob("*")))
+    except OSError:
+        return 0.0
 
 
 def _clear(folder: Path, *, ledger: bool = False) -> None:

@@ -15,7 +15,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import filelock
 import torch
 import yaml
 
@@ -23,6 +22,7 @@ from ray_dfml.core import seeds
 from ray_dfml.errors import UsageError
 from ray_dfml.methods import METHODS
 from ray_dfml.methods.base import World
+from ray_dfml.runtime import locks
 from ray_dfml.runtime.rundir import RunFolder
 from ray_dfml.sweeps import plan, trial
 from ray_dfml.sweeps.plan import Trial
@@ -113,8 +113,11 @@ def _fork(parent: Path, child: Path, rounds: int, to: Trial) -> None:
     """Copy a run that is stopped after `rounds` rounds to a new folder with other settings, in one step."""
     temporary = child.with_name(f".{child.name}.{os.getpid()}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
-    with filelock.FileLock(parent / ".lock", timeout=0):
+    lock = locks.hold(parent / ".lock", f"{parent}: another process is at work in this run folder")
+    try:
         shutil.copytree(parent, temporary, ignore=shutil.ignore_patterns(".lock"))
+    finally:
+        lock.release()
     (temporary / "config.yaml").write_text(yaml.safe_dump(to.config.model_dump(mode="json"), sort_keys=False))
     began = {"run": parent.name, "round": rounds, "queries": sent(temporary)}
     noted = json.loads((temporary / "manifest.json").read_text()) | {"parent": began}

@@ -18,6 +18,7 @@ from ray_dfml.runtime import cluster, host
 from ray_dfml.runtime.accounts import Accounts
 from ray_dfml.runtime.cluster import Cluster
 from ray_dfml.runtime.inputs import Teachers
+from ray_dfml.runtime.stalls import BOARD, AtWork, Board
 
 MB = 10**6
 
@@ -198,6 +199,20 @@ def test_a_session_leaves_a_cluster_that_was_lent_to_it(ray: Callable[..., Stand
         cluster.RaySession({}, None, [], Teachers({}), Path(), Accounts(), place).close()  # type: ignore[arg-type]
         assert (one.up, one.killed) == (True, 0)
     assert (one.up, one.killed) == (False, 2)
+
+
+def test_a_learner_that_starts_finds_nothing_at_work(
+    ray: Callable[..., StandIn], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A driver that was killed while jobs were at work has left its board, and its hours would look like a stall."""
+    ray()
+    monkeypatch.setattr(cluster, "_node", failing(ZeroDivisionError()))
+    with Cluster(workers=2) as place:
+        session = cluster.RaySession({}, None, [], Teachers({}), tmp_path, Accounts(), place)  # type: ignore[arg-type]
+        Board(tmp_path / BOARD).write([AtWork(0, "op", ("t",), 0.0, 1.0)])
+        with pytest.raises(ZeroDivisionError):
+            session.start()
+        assert session.at_work() == []
 
 
 @pytest.mark.parametrize(

@@ -134,6 +134,14 @@ def test_a_death_between_a_checkpoint_and_its_line_of_metrics_costs_nothing(
     toy.assert_same_run(run, free_run)
 
 
+def test_a_stall_in_which_a_process_was_killed_is_not_said_of_the_next_one(tmp_path: Path, free_run: Path) -> None:
+    run, session = RunFolder(Path(shutil.copytree(free_run, tmp_path / "run"))), Dying(9)
+    session.done = Done(Saved("round-6", "", 6), rows(free_run)[5])
+    run.status(stalled={"round": 6, "said": "round 6 has been at work for 9:00"})
+    assert driver._begin(run, session) == (session.done, False)
+    assert run.read_status()["stalled"] is None
+
+
 def test_what_is_new_in_a_round_is_said_once_and_noted(
     tmp_path: Path, toy_pool: Path, toy_data: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -340,6 +340,15 @@ def test_a_run_that_fails_leaves_nothing_here_but_its_ledger_and_what_the_store_
         fail(new=False)
     assert scratch_files(tmp_path) == ["ledger.sqlite", "status.json"]
     assert f"{remote_run.scratch(memory_folder)} could not be published" in capsys.readouterr().err
+
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Publisher, "publish", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            fail(new=False)
+    assert scratch_files(tmp_path) == ["ledger.sqlite", "status.json"], "an impatient user loses nothing"
     with (
         pytest.raises(UsageError, match="not a run folder"),
         remote_run.working(memory_folder / "other", new=False),

@@ -4,11 +4,12 @@ import json
 import shutil
 from pathlib import Path
 
+import filelock
 import pytest
 
 from ray_dfml.core import seeds
 from ray_dfml.errors import UsageError
-from ray_dfml.runtime import driver
+from ray_dfml.runtime import driver, locks
 from ray_dfml.runtime.rundir import RunFolder
 from ray_dfml.sweeps import pbt, plan, results, spec, trial
 from ray_dfml.sweeps.space import Axis
@@ -114,6 +115,20 @@ def test_a_member_goes_on_from_the_state_of_a_better_one(
     assert (states[0] == states[1]) == same
     if found[better].point == {"method.lr_meta": 1e-3}:
         toy.assert_equal(toy.last_state(folder / found[better].name)["theta"], toy.last_state(free_run)["theta"])
+
+
+def test_a_state_is_not_copied_while_a_process_is_at_work_on_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
+    """As one of a sweep that was killed; it is waited for, and named if it stays."""
+    monkeypatch.setattr(locks, "WAIT_SECONDS", 0.01)
+    (tmp_path / "parent").mkdir()
+    with (
+        filelock.FileLock(tmp_path / "parent" / ".lock"),
+        pytest.raises(UsageError, match=f"^{tmp_path}/parent: another process is at work"),
+    ):
+        pbt._fork(tmp_path / "parent", tmp_path / "child", 2, None)  # type: ignore[arg-type]
+    assert [path.name for path in tmp_path.iterdir()] == ["parent"]
 
 
 def _last(run: Path) -> float:
