@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from ray_dfml.methods import baselines, bidf, distillers, dro, free, ideal, no_pool, oracle, ota, purer
+from ray_dfml.methods import baselines, bidf, distillers, dro, free, ideal, no_pool, oracle, ota, purer, shared_answers
 from ray_dfml.methods.base import Method
 
 UNTRAINED = "random"
@@ -15,6 +15,7 @@ METHODS: dict[str, Method[Any]] = {
     "free": free.METHOD,
     "purer": purer.METHOD,
     "bidf-mkd": bidf.METHOD,
+    "shared-answers": shared_answers.METHOD,
     "ideal": ideal.METHOD,
     UNTRAINED: baselines.RANDOM,
     CONTROL: no_pool.METHOD,

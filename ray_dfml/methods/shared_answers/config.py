@@ -1,0 +1,107 @@
+"""Settings of `shared-answers`, and the images that the teachers are asked about."""
+
+from itertools import accumulate
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from pydantic import Field, field_validator, model_validator
+
+from ray_dfml.core.images import to_bytes
+from ray_dfml.core.sources import SOURCES
+from ray_dfml.core.sources.warp import zoom
+from ray_dfml.errors import did_you_mean
+from ray_dfml.methods.base import MethodConfig, Preset
+
+FIRST = tuple(name for name, source in SOURCES.items() if not source.parents)
+"""The sources that need no earlier images."""
+
+ZOOMED = ("strokes", "joined")
+"""The sources that `zoom_low` and `zoom_high` magnify."""
+
+
+class Config(MethodConfig):
+    """What is asked and what is learned of it. A round is one batch of images, the same for all teachers."""
+
+    rounds: int = Field(default=0, ge=0, description="Most rounds; 0 makes as many as the budget pays for.")
+    budget: int = Field(default=10_000, ge=1, description="Images that each teacher is asked about in all.")
+    batch: int = Field(default=1_000, ge=1, description="Images of a round.")
+    images: tuple[str, ...] = Field(
+        default=("dip", "dipw", "dipc", "shapes"), min_length=1, description=f"Image sources: {', '.join(FIRST)}."
+    )
+    shares: tuple[float, ...] = Field(
+        default=(), description="How many images each source makes, relative to the others; empty is equal parts."
+    )
+    zoom_low: float = Field(default=1.0, gt=0, description=f"Smallest magnification of {' and '.join(ZOOMED)}.")
+    zoom_high: float = Field(default=1.0, gt=0, description=f"Largest magnification of {' and '.join(ZOOMED)}.")
+    invert: bool = Field(default=False, description="Whether dark and light of the sources change places.")
+    answers: Literal["soft", "hard"] = Field(
+        default="soft", description="What is learned of an answer: probabilities if they are given, or its best class."
+    )
+    steps: int = Field(default=900, ge=1, description="Adam steps of the learner after the last round.")
+    minibatch: int = Field(default=128, ge=2, description="Images of a step.")
+    lr: float = Field(default=3e-3, gt=0, description="Adam step size of the learner, before it decays.")
+    layer_lr: float = Field(default=9e-3, gt=0, description="The same of the teachers' layers.")
+
+    @field_validator("images")
+    @classmethod
+    def _known(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        for name in names:
+            if name not in FIRST:
+                raise ValueError(f"no image source {name!r}{did_you_mean(name, FIRST)}; known: {', '.join(FIRST)}")
+        if len(set(names)) < len(names):
+            raise ValueError("an image source is named twice")
+        return names
+
+    @model_validator(mode="after")
+    def _fits(self) -> "Config":
+        if self.shares and (len(self.shares) != len(self.images) or min(self.shares) <= 0):
+            raise ValueError(f"method.shares needs one number above 0 for each of the {len(self.images)} sources")
+        if self.zoom_low > self.zoom_high:
+            raise ValueError(f"method.zoom_low is {self.zoom_low:g}, above method.zoom_high, {self.zoom_high:g}")
+        return self
+
+    @property
+    def batches(self) -> list[int]:
+        """Images of each round; the last batch is cut at the budget."""
+        found = [min(self.batch, self.budget - start) for start in range(0, self.budget, self.batch)]
+        return found[: self.rounds] if self.rounds else found
+
+    @property
+    def total_rounds(self) -> int:
+        """Rounds that the budget pays for, at most `rounds` if that is set."""
+        return len(self.batches)
+
+
+def drawn(cfg: Config, count: int, shape: tuple[int, int, int], rng: torch.Generator) -> np.ndarray:
+    """So many images of the sources, in the parts that `shares` says: uint8 [count c h w]."""
+    shares = cfg.shares or (1.0,) * len(cfg.images)
+    ends = [round(count * end / sum(shares)) for end in accumulate(shares)]
+    parts = []
+    for name, start, end in zip(cfg.images, [0, *ends], ends, strict=False):
+        found = SOURCES[name].function(rng, end - start, shape)
+        if name in ZOOMED and (cfg.zoom_low, cfg.zoom_high) != (1, 1):
+            found = zoom(rng, found, cfg.zoom_low, cfg.zoom_high)
+        parts.append(1 - found if cfg.invert else found)
+    return to_bytes(torch.cat(parts))
+
+
+CHARACTERS: dict[str, Any] = {
+    "images": ("strokes", "joined", "shapes", "dipw", "dip", "dipc"),
+    "shares": (6.0, 3.0, 3.0, 3.0, 3.0, 2.0),
+    "zoom_low": 1.16,
+    "zoom_high": 2.12,
+    "invert": True,
+}
+
+PRESETS: dict[str, Preset] = {
+    "characters-shared-answers": Preset(
+        "28x28 characters, dark on light: from the learner of no-pool-characters, with the ProtoNet head; the mix of "
+        "sources was chosen on validation characters",
+        {
+            "method": CHARACTERS,
+            "learner": {"start": "no-pool-characters", "head": "protonet"},
+            "eval": {"every": 10},
+        },
+    ),
+}

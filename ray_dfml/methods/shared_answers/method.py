@@ -1,0 +1,150 @@
+"""`shared-answers`: all teachers are asked about the same images, and the learner's features are made to hold what they
+answer, all together.
+
+No paper has this. A single service says little of an image; the answers of twenty, joined to one vector, tell classes
+apart that none of them knows. A round asks every teacher about one batch of images of sources. After the last round one
+job trains the learner (`fit`). Nothing but answers is used, so the teachers may be of any kind, and differ in their
+number of classes.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from ray_dfml.core import seeds
+from ray_dfml.core.images import fit as resized
+from ray_dfml.core.images import to_bytes, to_pixels
+from ray_dfml.core.sources import SOURCES
+from ray_dfml.errors import RejectedError, UsageError, rejection
+from ray_dfml.methods.base import Method, Metrics, Panel, Send, State, World, initial_learner, teacher_job
+from ray_dfml.methods.shared_answers import fit
+from ray_dfml.methods.shared_answers.config import PRESETS, Config, drawn
+from ray_dfml.methods.students.training import labels_of, learnable
+from ray_dfml.types import LEVELS, Arrays, Job, Shard
+
+
+def notes(cfg: Config, world: World) -> list[str]:
+    """Lines that say what the images assume about the data."""
+    said = [f"teachers are asked about images of {name}, which assumes {SOURCES[name].assumption}"
+            for name in cfg.images]  # fmt: skip
+    known = [
+        *([f"magnified by {cfg.zoom_low:g} to {cfg.zoom_high:g}"] if (cfg.zoom_low, cfg.zoom_high) != (1, 1) else []),
+        *(["with dark and light in each other's place"] if cfg.invert else []),
+    ]
+    if known:
+        said.append(f"these images are {' and '.join(known)}: this is knowledge of the domain, which no teacher gave")
+    return said
+
+
+def init(cfg: Config, world: World) -> State:
+    """The learner drawn from the run's seed, and no answers. Raises UsageError for images that no source can make."""
+    if min(world.image.shape[1:]) < 8:
+        raise UsageError("shared-answers: image sources need a height and a width of at least 8")
+    return initial_learner(world) | {"answers": {}}
+
+
+def images(cfg: Config, world: World, r: int) -> np.ndarray:
+    """The images of round `r`, uint8 [n c h w] of the learner's size. They derive from the run's seed and the round."""
+    return drawn(cfg, cfg.batches[r], world.image.shape, seeds.rng(world.seed, r, "asked"))
+
+
+def plan(cfg: Config, world: World, state: State, r: int) -> list[Job]:
+    """One job for each teacher."""
+    return [
+        teacher_job(card, index=j, seed=seeds.derive(world.seed, r, "recover", card.id), values={})
+        for j, card in enumerate(world.cards)
+    ]
+
+
+def shared(cfg: Config, world: World, state: State, r: int) -> Arrays:
+    """The images of the round, and what is kept of an answer."""
+    return {"images": images(cfg, world, r), "answers": cfg.answers}
+
+
+def recover(shard: Shard, jobs: Sequence[Job], shared: Arrays) -> list[Arrays]:
+    """The `shared-answers.recover` op: the answers of the teacher of each job to the shared images.
+
+    A result holds `teacher`, `classes`, and `answers`: labels int64 [n] or probabilities float16 [n q]. It is
+    `{"rejected": reason}` if the teacher cannot be read.
+    """
+    return [_asked(shard, job, shared) for job in jobs]
+
+
+def _asked(shard: Shard, job: Job, shared: Arrays) -> Arrays:
+    try:
+        service = shard.service(str(job.teacher))
+    except RejectedError as error:
+        return rejection(error)
+    card, pixels = service.card, to_pixels(shared["images"])
+    answers = learnable(service.query(to_bytes(resized(pixels, card.image.shape))), card.access, shared["answers"])
+    kept = answers if answers.ndim == 1 else answers.astype(np.float16)
+    return {"teacher": card.id, "classes": len(card.classes), "answers": kept}
+
+
+def learn(cfg: Config, world: World, state: State, r: int, results: list[Arrays], send: Send) -> tuple[State, Metrics]:
+    """Keep the answers of the round. After the last round, train the learner on all answers.
+
+    A teacher that was away in a round is not asked about its images again: the loss leaves these answers out.
+    """
+    answers = dict(state["answers"])
+    for one in results:
+        known = answers.get(one["teacher"])
+        answers[one["teacher"]] = {
+            "classes": one["classes"],
+            "rounds": np.append(known["rounds"] if known else np.zeros(0, np.int64), r),
+            "answers": np.concatenate([known["answers"], one["answers"]]) if known else one["answers"],
+        }
+    state = {**state, "answers": answers}
+    metrics: Metrics = {"queries": float(np.mean([len(known["answers"]) for known in answers.values()]))}
+    if results:
+        metrics["answers/rarest"] = float(np.mean([_rarest(one) for one in results]))
+    return _trained(cfg, world, state, r, metrics, send) if r == cfg.total_rounds - 1 else (state, metrics)
+
+
+def _rarest(result: Arrays) -> float:
+    """The share of a teacher's answers, in percent, that name the class with the fewest."""
+    counts = np.bincount(labels_of(result["answers"]), minlength=result["classes"])
+    return 100.0 * float(counts.min() / counts.sum())
+
+
+def _trained(cfg: Config, world: World, state: State, r: int, metrics: Metrics, send: Send) -> tuple[State, Metrics]:
+    """The state with the trained learner. Its images are drawn again, so that no checkpoint needs to hold them."""
+    known = [state["answers"][id] for id in sorted(state["answers"])]
+    told = fit.answered(known, cfg.batches)
+    some = told["known"].any(1)
+    asked = np.concatenate([images(cfg, world, i) for i in range(cfg.total_rounds)])
+    values = {"theta": state["theta"].numpy(), "images": asked[some], "units": told["units"]}
+    values |= {name: told[name][some] for name in ("wished", "known")}
+    job = Job(index=0, seed=seeds.derive(world.seed, r, "fit"), values=values)
+    (done,) = send("shared-answers.fit", [job], fit.shared_values(cfg, world))
+    theta = torch.tensor(done["theta"])
+    if not torch.isfinite(theta).all():
+        raise FloatingPointError("the learner's weights are not finite; lower method.lr or method.layer_lr")
+    figures = {f"fit/{name}": done[name] for name in ("loss_first", "loss_last", "agreement")}
+    return {**state, "theta": theta}, metrics | figures
+
+
+def queries(cfg: Config, world: World) -> dict[str, int]:
+    """Id of each teacher -> how many images a whole training asks it about."""
+    return dict.fromkeys((card.id for card in world.cards), sum(cfg.batches))
+
+
+METHOD = Method(
+    Config=Config,
+    init=init,
+    learn=learn,
+    plan=plan,
+    shared=shared,
+    recover=recover,
+    notes=notes,
+    ops={"shared-answers.fit": fit.fit},
+    presets=PRESETS,
+    panels=(
+        Panel("Rarest class", "%", "Share of a round's answers that name the class with the fewest.",
+              {"answers/rarest": "mean over the teachers"}),
+    ),
+    access=LEVELS,
+    queries=queries,
+    shown={"fit/agreement": "agreement"},
+)  # fmt: skip
