@@ -24,6 +24,7 @@ from ray_dfml.methods.free import method as free
 from ray_dfml.methods.icfil import IcfilConfig
 from ray_dfml.methods.ideal.config import Config as IdealConfig
 from ray_dfml.methods.purer import method as purer
+from ray_dfml.methods.shared_answers import config as shared_answers
 from ray_dfml.ops import OPS
 from ray_dfml.types import Access, Arrays, ImageSpec, Job, TeacherCard
 
@@ -242,6 +243,12 @@ def small_ideal(**changes: Any) -> IdealConfig:
         "generator_steps": 2,
     }
     return IdealConfig.model_validate(small | changes)
+
+
+def small_shared_answers(**changes: Any) -> shared_answers.Config:
+    """`shared-answers` in less than a second: three batches, the last of which is cut, and a few steps."""
+    small: dict[str, Any] = {"budget": 20, "batch": 8, "images": ("shapes", "dip"), "steps": 3, "minibatch": 6}
+    return shared_answers.Config.model_validate(small | changes)
 
 
 def small_distiller(name: str, **changes: Any) -> Any:

@@ -20,6 +20,7 @@ from ray_dfml.methods.bidf import method as bidf
 from ray_dfml.methods.bidf import sets
 from ray_dfml.methods.free import bell
 from ray_dfml.methods.free import method as free
+from ray_dfml.methods.shared_answers import fit
 from ray_dfml.methods.students.config import NAMES
 from ray_dfml.ops import OPS
 from ray_dfml.runtime.shard import Loaded, Shard
@@ -37,6 +38,7 @@ from tests.support import (
     small_distiller,
     small_ideal,
     small_purer,
+    small_shared_answers,
     small_world,
 )
 
@@ -91,6 +93,10 @@ SETTINGS: dict[str, list[tuple[World, Any]]] = {
         (large_world(), small_bidf(iterations=2)),
         (only_asked(mixed_world(), "probs", "weights"), small_bidf(zero_order={"directions": 2}, tv_weight=0.1)),
         (only_asked(small_world(), "label"), small_bidf(images=("dip",))),
+    ],
+    "shared-answers": [
+        (small_world(), small_shared_answers()),
+        (only_asked(mixed_world(), "label", "weights"), small_shared_answers(answers="hard")),
     ],
     "ideal": [
         (small_world(cards=1), small_ideal(images=NAMES, budget=16)),
@@ -171,6 +177,18 @@ def second_rounds() -> Work:
         yield method.plan(cfg, world, state, last), method.shared(cfg, world, state, last)
 
 
+def joint_fits() -> Work:
+    """Of answers of teachers that differ in their number of classes."""
+    for world, cfg in SETTINGS["shared-answers"]:
+        shard, method = FakeShard(world), METHODS["shared-answers"]
+        state = method.init(cfg, world)
+        for r in range(cfg.total_rounds):
+            jobs = method.plan(cfg, world, state, r)
+            results = shard.send("shared-answers.recover", jobs, method.shared(cfg, world, state, r))
+            state, _ = method.learn(cfg, world, state, r, results, shard.send)
+        yield shard.sent[-1][1], fit.shared_values(cfg, world)
+
+
 def answers() -> Work:
     world = small_world()
     student = METHODS["ideal"].students(small_ideal(), world, METHODS["ideal"].init(small_ideal(), world))
@@ -203,6 +221,8 @@ CASES: dict[str, Callable[[], Work]] = {
     "purer.recover": lambda: (work for part in (recovery("purer"), pushed()) for work in part),
     "bidf-mkd.recover": lambda: recovery("bidf-mkd"),
     "ideal.recover": lambda: (work for part in (recovery("ideal"), second_rounds()) for work in part),
+    "shared-answers.recover": lambda: recovery("shared-answers"),
+    "shared-answers.fit": joint_fits,
     "top1": answers,
     **{f"{name}.recover": lambda name=name: recovery(name) for name in DISTILLERS},
 }

@@ -13,7 +13,7 @@ from tests.runtime import toy
 from tests.runtime.test_bits import PATIENCE, Ambush, gone, meanwhile
 
 
-@pytest.fixture(scope="module", params=["purer", "bidf-mkd"])
+@pytest.fixture(scope="module", params=["purer", "bidf-mkd", "shared-answers"])
 def local_run(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, toy_pool: Path, toy_data: str
 ) -> tuple[str, Path]:
@@ -71,10 +71,12 @@ def test_a_run_that_resumes_after_every_round(
     toy.assert_same_run(tmp_path / "run", reference)
 
 
-def test_the_curriculum_fires_in_the_toy_run(local_run: tuple[str, Path]) -> None:
+def test_the_toy_run_does_what_these_tests_are_about(local_run: tuple[str, Path]) -> None:
     method, reference = local_run
     state = toy.last_state(reference)
     if method == "purer":
         assert state["switch"]["fired"] >= 1
+    elif method == "shared-answers":
+        assert all(len(known["answers"]) == 20 for known in state["answers"].values())
     else:
         assert state["bank"]

@@ -78,9 +78,14 @@ IDEAL = (
     "eval.every=1",
 )  # fmt: skip
 
+SHARED_ANSWERS = (
+    "method.budget=20", "method.batch=8", "method.images=[shapes,dip]", "method.steps=3", "method.minibatch=6",
+)  # fmt: skip
+
 SETTINGS: dict[str, tuple[str, ...]] = {
     "free": FREE + EVAL, "maml-oracle": ORACLE + EVAL, "purer": PURER + EVAL, "bidf-mkd": BIDF + EVAL,
     "dro": DRO + EVAL, "no-pool": NO_POOL + EVAL, "ideal": IDEAL,
+    "shared-answers": SHARED_ANSWERS + EVAL,
     **dict.fromkeys(("dafl", "zskt", "dast"), DISTILLER), **dict.fromkeys(("deepinversion", "cmi"), INVERTER),
     "dfme": (*DISTILLER, "method.generator_steps=1"), "zsdb3": ZSDB3,
 }  # fmt: skip

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ray_dfml.core.sources.dip import dip, dipc, dipw
-from ray_dfml.core.sources.joined import joined
 from ray_dfml.core.sources.mutants import mutants
 from ray_dfml.core.sources.shapes import shapes
 from ray_dfml.core.sources.strokes import strokes
@@ -38,6 +37,5 @@ SOURCES = {
     "dipc": Source(dipc, "up to three textured objects that overlap on a dark ground"),
     "shapes": Source(shapes, "plain shapes: bright ones on black in grey, textured ones on a soft ground in colour"),
     "strokes": Source(strokes, "one to three bright strokes of a pen on black"),
-    "joined": Source(joined, "up to six bright strokes of a pen on black"),
     "mutants": Source(mutants, "that warped, joined, thickened or blurred images resemble the data", parents=True),
 }

@@ -1,23 +1,12 @@
-"""Settings of `shared-answers`, and the images that the teachers are asked about."""
+"""Settings of `shared-answers`."""
 
-from itertools import accumulate
 from typing import Any, Literal
 
-import numpy as np
-import torch
 from pydantic import Field, field_validator, model_validator
 
-from ray_dfml.core.images import to_bytes
-from ray_dfml.core.sources import SOURCES
-from ray_dfml.core.sources.warp import zoom
 from ray_dfml.errors import did_you_mean
 from ray_dfml.methods.base import MethodConfig, Preset
-
-FIRST = tuple(name for name, source in SOURCES.items() if not source.parents)
-"""The sources that need no earlier images."""
-
-ZOOMED = ("strokes", "joined")
-"""The sources that `zoom_low` and `zoom_high` magnify."""
+from ray_dfml.methods.shared_answers.images import KNOWN, ZOOMED
 
 
 class Config(MethodConfig):
@@ -27,7 +16,7 @@ class Config(MethodConfig):
     budget: int = Field(default=10_000, ge=1, description="Images that each teacher is asked about in all.")
     batch: int = Field(default=1_000, ge=1, description="Images of a round.")
     images: tuple[str, ...] = Field(
-        default=("dip", "dipw", "dipc", "shapes"), min_length=1, description=f"Image sources: {', '.join(FIRST)}."
+        default=("dip", "dipw", "dipc", "shapes"), min_length=1, description=f"Image sources: {', '.join(KNOWN)}."
     )
     shares: tuple[float, ...] = Field(
         default=(), description="How many images each source makes, relative to the others; empty is equal parts."
@@ -47,8 +36,8 @@ class Config(MethodConfig):
     @classmethod
     def _known(cls, names: tuple[str, ...]) -> tuple[str, ...]:
         for name in names:
-            if name not in FIRST:
-                raise ValueError(f"no image source {name!r}{did_you_mean(name, FIRST)}; known: {', '.join(FIRST)}")
+            if name not in KNOWN:
+                raise ValueError(f"no image source {name!r}{did_you_mean(name, KNOWN)}; known: {', '.join(KNOWN)}")
         if len(set(names)) < len(names):
             raise ValueError("an image source is named twice")
         return names
@@ -62,6 +51,11 @@ class Config(MethodConfig):
         return self
 
     @property
+    def parts(self) -> dict[str, float]:
+        """Name of a source -> how many images it makes, relative to the others."""
+        return dict(zip(self.images, self.shares or [1.0] * len(self.images), strict=True))
+
+    @property
     def batches(self) -> list[int]:
         """Images of each round; the last batch is cut at the budget."""
         found = [min(self.batch, self.budget - start) for start in range(0, self.budget, self.batch)]
@@ -71,19 +65,6 @@ class Config(MethodConfig):
     def total_rounds(self) -> int:
         """Rounds that the budget pays for, at most `rounds` if that is set."""
         return len(self.batches)
-
-
-def drawn(cfg: Config, count: int, shape: tuple[int, int, int], rng: torch.Generator) -> np.ndarray:
-    """So many images of the sources, in the parts that `shares` says: uint8 [count c h w]."""
-    shares = cfg.shares or (1.0,) * len(cfg.images)
-    ends = [round(count * end / sum(shares)) for end in accumulate(shares)]
-    parts = []
-    for name, start, end in zip(cfg.images, [0, *ends], ends, strict=False):
-        found = SOURCES[name].function(rng, end - start, shape)
-        if name in ZOOMED and (cfg.zoom_low, cfg.zoom_high) != (1, 1):
-            found = zoom(rng, found, cfg.zoom_low, cfg.zoom_high)
-        parts.append(1 - found if cfg.invert else found)
-    return to_bytes(torch.cat(parts))
 
 
 CHARACTERS: dict[str, Any] = {

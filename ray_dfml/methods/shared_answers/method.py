@@ -15,18 +15,18 @@ import torch
 from ray_dfml.core import seeds
 from ray_dfml.core.images import fit as resized
 from ray_dfml.core.images import to_bytes, to_pixels
-from ray_dfml.core.sources import SOURCES
 from ray_dfml.errors import RejectedError, UsageError, rejection
 from ray_dfml.methods.base import Method, Metrics, Panel, Send, State, World, initial_learner, teacher_job
 from ray_dfml.methods.shared_answers import fit
-from ray_dfml.methods.shared_answers.config import PRESETS, Config, drawn
+from ray_dfml.methods.shared_answers.config import PRESETS, Config
+from ray_dfml.methods.shared_answers.images import KNOWN, drawn
 from ray_dfml.methods.students.training import labels_of, learnable
 from ray_dfml.types import LEVELS, Arrays, Job, Shard
 
 
 def notes(cfg: Config, world: World) -> list[str]:
     """Lines that say what the images assume about the data."""
-    said = [f"teachers are asked about images of {name}, which assumes {SOURCES[name].assumption}"
+    said = [f"teachers are asked about images of {name}, which assumes {KNOWN[name].assumption}"
             for name in cfg.images]  # fmt: skip
     known = [
         *([f"magnified by {cfg.zoom_low:g} to {cfg.zoom_high:g}"] if (cfg.zoom_low, cfg.zoom_high) != (1, 1) else []),
@@ -46,7 +46,8 @@ def init(cfg: Config, world: World) -> State:
 
 def images(cfg: Config, world: World, r: int) -> np.ndarray:
     """The images of round `r`, uint8 [n c h w] of the learner's size. They derive from the run's seed and the round."""
-    return drawn(cfg, cfg.batches[r], world.image.shape, seeds.rng(world.seed, r, "asked"))
+    rng, zooms = seeds.rng(world.seed, r, "asked"), (cfg.zoom_low, cfg.zoom_high)
+    return drawn(cfg.parts, cfg.batches[r], world.image.shape, rng, zooms=zooms, invert=cfg.invert)
 
 
 def plan(cfg: Config, world: World, state: State, r: int) -> list[Job]:

@@ -1,0 +1,193 @@
+"""`shared-answers`: what is asked, what is kept of answers, the loss against its closed form, and what is learned."""
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ray_dfml.config import resolve
+from ray_dfml.core.images import to_bytes
+from ray_dfml.core.sources import SOURCES
+from ray_dfml.core.sources.warp import warp, zoom
+from ray_dfml.errors import UsageError
+from ray_dfml.methods import METHODS
+from ray_dfml.methods.shared_answers import fit, method
+from ray_dfml.methods.shared_answers.config import Config
+from ray_dfml.methods.shared_answers.images import BEND, drawn, joined
+from tests.support import FakeShard, alike, image_spec, mixed_world, only_asked, play, small_shared_answers, small_world
+
+UNITS = torch.tensor([[True, True, False], [True, True, True]])
+KNOWN = torch.tensor([[True, True], [False, True], [True, False], [False, False]])
+
+
+def rng(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def told() -> tuple[Tensor, Tensor]:
+    """Logits and probabilities [4 2 3] in float64, of two teachers with two and three classes."""
+    logits = torch.randn(4, 2, 3, generator=rng(), dtype=torch.float64)
+    wished = torch.rand(4, 2, 3, generator=rng(1), dtype=torch.float64) * UNITS
+    return logits, wished / wished.sum(2, keepdim=True) * KNOWN[..., None]
+
+
+def test_the_loss_is_the_mean_cross_entropy_of_the_answers_that_are_known() -> None:
+    logits, wished = told()
+    each = [
+        F.cross_entropy(logits[i, t, : 2 + t], wished[i, t, : 2 + t])
+        for i in range(4) for t in range(2) if KNOWN[i, t]
+    ]  # fmt: skip
+    torch.testing.assert_close(fit.loss(logits, wished, KNOWN, UNITS), torch.stack(each).mean())
+    assert len(each) == 4
+
+
+def test_the_slope_of_the_loss_is_probabilities_less_answers() -> None:
+    logits, wished = told()
+    leaf = logits.clone().requires_grad_()
+    (slopes,) = torch.autograd.grad(fit.loss(leaf, wished, KNOWN, UNITS), leaf)
+    given = logits.masked_fill(~UNITS, -math.inf).softmax(2)
+    torch.testing.assert_close(slopes, (given - wished) * KNOWN[..., None] / 4)
+    assert torch.autograd.gradcheck(lambda x: fit.loss(x, wished, KNOWN, UNITS), leaf)
+
+
+def test_answers_to_nothing_have_no_loss_and_agreement_counts_what_is_known() -> None:
+    logits, wished = told()
+    assert float(fit.loss(logits, wished, torch.zeros_like(KNOWN), UNITS)) == 0
+    assert float(fit.agreement(wished.log(), wished, KNOWN, UNITS)) == 100
+    best = wished.clone()
+    best[0, 0] = best[0, 0].flip(0).roll(-1)  # the other one of two classes
+    assert float(fit.agreement(best, wished, KNOWN, UNITS)) == 75
+
+
+def test_the_step_size_rises_and_then_falls_to_nothing() -> None:
+    shares = [fit.slope(step, 300) for step in range(301)]
+    assert shares[0] == pytest.approx(1 / fit.RISE)
+    assert max(shares) == pytest.approx(shares[fit.RISE - 1], rel=0.01)
+    assert shares[150] == pytest.approx(0.5)
+    assert shares[300] == pytest.approx(0)
+
+
+def test_answers_stand_where_their_round_was_and_others_are_not_known() -> None:
+    labels = {"classes": 2, "rounds": np.array([0, 2]), "answers": np.array([1, 0, 1, 1])}
+    soft = np.arange(9, dtype=np.float16).reshape(3, 3) / 16
+    found = fit.answered([labels, {"classes": 3, "rounds": np.array([1]), "answers": soft}], [3, 3, 1])
+    assert found["known"].T.tolist() == [[True] * 3 + [False] * 3 + [True], [False] * 3 + [True] * 3 + [False]]
+    assert found["units"].tolist() == [[True, True, False], [True] * 3]
+    assert found["wished"][[0, 1, 2, 6], 0].tolist() == [[0, 1, 0], [1, 0, 0], [0, 1, 0], [0, 1, 0]]
+    assert np.array_equal(found["wished"][3:6, 1], soft)
+    assert not found["wished"][~found["known"]].any()
+
+
+def test_images_are_those_of_the_sources_in_their_shares() -> None:
+    both, shape = rng(), (1, 16, 16)
+    plain = SOURCES["shapes"].function(both, 7, shape)
+    large = zoom(both, SOURCES["strokes"].function(both, 3, shape), 1.2, 1.5)
+    parts = Config(images=("shapes", "strokes"), shares=(2, 1)).parts
+    found = drawn(parts, 10, shape, rng(), zooms=(1.2, 1.5), invert=True)
+    assert np.array_equal(found, to_bytes(1 - torch.cat([plain, large])))
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_joined_images_are_two_images_of_strokes_over_one_another(channels: int) -> None:
+    both, shape = rng(), (channels, 16, 16)
+    first, second = SOURCES["strokes"].function(both, 125, shape), SOURCES["strokes"].function(both, 125, shape)
+    found = joined(rng(), 30, shape)
+    assert torch.equal(found, torch.maximum(first, warp(both, second, BEND))[:30])
+    assert bool((found >= first[:30]).all())
+    assert torch.equal(joined(rng(), 130, shape)[:30], found)
+
+
+def test_the_batches_are_those_that_the_budget_pays_for() -> None:
+    assert small_shared_answers().batches == [8, 8, 4]
+    assert small_shared_answers(rounds=2).batches == [8, 8]
+    assert Config().total_rounds == 10
+
+
+@pytest.mark.parametrize("levels", [("weights",), ("probs", "label"), ("logits", "weights")])
+def test_every_teacher_is_asked_as_often_as_planned_about_the_same_images(levels: Any) -> None:
+    world, cfg = only_asked(mixed_world(), *levels), small_shared_answers()
+    shard, before = FakeShard(world), torch.random.get_rng_state()
+    _, state, metrics = play("shared-answers", cfg, world, rounds=3, first=0, shard=shard)
+    planned = METHODS["shared-answers"].queries(cfg, world)
+    assert {id: service.asked for id, service in shard.services.items()} == planned == {"grey": 20, "colour": 20}
+    assert metrics["queries"] == 20
+    kept = {card.id: state["answers"][card.id]["answers"] for card in world.cards}
+    for card in world.cards:
+        assert kept[card.id].shape == ((20,) if card.access == "label" else (20, len(card.classes)))
+        assert state["answers"][card.id]["rounds"].tolist() == [0, 1, 2]
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_labels_are_kept_if_they_are_wanted() -> None:
+    world = only_asked(small_world(), "probs")
+    _, state, _ = play("shared-answers", small_shared_answers(answers="hard"), world, first=0)
+    assert all(known["answers"].dtype == np.int64 for known in state["answers"].values())
+
+
+def test_the_last_round_moves_the_learner_and_no_other_does(device: torch.device) -> None:
+    world, cfg = only_asked(small_world(), "probs"), small_shared_answers(steps=40)
+    _, state, metrics = play("shared-answers", cfg, world, rounds=2, first=0, device=device)
+    begun = METHODS["shared-answers"].init(cfg, world)
+    assert torch.equal(state["theta"], begun["theta"])
+    assert "fit/agreement" not in metrics
+    _, state, metrics = play("shared-answers", cfg, world, rounds=3, first=0, device=device)
+    _, again, _ = play("shared-answers", cfg, world, rounds=3, first=0, device=device)
+    assert alike(state, again, device)
+    assert metrics["fit/loss_last"] < metrics["fit/loss_first"]
+    assert not torch.equal(state["theta"], begun["theta"])
+    head = world.net.split(state["theta"])[1]
+    assert torch.equal(head, world.net.split(begun["theta"])[1]), "the learner's own head is not trained"
+
+
+def test_a_teacher_that_was_away_is_learned_from_in_its_rounds() -> None:
+    """Of the answers that the job of the last round holds, those of its missed round are not known."""
+    world, cfg = only_asked(small_world(cards=2), "probs"), small_shared_answers()
+    shard, one = FakeShard(world), METHODS["shared-answers"]
+    state = one.init(cfg, world)
+    for r in range(3):
+        there = replace(world, cards=world.cards[:1]) if r == 1 else world
+        results = shard.send("shared-answers.recover", one.plan(cfg, there, state, r), one.shared(cfg, there, state, r))
+        state, _ = one.learn(cfg, there, state, r, results, shard.send)
+    op, (job,) = shard.sent[-1]
+    assert op == "shared-answers.fit"
+    assert job.values["known"].T.tolist() == [[True] * 20, [True] * 8 + [False] * 8 + [True] * 4]
+    asked = np.concatenate([method.images(cfg, world, r) for r in range(3)])
+    assert np.array_equal(job.values["images"], asked)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("method.images=stroks", "did you mean 'strokes'?"),
+        ("method.images=mutants", "no image source 'mutants'"),
+        ("method.images=dip,dip", "named twice"),
+        ("method.shares=1,2", "method.shares needs one number above 0 for each of the 4 sources"),
+        ("method.shares=1,2,3,0", "method.shares needs one number above 0"),
+        ("method.zoom_low=2", "method.zoom_low is 2, above method.zoom_high, 1"),
+        ("method.budget=0", "method.budget"),
+    ],
+)  # fmt: skip
+def test_a_setting_that_does_not_fit_is_refused_in_a_line(text: str, said: str) -> None:
+    with pytest.raises(UsageError) as error:
+        resolve("shared-answers", settings=[text])
+    assert said in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_images_below_eight_pixels_are_refused() -> None:
+    with pytest.raises(UsageError, match="at least 8"):
+        method.init(Config(), replace(small_world(), image=image_spec(3, 7)))
+
+
+def test_the_preset_starts_after_no_pool_and_says_what_it_knows() -> None:
+    config = resolve("shared-answers", preset="characters-shared-answers")
+    assert (config.learner.start, config.learner.head) == ("no-pool-characters", "protonet")
+    assert sum(METHODS["shared-answers"].queries(config.method, small_world(cards=1)).values()) == 10_000
+    notes = method.notes(Config.model_validate(config.method.model_dump()), small_world())
+    assert len(notes) == 7
+    assert "knowledge of the domain" in notes[-1]
