@@ -25,4 +25,4 @@ def as_row(score: Score, profile: str) -> dict[str, Any]:
 
 def headline(rows: Sequence[Mapping[str, Any]], method: str) -> Mapping[str, Any] | None:
     """The score that stands for a run of `method`: its first one, which is of the weights that validation chose."""
-    return next((row for row in rows if row["method"] == method), None)
+    return next((row for row in rows if row.get("method") == method), None)

@@ -97,6 +97,14 @@ def test_another_file_is_named_in_one_line(tmp_path: Path, said: Any) -> None:
     assert len(str(caught.value).splitlines()) == 1
 
 
+@pytest.mark.parametrize("changes", [{"looked": None}, {"split": None, "kind": None}, {"confusions": {"pairs": []}}])
+def test_an_example_without_all_of_it_is_named_in_one_line(tmp_path: Path, changes: dict[str, Any]) -> None:
+    run = make(tmp_path / "run")
+    (run / examples.FILE).write_bytes(examples.to_file([of_episodes(3, 3, wrong=True) | changes]))
+    with pytest.raises(RejectedError, match=r"examples\.safetensors: not"):
+        report.write(run)
+
+
 def test_a_run_shows_its_own_best_and_worst_episode(free_run: Path) -> None:
     (found,) = examples.read(free_run / examples.FILE)
     rows = [row for row in pq.read_table(free_run / "episodes.parquet").to_pylist()

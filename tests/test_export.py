@@ -85,6 +85,7 @@ def test_a_learner_that_was_not_adapted_gives_features(free_run: Path) -> None:
     [
         (("--out", "x.pt"), "ends in .onnx"),
         (("--out", "{there}"), "exists already"),
+        (("--out", "nowhere/x.onnx"), "a folder that does not exist"),
         (("--out", "x.onnx", "--support", "."), "leave out --support"),
         (("--out", "x.onnx", "--teacher", "other"), "student"),
     ],

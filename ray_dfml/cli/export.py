@@ -38,6 +38,7 @@ def export(
 
     if out.suffix != ".onnx":
         raise UsageError(f"--out {out}: expected a name that ends in .onnx")
+    options.check_out("--out", out)
     if out.exists():
         raise UsageError(f"{out}: exists already; choose another --out")
     pin()

@@ -8,6 +8,7 @@ import click
 
 from ray_dfml.cli import options
 from ray_dfml.errors import UsageError
+from ray_dfml.plots import number
 
 FORM = "{:<40} {:<14} {:<12} {:>9} {:<13} {:>16}  {}"
 
@@ -41,5 +42,6 @@ def _score(row: Mapping[str, Any] | None) -> tuple[str, str]:
     """What a score is of, and the score."""
     if row is None:
         return "-", "-"
-    test = "top-1" if row["shot"] is None else f"{row['way']}-way {row['shot']}-shot"
-    return test, f"{row['mean']:.2f} ± {row['ci95']:.2f}"
+    test = "top-1" if row.get("shot") is None else f"{row.get('way')}-way {row['shot']}-shot"
+    half = number(row.get("ci95"))
+    return test, f"{row['mean']:.2f}" + ("" if half is None else f" ± {half:.2f}")

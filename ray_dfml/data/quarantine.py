@@ -17,8 +17,9 @@ SUFFIXES = (".yaml", ".yml")
 
 def text(found: Mapping[str, Sequence[str]], command: str) -> str:
     """The list as YAML: id of each teacher -> why. It is a proposal, and a reader may strike lines out."""
+    maker = " ".join(command.split())
     head = (
-        f"# made by: {command}\n# Teachers that it proposes to leave out, with the evidence. Strike out those to keep,"
+        f"# made by: {maker}\n# Teachers that it proposes to leave out, with the evidence. Strike out those to keep,"
         " and train with\n# --set pool.without=THIS_FILE\n"
     )
     return head + yaml_text.dump({"without": {id: list(why) for id, why in found.items()}})

@@ -98,7 +98,7 @@ def measure(card: TeacherCard, theta: Tensor, stats: Tensor, probes: Probes) -> 
         if last
         else 0.0,
         "thresholds": -float(torch.cat(shifts[1:-1]).mean()) if len(shifts) > 2 else 0.0,
-        "spread": float((logits - logits.mean(0)).square().mean().sqrt().clamp_min(1e-12).log()),
+        "spread": float((logits.double() - logits.double().mean(0)).square().mean().sqrt().clamp_min(1e-12).log()),
     }
     fresh = network.initial_stats()
     return Vitals(

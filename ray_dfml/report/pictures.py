@@ -90,16 +90,21 @@ def tests(record: Record) -> list[dict[str, Any]]:
     path = record.path / examples.FILE
     found = examples.read(path) if path.is_file() else []
     try:
-        return [
-            one | {"data": str(one["data"]).partition("@")[0], "parts": [_part(part) for part in one["parts"]]}
-            | {"confusions": _confusions(one["confusions"])}
-            for one in found
-        ]  # fmt: skip
+        return [_test(one) for one in found]
     except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
         raise RejectedError(f"{path}: not examples of a test ({error}); remove it to report without it") from None
 
 
-def _part(part: Mapping[str, Any]) -> dict[str, Any]:
+def _test(one: Mapping[str, Any]) -> dict[str, Any]:
+    episodic = one["kind"] == "episodes"
+    return {
+        "kind": one["kind"], "teacher": None if episodic else str(one["teacher"]),
+        "data": str(one["data"]).partition("@")[0], "split": str(one["split"]), "looked": int(one["looked"]),
+        "parts": [_part(part, episodic) for part in one["parts"]], "confusions": _confusions(one["confusions"]),
+    }  # fmt: skip
+
+
+def _part(part: Mapping[str, Any], episodic: bool) -> dict[str, Any]:
     """Rows of images, class after class, of an episode or of a student's answers."""
     classes, support = [short(name) for name in part["classes"]], part.get("support", ())
     rows = []
@@ -109,7 +114,8 @@ def _part(part: Mapping[str, Any]) -> dict[str, Any]:
         given = [{"uri": uri(support[c]), "alt": f"support image of {name}"}] if c < len(support) else []
         if shown or given:
             rows.append({"name": name, "support": given, "images": shown})
-    return {"which": part["which"], "accuracy": part.get("accuracy"), "number": part.get("number"), "rows": rows}
+    found = {"which": part["which"], "rows": rows}
+    return found | ({"accuracy": float(part["accuracy"]), "number": int(part["number"])} if episodic else {})
 
 
 def _name(classes: Sequence[str], place: int) -> str:
@@ -129,4 +135,6 @@ def _confusions(found: Mapping[str, Any]) -> dict[str, Any]:
         "names": [short(name) for name in found["matrix"]["names"]],
         "shares": [[None if one is None else float(one) for one in row] for row in found["matrix"]["shares"]],
     }
+    if matrix and {len(matrix["shares"]), *map(len, matrix["shares"])} != {len(matrix["names"])}:
+        raise ValueError("the table of confusions is not square")
     return {"pairs": pairs, "classes": int(found["classes"]), "matrix": matrix}

@@ -69,6 +69,11 @@ def _facts(value: object, prefix: str = "") -> list[tuple[str, str]]:
     return [(prefix, "none" if value in (None, "", {}) else str(value))] if prefix else []
 
 
+def _texts(value: object) -> list[str]:
+    """The entries of a list that was read from a file, as text. There are none if the value is no list."""
+    return [str(one) for one in value] if isinstance(value, list) else []
+
+
 def _steps(record: Record) -> list[str]:
     """The step sizes at test that the run chose for its weights and each data set, as text."""
     steps = dicts(record.status.get("test_step"))
@@ -85,7 +90,7 @@ def values(record: Record) -> dict[str, Any]:
     spent = {name: float(values.sum()) for name, values in plots.stages(record.metrics).items()}
     total = sum(spent.values()) or 1.0
     learner, weights = record.learner, record.path / "learner.safetensors"
-    selections = {row.get("selection") for row in record.scores} | ({learner.get("selection")} if learner else set())
+    selections = {str(row.get("selection")) for row in [*record.scores, learner]}
     return {
         "run": record.where.rpartition("/")[2],
         "name": record.name,
@@ -98,8 +103,8 @@ def values(record: Record) -> dict[str, Any]:
         "state": record.status.get("state", "unknown"),
         "started": str(record.manifest.get("started") or "not recorded").replace("T", " ").replace("+00:00", " UTC"),
         "rejected": record.rejected,
-        "behind": [str(id) for id in record.status.get("behind") or []],
-        "notes": [str(note) for note in record.status.get("notes") or []],
+        "behind": _texts(record.status.get("behind")),
+        "notes": _texts(record.status.get("notes")),
         "steps": ", ".join(_steps(record)),
         "rounds": record.rounds,
         "duration": _duration(record.seconds),

@@ -7,6 +7,7 @@ from typing import Any
 
 from ray_dfml import report
 from ray_dfml.errors import DfmlError
+from ray_dfml.plots import number
 from ray_dfml.runtime import watch
 from ray_dfml.scores import headline
 
@@ -40,9 +41,14 @@ def _row(path: Path, folder: Path) -> dict[str, Any]:
     row |= {"state": "unreadable", "round": 0, "rounds": 0, "updated": None, "score": None, "fault": None}
     try:
         run = report.read(path)
-        row |= {key: run.status.get(key) or row[key] for key in ("state", "round", "rounds", "updated")}
-        row["method"] = run.config.get("name", "?")
-        row |= {"score": headline(run.scores, row["method"]), "fault": next(iter(watch.last(run.status)), None)}
+        row |= {key: str(run.status[key]) for key in ("state", "updated") if run.status.get(key)}
+        row |= {key: int(number(run.status.get(key)) or 0) for key in ("round", "rounds")}
+        row["method"] = str(run.config.get("name", "?"))
+        score = headline(run.scores, row["method"])
+        row["score"] = score if score and number(score.get("mean")) is not None else None
+        row["fault"] = next(iter(watch.last(run.status)), None)
     except DfmlError as error:
         row["fault"] = str(error)
+    except (TypeError, ValueError):
+        row["fault"] = f"{path / 'status.json'}: not as a run writes it; restore the file"
     return row

@@ -102,7 +102,7 @@ def last(status: dict[str, Any]) -> list[str]:
     """The last error of a run, if there is one; or a line about a run that should be at work and is silent."""
     if status.get("last_error"):
         return [f"last error: {status['last_error']}"]
-    if status.get("exit_code") is not None or "updated" not in status:
+    if status.get("exit_code") is not None or status.get("state") == "done" or "updated" not in status:
         return []
     now, then = datetime.datetime.now(datetime.UTC), datetime.datetime.fromisoformat(status["updated"])
     each = (status.get("seconds") or 0.0) / max(status.get("round") or 0, 1)

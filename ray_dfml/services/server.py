@@ -203,11 +203,17 @@ class Server:
         finally:
             self._waiting -= size
 
+    def _pace(self, count: int) -> None:
+        """Refuse images that are more than the rate allows now."""
+        if self._bucket and (seconds := self._bucket.take(count)):
+            raise _later("more images a second than this server answers", seconds)
+
     async def _adapt(self, request: web.Request) -> web.Response:
         learner = self._learner
         assert learner is not None
         _, tensors = await _message(request)
         images, labels = _support(tensors, learner.image.shape)
+        self._pace(len(images))
         support = hashlib.sha256(json.dumps([images.shape, labels]).encode() + images.tobytes())
         id = f"adapted-{support.hexdigest()[:16]}"
         batcher = self._models.pop(id, None)
@@ -230,8 +236,7 @@ class Server:
         id = head.get("id", "")
         if not isinstance(id, str):
             raise Malformed("the id of a request is a text")
-        if self._bucket and (seconds := self._bucket.take(len(images))):
-            raise _later("more images a second than this server answers", seconds)
+        self._pace(len(images))
         answers = await batcher.ask(images, _key(id, images))
         kind = "INT64" if answers.dtype.kind == "i" else "FP32"
         said = {"model_name": served.id, "model_version": VERSION} | ({"id": id} if id else {})

@@ -46,6 +46,33 @@ def test_runs_are_listed_with_their_states_and_scores(folder: Path, command: Com
     assert "nobody is left" in lines[4]
 
 
+@pytest.mark.parametrize(
+    ("changes", "score", "said"),
+    [
+        ({"updated": "yesterday", "exit_code": None}, {}, "not as a run writes it"),
+        ({"state": ["x"], "updated": 5, "exit_code": 0}, {}, "65.00 ±"),
+        ({"exit_code": 0}, {"ci95": None}, "65.00"),
+        ({"exit_code": 0}, {"mean": None}, "free"),
+    ],
+)
+def test_one_odd_run_does_not_hide_the_others(
+    folder: Path, command: Command, changes: dict[str, object], score: dict[str, object], said: str
+) -> None:  # fmt: skip
+    run = run_folders.make(folder / "odd", {"free/val": run_folders.FREE}, **score)
+    stamped(run, **({"state": "training"} | changes))
+    done = command("runs", folder)
+    assert (done.code, done.err) == (0, "")
+    lines = done.out.splitlines()
+    place = next(n for n, line in enumerate(lines) if line.startswith("odd "))
+    assert said in " ".join(lines[place : place + 2])
+    assert any(line.startswith("new ") for line in lines)
+
+
+def test_a_run_that_is_done_is_not_called_silent(tmp_path: Path, command: Command) -> None:
+    stamped(run_folders.make(tmp_path / "old", {}), updated="2026-01-01T00:00:00+00:00")
+    assert "no news" not in command("runs", tmp_path).out
+
+
 def test_runs_as_json(folder: Path, command: Command) -> None:
     rows = json.loads(command("runs", folder, "--json").out)
     assert [(row["run"], row["method"], row["state"]) for row in rows] == [

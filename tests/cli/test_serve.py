@@ -227,6 +227,14 @@ def test_a_learner_is_served(free_run: Path, tmp_path: Path) -> None:
     np.testing.assert_allclose(np.array(found["data"]).reshape(5, 2), wanted, atol=1e-5)
 
 
+def test_images_of_supports_count_for_the_rate(free_run: Path, tmp_path: Path) -> None:
+    x = np.random.default_rng(0).random((4, *Learner.load(free_run).image.shape), np.float32)
+    with serving(free_run, "--access", "label", "--rate", "0.01", "--counter", tmp_path / "counts") as (_, line):
+        url = line.rstrip().partition(" at ")[2]
+        replies = [send(url, "POST", "/v2/adapt", support(x, ["a", "b", "a", "b"])).status for _ in range(2)]
+    assert replies == [200, 429]
+
+
 def test_no_more_is_given_away_than_the_pool_does(toy_pool: Path, tmp_path: Path, command: Command) -> None:
     """And a teacher that is a service already is left out."""
     pool = Path(shutil.copytree(toy_pool, tmp_path / "pool"))
