@@ -180,7 +180,7 @@ def _each(names: Mapping[str, str], calls: Mapping[str, tuple[Any, ...]]) -> tup
         except exceptions.RayTaskError as error:
             bad[id] = f"{names[id]}: {str(error).strip().splitlines()[-1]}"
         except exceptions.RayError as error:  # Ray goes on with advice
-            bad[id] = f"{names[id]}: {str(error).strip().splitlines()[0].partition('. ')[0]}"
+            bad[id] = f"{names[id]}: {(str(error).strip() or type(error).__name__).splitlines()[0].partition('. ')[0]}"
     return answers, bad
 
 

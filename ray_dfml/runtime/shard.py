@@ -55,7 +55,7 @@ def cap_memory(share: float) -> None:
     share has no room for anything else.
     """
     parts = round(1 / share) if share else 1
-    if parts == 1 or not torch.cuda.is_available():
+    if parts <= 1 or not torch.cuda.is_available():
         return
     whole = torch.cuda.get_device_properties(0).total_memory
     left = 1 / parts - CONTEXT_BYTES / whole
@@ -67,11 +67,15 @@ def cap_memory(share: float) -> None:
     torch.cuda.set_per_process_memory_fraction(left, 0)
 
 
+NO_ROOM = ("DefaultCPUAllocator: can't allocate", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
+"""What errors of PyTorch, cuBLAS and cuDNN say that have no type of their own."""
+
+
 def is_short_of_memory(error: Exception) -> bool:
     """Whether an error says that a device, or this machine, has no memory for an array."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
-        isinstance(error, RuntimeError) and "DefaultCPUAllocator: can't allocate" in str(error)
-    )
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in NO_ROOM)
 
 
 def keep_memory() -> None:

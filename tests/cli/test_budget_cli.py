@@ -54,7 +54,7 @@ def test_a_budget_ends_with_4_and_a_raised_one_goes_on(tmp_path: Path, pool: Pat
     assert f"run: {run}" in done.out
     assert toy.status(run)["state"] == "budget"
     page = " ".join((run / "report.html").read_text().split())
-    assert "<td>in all</td><td>64</td><td>64</td><td>8.8</td>" in page
+    assert '<td>in all</td><td class="n">64</td><td class="n">64</td><td class="n">8.8</td>' in page
     refused = command(*words, "--resume", "--set", "method.batch=4")
     assert (refused.code, refused.err.count("\n")) == (2, 1)
     still = command(*words, "--resume", "--json")

@@ -172,6 +172,7 @@ def test_the_system_says_so_when_memory_is_short() -> None:
         with pytest.raises((RuntimeError, MemoryError)) as raised:
             ask()
         assert shard.is_short_of_memory(raised.value)
+    assert shard.is_short_of_memory(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling"))
     assert not shard.is_short_of_memory(RuntimeError("shapes differ"))
 
 
