@@ -15,8 +15,8 @@ for budget in "${@:4}"; do
   ray-dfml train free --pool "$out/labels" --preset characters "${same[@]}" "${gentle[@]}" \
     --set method.surrogate.budget="$budget" --set method.surrogate.invert=true \
     --set method.surrogate.last_steps=300 --run-dir "$out/labels-$budget-$seed"
-  # 16,960 queries a visit, four visits a round
-  ray-dfml train bidf-mkd --pool "$out/probs" --preset characters-bidf "${same[@]}" \
+  # a round is four visits of 16,960 queries, so the least is 3,392 queries a teacher
+  [ "$budget" -ge 2000 ] && ray-dfml train bidf-mkd --pool "$out/probs" --preset characters-bidf "${same[@]}" \
     --set learner.start=no-pool-characters --set method.replay.lr=0.001 --set method.iterations=5 \
     --set method.rounds=$(((budget * 20 + 33920) / 67840)) --run-dir "$out/bidf-$budget-$seed"
 done
