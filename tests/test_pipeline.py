@@ -186,7 +186,8 @@ def test_weights_that_nothing_changed_are_no_candidate() -> None:
 
 def test_the_parts_of_the_loop_survive_a_round() -> None:
     one = trainer()
-    assert {name: one.state[name] for name in KEPT if name != "began"} == {"rejected": {}, "best": {}, "test_best": {}}
+    kept = {name: one.state[name] for name in KEPT if name != "began"}
+    assert kept == {"rejected": {}, "best": {}, "test_best": {}, "pictures": {}}
     began = one.state["began"]
     one.keep("val", 50.0, 0)
     best = one.state["best"]
