@@ -68,7 +68,7 @@ def test_a_service_that_goes_away_leaves_its_student(tmp_path: Path, pool: Path,
 def test_a_run_that_ended_without_a_service_goes_on_with_it_to_the_bits_of_a_quiet_run(
     tmp_path: Path, pool: Path, leave: Leave, command: Callable[..., toy.Done]
 ) -> None:
-    """What it missed is made up, and the others are not asked again."""
+    """What it missed is made up, and the others are not asked again. Pictures are in the order in which they were met."""
     run, quiet, first = tmp_path / "run", tmp_path / "quiet", ids(pool)[0]
     toy.train(toy.config("ideal", pool, None), quiet)
     leave(first)
@@ -85,7 +85,9 @@ def test_a_run_that_ended_without_a_service_goes_on_with_it_to_the_bits_of_a_qui
     again = command(*words, "--resume")
     assert again.code == 0, again.err
     assert sums(run) == dict.fromkeys(ids(pool), (PLAN, PLAN))
-    toy.assert_equal(toy.last_state(run), toy.last_state(quiet))
+    late, early = toy.last_state(run), toy.last_state(quiet)
+    assert list(late.pop("pictures")["latest"]) != list(early.pop("pictures")["latest"])
+    toy.assert_equal(late, early)
     assert [file.read_bytes() for file in sorted((run / "students").rglob("*.safetensors"))] == [
         file.read_bytes() for file in sorted((quiet / "students").rglob("*.safetensors"))
     ]
