@@ -68,7 +68,7 @@ def test_a_service_that_goes_away_leaves_its_student(tmp_path: Path, pool: Path,
 def test_a_run_that_ended_without_a_service_goes_on_with_it_to_the_bits_of_a_quiet_run(
     tmp_path: Path, pool: Path, leave: Leave, command: Callable[..., toy.Done]
 ) -> None:
-    """What it missed is made up, and the others are not asked again. Pictures are in the order in which they were met."""
+    """What it missed is made up, and the others are not asked again. Its pictures are met later than theirs."""
     run, quiet, first = tmp_path / "run", tmp_path / "quiet", ids(pool)[0]
     toy.train(toy.config("ideal", pool, None), quiet)
     leave(first)
