@@ -195,12 +195,12 @@ def test_a_finished_run_holds_its_record(free_run: Path) -> None:
     found = toy.status(free_run)
     assert set(found) == {
         "state", "round", "rounds", "seconds", "eta_seconds", "driver_share", "rejected", "notes", "test_step",
-        "last_error", "updated", "checkpoint", "exit_code",
+        "last_error", "updated", "checkpoint", "exit_code", "stalled",
     }  # fmt: skip
     file = free_run / "checkpoints" / found["checkpoint"]["name"]
     assert found["checkpoint"] == {
         "name": "round-000005.json", "sha256": hashlib.sha256(file.read_bytes()).hexdigest(), "rounds": 6,
     }  # fmt: skip
     assert (found["state"], found["round"], found["rounds"], found["rejected"]) == ("done", 6, 6, {})
-    assert (found["last_error"], found["exit_code"]) == (None, 0)
+    assert (found["last_error"], found["exit_code"], found["stalled"]) == (None, 0, None)
     assert build(yaml.safe_load((free_run / "config.yaml").read_text())).name == "free"
