@@ -7,15 +7,14 @@ statistics of its support, and its answers may differ from those of `AdaptedLear
 
 import json
 import logging
-import os
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from ray_dfml.core.images import normalise
+from ray_dfml.data import weights_file
 from ray_dfml.errors import ResourceError
-from ray_dfml.files import naming
 from ray_dfml.learner import AdaptedLearner, Learner
 from ray_dfml.student import Student
 from ray_dfml.types import LearnerWeights
@@ -84,7 +83,4 @@ def write_onnx(graph: Graph, file: Path) -> None:
     )  # fmt: skip
     assert made is not None
     made.model.metadata_props["classes"] = json.dumps(graph.classes)
-    temporary = file.with_name(f".{file.name}.tmp")
-    with naming(file):
-        made.save(temporary)
-    os.replace(temporary, file)
+    weights_file.write_bytes(file, made.model_proto.SerializeToString())
