@@ -1,6 +1,5 @@
 """A command as a job of a real cluster: what it prints and its exit code reach whoever submitted it, with a token."""
 
-import importlib.util
 import os
 import sys
 from pathlib import Path
@@ -10,20 +9,13 @@ import pytest
 
 pytest.importorskip("ray")
 
-SCRIPT = Path(__file__).parents[2] / "cluster" / "submit.py"
-
 
 @pytest.fixture
-def submit(monkeypatch: pytest.MonkeyPatch, ray_cluster: Any) -> Any:
+def submit(monkeypatch: pytest.MonkeyPatch, ray_cluster: Any, script: Any) -> Any:
     """The script as a module, and the session's Ray where it finds one. Jobs find `ray-dfml` where the tests run."""
     monkeypatch.setenv("RAY_API_SERVER_ADDRESS", f"http://{ray_cluster.webui_url}")
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
-    spec = importlib.util.spec_from_file_location("submit", SCRIPT)
-    assert spec
-    assert spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return script
 
 
 @pytest.mark.ray

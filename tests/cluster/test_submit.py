@@ -1,9 +1,7 @@
 """`cluster/submit.py`: what it refuses before it connects, what it submits, and its exit codes. No cluster."""
 
-import importlib.util
 import sys
 from collections.abc import AsyncIterator
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,20 +11,14 @@ pytest.importorskip("ray")
 aiohttp = pytest.importorskip("aiohttp")
 requests = pytest.importorskip("requests")
 
-SCRIPT = Path(__file__).parents[2] / "cluster" / "submit.py"
 ADDRESS = ("--address", "http://127.0.0.1:8265")
 
 
 @pytest.fixture
-def submit(monkeypatch: pytest.MonkeyPatch) -> Any:
+def submit(monkeypatch: pytest.MonkeyPatch, script: Any) -> Any:
     """The script as a module."""
     monkeypatch.setenv("RAY_AUTH_MODE", "token")
-    spec = importlib.util.spec_from_file_location("submit", SCRIPT)
-    assert spec
-    assert spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return script
 
 
 class Jobs:
