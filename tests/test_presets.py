@@ -172,3 +172,15 @@ def test_bidf_without_boundary_never_reads_the_learner_in_recovery():
 def test_colour_images_are_asked_about_with_shapes_and_learned_for_longer() -> None:
     """The budget is that of the defaults."""
     assert set(changed("ideal", preset="ideal-colour")) == {"method.images", "method.steps", "method.last_steps"}
+
+
+@pytest.mark.parametrize(
+    ("preset", "change"),
+    [
+        ("no-information", {"method.lam": 0.0}),
+        ("no-ce", {"method.ce": 0.0}),
+        ("no-reset", {"method.reset": False}),
+    ],
+)
+def test_an_ablation_of_ideal_leaves_out_one_part_of_its_generator(preset: str, change: dict[str, Any]) -> None:
+    assert changed("ideal", preset=preset) == change

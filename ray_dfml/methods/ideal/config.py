@@ -1,4 +1,7 @@
-"""Settings of IDEAL and its profiles."""
+"""Settings of IDEAL, its profiles and its presets.
+
+[Zhang2023] IDEAL: Query-Efficient Data-Free Learning from Black-Box Models, ICLR 2023, Table 4 (ablations).
+"""
 
 from ray_dfml.methods.base import Preset, Values
 from ray_dfml.methods.students.config import DistilConfig
@@ -60,4 +63,7 @@ PRESETS: dict[str, Preset] = {
         "colour images of objects: plain shapes beside random networks, and a longer training of the student",
         {"method": {"images": ("dip", "dipc", "shapes", "mutants"), "steps": 8.0, "last_steps": 4000}},
     ),
+    "no-information": Preset("[Zhang2023] Table 4: the generator without L_info", {"method": {"lam": 0.0}}),
+    "no-ce": Preset("[Zhang2023] Table 4: the generator without the cross-entropy", {"method": {"ce": 0.0}}),
+    "no-reset": Preset("[Zhang2023] Table 4: one generator that is never begun anew", {"method": {"reset": False}}),
 }
