@@ -62,7 +62,7 @@ LEAST = 1e-4
 def make_pools(given: argparse.Namespace) -> None:
     """Copy the pool with other levels of access."""
     for name, levels in ACCESS.items():
-        shutil.copytree(given.pool, given.out / name)
+        shutil.copytree(given.pool, given.out / name, dirs_exist_ok=True)
         path = given.out / name / "pool.yaml"
         content = yaml.safe_load(path.read_text())
         for entry, access in zip(content["teachers"], levels, strict=True):

@@ -74,5 +74,9 @@ class Interrupted(DfmlError):
     exit_code = 130
 
 
+class NotReproduced(DfmlError):
+    """A number was measured again and is outside its interval. Exit code 1."""
+
+
 class LearnerLost(DfmlError):
     """The learner's process ended. The run can go on from the last checkpoint."""

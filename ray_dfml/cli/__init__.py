@@ -32,6 +32,7 @@ COMMANDS = {
     "runs": ("ray_dfml.cli.runs", "runs"),
     "status": ("ray_dfml.cli.status", "status"),
     "report": ("ray_dfml.cli.report", "report_runs"),
+    "reproduce": ("ray_dfml.cli.reproduce", "reproduce"),
 }
 """Command -> (module, function). Modules are loaded on use, so that `--help` is quick."""
 

@@ -1,0 +1,142 @@
+"""The pages of results, made from their templates and the tables of numbers of the package."""
+
+import statistics
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+
+import jinja2
+
+from ray_dfml.reproduce import registry
+from ray_dfml.reproduce.registry import Number, Step, Table
+
+ROOT = Path(__file__).parent.parent
+TEMPLATES = Path(__file__).parent / "pages"
+PAGES = {"README.md": "readme.md.j2", "docs/results.md": "results.md.j2"}
+"""Page -> its template. Of a page with MARKERS only what stands between them is made."""
+MARKERS = ("<!-- results:begin -->\n", "<!-- results:end -->\n")
+
+
+def rendered(page: str) -> str:
+    """The text of a page. Raises jinja2.UndefinedError and UsageError for names that are not known."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES), undefined=jinja2.StrictUndefined, keep_trailing_newline=True
+    )
+    environment.globals |= {
+        "n": full,
+        "v": value,
+        "by": apart,
+        "positive": positive,
+        "note": note,
+        "sd": spread,
+        "each": each,
+        "table": table,
+        "rows": rows,
+    }
+    text = wrapped(environment.get_template(PAGES[page]).render())
+    before = (ROOT / page).read_text("utf-8")
+    if MARKERS[0] not in before:
+        return text
+    head, _, rest = before.partition(MARKERS[0])
+    return f"{head}{MARKERS[0]}\n{text}\n{MARKERS[1]}{rest.partition(MARKERS[1])[2]}"
+
+
+def full(id: str, digits: int = 2, sign: bool = False) -> str:
+    """A number with its interval; a difference with its sign, if wanted."""
+    _, one = registry.find(id)
+    return f"{one.value:{'+' if sign else ''}.{digits}f} ± {one.half:.{digits}f}"
+
+
+def apart(id: str, digits: int = 2) -> str:
+    """How far a difference is from nothing, with its interval."""
+    _, one = registry.find(id)
+    return f"{abs(one.value):.{digits}f} ± {one.half:.{digits}f}"
+
+
+def value(id: str, digits: int = 2) -> str:
+    """A number alone."""
+    return f"{registry.find(id)[1].value:.{digits}f}"
+
+
+def each(id: str, digits: int = 2) -> str:
+    """The numbers of the seeds."""
+    return ", ".join(f"{one:.{digits}f}" for one in registry.find(id)[1].each)
+
+
+def positive(id: str) -> bool:
+    """Whether a difference is above nothing."""
+    return registry.find(id)[1].value > 0
+
+
+def note(id: str) -> str:
+    """What is to be known about a number."""
+    return str(registry.find(id)[1].note)
+
+
+def spread(id: str, digits: int = 2) -> str:
+    """The sample standard deviation over the seeds."""
+    return f"{statistics.stdev(registry.find(id)[1].each):.{digits}f}"
+
+
+def table(name: str, *columns: str, details: bool = False) -> str:
+    """The numbers of a table that stand in `columns`, row by row in order of the first; with their cost, if wanted."""
+    known = registry.tables()[name]
+    cells = {(one.row, one.column): one for one in known.numbers if one.row and one.column in columns}
+    first = [one for one in known.numbers if (one.row, one.column) in cells and one.column == columns[0]]
+    head = ["method", *(("seeds", "minutes", "queries") if details else ()), *columns]
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for one in sorted(first, key=lambda one: -one.value):
+        costs = _costs(known, one) if details else []
+        shown = [_cell(cells.get((one.row, column))) for column in columns]
+        lines.append(f"| {' | '.join([str(one.row), *costs, *shown])} |")
+    return "\n".join(lines)
+
+
+def _cell(one: Number | None) -> str:
+    return "" if one is None else full(one.id, sign=one.unit == "points")
+
+
+def _costs(known: Table, one: Number) -> list[str]:
+    step = known.steps[one.of.step]
+    return [str(len(one.seeds)), f"{step.minutes:.1f}", f"{step.queries:,}"]
+
+
+def rows(name: str) -> str:
+    """The settings of each row of a table, as a list."""
+    known = registry.tables()[name]
+    named = dict.fromkeys((one.row, one.of.step) for one in known.numbers if one.row)
+    return "\n".join(f"- {row}: {', '.join(_settings(known.steps[step]))}" for row, step in named)
+
+
+def _settings(step: Step) -> list[str]:
+    """The method, preset, profile and settings of a command."""
+    named = [f"`{step.run[1]}`"]
+    for word, text in zip(step.run, step.run[1:], strict=False):
+        if word in ("--preset", "--profile"):
+            named.append(f"{word[2:]} `{text}`")
+        elif word == "--set":
+            named.append(f"`{text}`")
+    return named
+
+
+def wrapped(text: str) -> str:
+    """Markdown whose paragraphs and lists have lines of at most 120 letters."""
+    return "\n\n".join(_wrapped(block) for block in text.strip("\n").split("\n\n")) + "\n"
+
+
+def _wrapped(block: str) -> str:
+    if block.startswith(("|", "#", "`" * 3, "!", "<", "    ")):
+        return block
+    if block.startswith("- "):
+        return "\n".join(_filled(f"- {item}", "  ") for item in _items(block))
+    return _filled(block, "")
+
+
+def _items(block: str) -> Sequence[str]:
+    return f"\n{block}".split("\n- ")[1:]
+
+
+def _filled(text: str, indent: str) -> str:
+    return textwrap.fill(
+        " ".join(text.split()), 120, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
+    )

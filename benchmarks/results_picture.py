@@ -1,0 +1,44 @@
+"""A picture of validation accuracy against minutes of training, and against queries where teachers were asked."""
+
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from PIL import Image
+
+Curves = Mapping[str, Sequence[Sequence[Mapping[str, float]]]]
+"""Row -> for each seed its points."""
+
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#a3498b", "#8a6d00", "#56b4e9", "#444444", "#e69f00", "#cc79a7", "#777777")
+
+
+def draw(curves: Curves, file: Path) -> None:
+    """Write a PNG. Rows that were validated in one round only are points; a row has one colour, and a line a seed."""
+    asked = {row: seeds for row, seeds in curves.items() if any(p["queries"] for seed in seeds for p in seed)}
+    panels = [("minutes", "minutes of training", curves)] + ([("queries", "queries a teacher", asked)] if asked else [])
+    figure = Figure(figsize=(5.2 * len(panels) + 2.2, 4.2), dpi=110, layout="constrained")
+    colours = {row: COLOURS[i % len(COLOURS)] for i, row in enumerate(curves)}
+    axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    for ax, (key, label, rows) in zip(axes, panels, strict=True):
+        _panel(ax, key, rows, colours)
+        ax.set_xlabel(label)
+    axes[0].set_ylabel("validation accuracy, %")
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right upper", frameon=False, fontsize=9)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    # few colours need few bytes
+    Image.open(buffer).convert("P", palette=Image.Palette.ADAPTIVE, colors=64).save(file, optimize=True)
+
+
+def _panel(ax: Axes, key: str, rows: Curves, colours: Mapping[str, str]) -> None:
+    for row, seeds in rows.items():
+        for i, points in enumerate(seeds):
+            ax.plot(
+                [p[key] for p in points], [p["validation"] for p in points], color=colours[row], lw=1.2, marker="o",
+                markersize=3, label=row if i == 0 else None,
+            )  # fmt: skip
+    ax.grid(color="#e3e7eb")
+    ax.spines[["top", "right"]].set_visible(False)
