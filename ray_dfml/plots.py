@@ -38,6 +38,7 @@ _STYLE: dict[Any, Any] = {
     "axes.labelcolor": _INK,
 }
 _SMOOTH_FROM = 120  # rounds: longer series are drawn thin under their moving average
+_POINTS = 1000  # rounds: of longer series so many are drawn, evenly spread
 _BARS_TO = 60  # rounds: longer time series are drawn as areas
 _BINS = 200
 
@@ -79,8 +80,10 @@ def _lines(found: Sequence[Curve], unit: str) -> Callable[[Axes], None]:
                 continue
             window = max(3, len(x) // 40) | 1
             padded = np.pad(y, window // 2, mode="edge")
-            axes.plot(x, y, color=colour, lw=0.6, alpha=0.3)
-            axes.plot(x, np.convolve(padded, np.ones(window) / window, "valid"), color=colour, lw=1.8, label=legend)
+            mean = np.convolve(padded, np.ones(window) / window, "valid")
+            at = np.unique(np.linspace(0, len(x) - 1, min(_POINTS, len(x))).round().astype(int))
+            axes.plot(x[at], y[at], color=colour, lw=0.6, alpha=0.3)
+            axes.plot(x[at], mean[at], color=colour, lw=1.8, label=legend)
         values = np.concatenate([y for _, _, y in found])
         if values.min() > 0 and values.max() > 100 * values.min():
             axes.set_yscale("log")

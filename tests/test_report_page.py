@@ -1,12 +1,16 @@
 """What the page of a run says first, and that everybody can read it."""
 
+import json
 import re
 from typing import Any
 
+import numpy as np
 import pytest
 
-from ray_dfml import plots, report
+from ray_dfml import examples, gallery, plots, report
 from ray_dfml.methods import METHODS
+from ray_dfml.report import pictures
+from tests import test_gallery
 from tests.test_report import Page, edit, make, metric_row, score
 
 
@@ -86,6 +90,56 @@ def test_tables_of_long_runs_are_thinned_to_their_ends():
     (first, *_) = plots.draw([{"round": r, "validation": 1.0 * r} for r in range(5000)], ())
     assert len(first["rows"]) == 24
     assert (first["rows"][0], first["rows"][-1]) == (["0", "0"], ["4,999", "4999"])
+
+
+def test_a_page_stays_below_5_mb_in_the_worst_case(tmp_path):
+    """Noise in the largest pictures that are kept, as many as there can be, in a long run of many teachers."""
+    rng, found, long = np.random.default_rng(0), {}, "data/" + "a-class-with-a-long-name-" * 5
+    for r in range(gallery.MOMENTS):
+        for kind in ("recovered", "asked"):
+            some = [test_gallery.seen(f"t{i}", f"{long}{i}", kind=kind, shape=(3, 64, 64)) for i in range(20)]
+            found = gallery.taken(found, [one._replace(images=noise(rng, len(one.images))) for one in some], r)
+    run = make(tmp_path / "run", rounds=3000, scores=[score("random", 40.0), score("free", 52.0)])
+    (run / gallery.FILE).write_bytes(gallery.to_file(found))
+    (run / examples.FILE).write_bytes(examples.to_file([
+        {"kind": "student", "teacher": f"t{i}", "data": "d@1", "split": "test", "looked": 9, "parts": [
+            {"which": which, "query": noise(rng, n), "classes": [long] * n, "labels": [0] * n, "predicted": [0] * n}
+            for which, n in (("right", 10), ("wrong", 20))
+        ], "confusions": {"pairs": [], "classes": 9, "matrix": None}} for i in range(3)
+    ]))  # fmt: skip
+    lines = [{"teacher": f"a-service-{i:04d}", "sent": 10**6, "answered": 10**6} for i in range(3000)]
+    (run / "ledger.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    edit(run / "status.json", rejected={f"a-teacher-{i:04d}": "a reason " * 20 for i in range(3000)})
+    report.write(run)
+    text = (run / "report.html").read_text()
+    assert 3_000_000 < len(text.encode()) < 5_000_000
+    of = Page(text)
+    left = re.search(r"(\d+) pictures are left out, so that this page stays below 5 MB", of.text)
+    assert left
+    kept = text.count("<img ")
+    assert kept + int(left[1]) == sum(len(one["images"]) for part in found.values() for one in part.values()) + 3 * 30
+    assert len(set(re.findall(r'<img src="data:image/png;base64,([^"]+)', text))) > 150
+    assert "2500 more are in status.json" in " ".join(of.text.split())
+    assert "2500 more teachers are in ledger.jsonl" in " ".join(of.text.split())
+
+
+def noise(rng: np.random.Generator, count: int) -> np.ndarray:
+    """Pictures that no PNG makes smaller."""
+    return rng.integers(0, 256, (count, 3, 64, 64), np.uint8)
+
+
+def test_pictures_are_left_out_from_the_ends_of_their_strips():
+    def strip(count: int) -> list[dict[str, Any]]:
+        return [{"uri": "x" * 10, "number": n} for n in range(count)]
+
+    gallery_ = {"classes": [{"images": strip(4)}, {"images": strip(2)}], "course": [{"images": strip(4)}]}
+    test = {"parts": [{"rows": [{"support": strip(1), "images": strip(3)}]}]}
+    assert pictures.thinned([gallery_], [test], most=140) == 0
+    assert pictures.thinned([gallery_], [test], most=80) == 6
+    left = [*gallery_["classes"], *gallery_["course"]]
+    assert [[one["number"] for one in of["images"]] for of in left] == [[0, 1], [0, 1], [0, 3]]
+    (row,) = test["parts"][0]["rows"]
+    assert (len(row["support"]), len(row["images"])) == (1, 1)
 
 
 def test_no_colour_is_fixed_outside_the_variables(tmp_path):

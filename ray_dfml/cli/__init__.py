@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from ray_dfml.errors import DfmlError
+from ray_dfml.errors import DfmlError, did_you_mean
 from ray_dfml.files import shown
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
@@ -43,7 +43,9 @@ class _Commands(click.Group):
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in COMMANDS:
-            return None
+            if ctx.resilient_parsing:  # a shell that completes
+                return None
+            ctx.fail(f"No such command {cmd_name!r}{did_you_mean(cmd_name, COMMANDS)}; known: {', '.join(COMMANDS)}")
         module, name = COMMANDS[cmd_name]
         return getattr(importlib.import_module(module), name)
 

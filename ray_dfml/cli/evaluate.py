@@ -16,16 +16,16 @@ Example:
 @click.command(epilog=EPILOG)
 @click.argument("weights", metavar="RUN|WEIGHTS", type=options.PLACE)
 @click.option("--data", "spec", required=True, metavar="SPEC", help="Real data.")
-@click.option("--split", type=click.Choice(["train", "val", "test"]), default="test", show_default=True)
+@click.option("--split", type=options.Choice(["train", "val", "test"]), default="test", show_default=True)
 @click.option("--way", type=click.IntRange(min=2), help="Classes of an episode; default: the learner's.")
 @click.option("--shot", "shots", type=click.IntRange(min=1), multiple=True, default=(1, 5), show_default=True)
 @click.option("--episodes", type=click.IntRange(min=1), default=600, show_default=True)
 @click.option(
-    "--bn", type=click.Choice(["transductive", "support", "running"]), help="Batch norm at test; default: the run's."
+    "--bn", type=options.Choice(["transductive", "support", "running"]), help="Batch norm at test; default: the run's."
 )
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of the episodes.")
 @options.workers
-@click.option("--backend", type=click.Choice(["ray", "local"]), default="local", show_default=True)
+@click.option("--backend", type=options.Choice(["ray", "local"]), default="local", show_default=True)
 @options.quiet
 @options.as_json
 def evaluate(weights: Path | Uri, json_out: bool, **given: object) -> None:

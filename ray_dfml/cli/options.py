@@ -9,7 +9,7 @@ from typing import Any
 import click
 from click.shell_completion import CompletionItem
 
-from ray_dfml.errors import ResourceError, UsageError
+from ray_dfml.errors import ResourceError, UsageError, did_you_mean
 from ray_dfml.files import Uri, located, resolved
 from ray_dfml.runtime import host
 
@@ -51,6 +51,16 @@ class _ShareType(click.ParamType):
         if share and not (parts and abs(share * parts - 1) < 0.011):
             self.fail(f"{value}: a process gets a whole GPU (1), one of k equal parts of it (1/k), or none (0)")
         return 10_000 // parts / 10_000 if parts else 0.0  # Ray counts in 1/10000: k times 1/k is no more than 1
+
+
+class Choice(click.Choice):
+    """One of several words. The error for another word names the nearest."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        known = [str(one) for one in self.choices]
+        if value not in known:
+            self.fail(f"{value!r} is not known{did_you_mean(str(value), known)}; known: {', '.join(known)}", param, ctx)
+        return super().convert(value, param, ctx)
 
 
 PATH = _PathType()

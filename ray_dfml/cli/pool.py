@@ -53,7 +53,7 @@ def build(
     from ray_dfml.config import pretrain_config
     from ray_dfml.core.backbones import known_arch
     from ray_dfml.data.pool import Pool
-    from ray_dfml.runtime import build_pool
+    from ray_dfml.runtime import build_pool, cost_lines
     from ray_dfml.runtime.driver import Machine
     from ray_dfml.runtime.place import opened
 
@@ -70,6 +70,9 @@ def build(
     with opened(Machine(backend="ray" if workers > 1 else "local", workers=workers)) as place:
         image, planned = build_pool.plan(spec, models=models, archs=names, way=way, seed=seed, note=options.say)
         target = Pool.open(out) if resume and out.exists() else Pool.create(out)
+        have = {card.id for card in target.cards}
+        if lacking := [one for one in planned if one[0] not in have]:
+            options.say(cost_lines.of_pool(spec, lacking, cfg, workers))
         accuracies = build_pool.build(
             target, spec, image, planned, cfg, backend=place.backend(), at_once=2 * workers if workers > 1 else 1,
             seed=seed, on_teacher=lambda id, accuracy: options.say(f"{id}  held-out accuracy {accuracy:.1f} %"),
@@ -105,14 +108,14 @@ Example:
 @click.option("--source", default="", help="Where the teacher comes from.")
 @click.option("--authorization", default="", help="Who permits its use; required with --api.")
 @click.option(
-    "--access", type=click.Choice(LEVELS), help="What is given away; weights are given whole by default."
+    "--access", type=options.Choice(LEVELS), help="What is given away; weights are given whole by default."
 )  # fmt: skip
 @click.option("--decimals", type=int, help="Decimals to which probabilities are rounded.")
 @click.option("--top-k", type=int, help="How many of the largest probabilities are given.")
 @click.option("--price", type=float, help="Money for one image.")
 @click.option("--budget", type=int, help="Most images that a run may send.")
 @click.option("--money", type=float, help="Most that a run may spend.")
-@click.option("--adapter", type=click.Choice(get_args(Adapter)), help="How the service is asked.")
+@click.option("--adapter", type=options.Choice(get_args(Adapter)), help="How the service is asked.")
 @click.option("--model", help="Name of the model at the service.")
 @click.option("--output", help="Name of the tensor of answers (oip).")
 @click.option("--template", type=options.PATH, help="YAML of the request of adapter json.")
@@ -232,12 +235,17 @@ def check(path: Path | Uri, html: Path | None, quarantine: Path | None, ask: boo
     """
     from ray_dfml.data import quarantine as lists
     from ray_dfml.data.pool import Pool
-    from ray_dfml.doctor.examine import examine
+    from ray_dfml.doctor.examine import examine, seconds
     from ray_dfml.doctor.page import page
+    from ray_dfml.runtime import cost_lines
 
     for option, file in (("--html", html), ("--quarantine", quarantine)):
         options.check_out(option, file)
     found = Pool.open(path)
+    services = [entry for card in found.cards if (entry := found.entry(card.id)).api is not None]
+    asked = {entry.id: entry.price or 0.0 for entry in services} if ask else {}
+    if found.cards:
+        options.say(cost_lines.of_check(lambda: seconds(found), len(found.cards), asked))
     rows = found.check()
     if ask:
         from ray_dfml.services.members import check_service

@@ -15,7 +15,7 @@ POOL = {"models": 12, "way": 5, "seed": 0}
 
 @click.command(epilog="\b\nExample:\n  ray-dfml quickstart --run-dir runs/first")
 @click.option("--run-dir", type=options.PATH, help="Run folder; default: runs/quickstart-TIME.")
-@click.option("--backend", type=click.Choice(["ray", "local"]), default="ray", show_default=True)
+@click.option("--backend", type=options.Choice(["ray", "local"]), default="ray", show_default=True)
 @click.option(
     "--workers", type=click.IntRange(min=1), default=lambda: min(2, host.processors()), show_default="up to 2"
 )
@@ -26,7 +26,7 @@ def quickstart(run_dir: Path | None, backend: str, workers: int, settings: tuple
     from ray_dfml.config import pretrain_config, resolve
     from ray_dfml.data.pool import Pool
     from ray_dfml.files import resolved
-    from ray_dfml.runtime import build_pool
+    from ray_dfml.runtime import build_pool, cost_lines
     from ray_dfml.runtime.driver import Machine
     from ray_dfml.runtime.launch import new_run
     from ray_dfml.runtime.place import opened
@@ -44,6 +44,7 @@ def quickstart(run_dir: Path | None, backend: str, workers: int, settings: tuple
     machine = Machine(backend=backend, workers=workers)
     with opened(machine) as place:
         image, planned = build_pool.plan("glyphs", archs=["conv4"], note=options.say, **POOL)
+        options.say(f"      {cost_lines.of_pool('glyphs', planned, cfg, workers if backend == 'ray' else 1)}")
         accuracies = build_pool.build(
             pool, "glyphs", image, planned, cfg, backend=place.backend(), at_once=len(planned), seed=0,
             on_teacher=_silent,

@@ -29,7 +29,7 @@ COUNTER = "served.sqlite"
 
 @click.command(epilog=EPILOG)
 @click.argument("model", metavar="POOL[:ID]|RUN[:ID]")
-@click.option("--access", required=True, type=click.Choice(["label", "probs", "logits"]), help="What is given away.")
+@click.option("--access", required=True, type=options.Choice(["label", "probs", "logits"]), help="What is given away.")
 @click.option("--decimals", type=click.IntRange(0, 9), help="Round probabilities.")
 @click.option("--top-k", type=click.IntRange(min=1), help="Give only the largest probabilities; the others are 0.")
 @click.option("--rate", type=click.FloatRange(min=0, min_open=True), help="Images a second, for all callers together.")

@@ -20,7 +20,7 @@ Example:
 
 
 @click.command(epilog=EPILOG)
-@click.argument("method", type=click.Choice(list(METHODS)))
+@click.argument("method", type=options.Choice(list(METHODS)))
 @click.option("--pool", "pools", multiple=True, help="Pool folder, or its URI in an object store; repeatable.")
 @click.option(
     "--data", "data", multiple=True, metavar="SPEC", help="Real data for validation and test only; repeatable."
@@ -28,11 +28,11 @@ Example:
 @click.option(
     "--run-dir", required=True, type=options.PLACE, help="Run folder, or its URI in an object store; must not exist."
 )
-@click.option("--profile", type=click.Choice(PROFILES), default="fixed", show_default=True)
-@click.option("--preset", type=click.Choice(list(presets())), help="Named settings.")
+@click.option("--profile", type=options.Choice(PROFILES), default="fixed", show_default=True)
+@click.option("--preset", type=options.Choice(list(presets())), help="Named settings.")
 @options.settings
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Run seed.")
-@click.option("--backend", type=click.Choice(["ray", "local"]), default="ray", show_default=True)
+@click.option("--backend", type=options.Choice(["ray", "local"]), default="ray", show_default=True)
 @options.workers
 @options.gpus_per_worker
 @click.option(

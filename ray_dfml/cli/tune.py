@@ -18,7 +18,7 @@ Example:
 @click.option("--small", is_flag=True, help="Run the small form of the sweep, which takes minutes on 2 cores.")
 @click.option("--resume", is_flag=True, help="Continue the sweep in --run-dir; its trials go on where they were.")
 @click.option(
-    "--backend", type=click.Choice(["ray", "local"]), default="ray", show_default=True,
+    "--backend", type=options.Choice(["ray", "local"]), default="ray", show_default=True,
     help="A trial is a learner with shards (ray), or one process (local).",
 )  # fmt: skip
 @click.option("--workers", type=click.IntRange(min=1), default=1, show_default=True, help="Shards of each trial.")
@@ -27,7 +27,7 @@ Example:
     "--concurrent", type=click.IntRange(min=1), show_default="what fits", help="Most trials at a time."
 )  # fmt: skip
 @click.option(
-    "--track", "trackers", type=click.Choice(["mlflow", "wandb"]), multiple=True,
+    "--track", "trackers", type=options.Choice(["mlflow", "wandb"]), multiple=True,
     help="Hand the figures of all trials to MLflow or Weights & Biases too; repeatable.",
 )  # fmt: skip
 @options.as_json

@@ -25,8 +25,9 @@ from ray_dfml.core.influence import Influence, influence
 from ray_dfml.errors import UsageError
 from ray_dfml.files import Uri
 from ray_dfml.methods import bank as bank_of
-from ray_dfml.methods import replay
+from ray_dfml.methods import cost, replay
 from ray_dfml.methods.base import MetaConfig, State, World, initial_learner, learner_weights
+from ray_dfml.runtime import cost_lines
 from ray_dfml.runtime.checkpoint import Checkpoints
 from ray_dfml.runtime.inputs import read_inputs
 from ray_dfml.runtime.learning import CHECKPOINTS
@@ -36,6 +37,8 @@ from ray_dfml.runtime.storage import Folder
 from ray_dfml.scorer import Episodes, Part, accuracies
 from ray_dfml.types import Arrays, Backend, Job, Labelled, LearnerWeights
 
+TIMED = 5
+"""How many validation episodes are timed before."""
 REPEATS = 3
 """How often a fresh learner is trained on the whole bank, with other draws, to see how much that alone changes."""
 
@@ -173,6 +176,7 @@ class _Case:
         keys = self.keys()
         known = Counter(name for names in keys.values() for name in names)
         theta = torch.tensor(self.state["best"]["weights"]["theta"]) if self.state["best"] else self.state["theta"]
+        say(cost_lines.of_attribution(lambda: self._seconds(theta, keys, known, tasks, count, updates)))
         say(f"gradients of {count} validation episodes and of {tasks} tasks of each of {len(keys)} teachers")
         wanted = self._gradients(theta, self._episodes(count)).mean(0)
         whole, alone = None, {id: [name for name in names if known[name] == 1] for id, names in keys.items()}
@@ -195,6 +199,24 @@ class _Case:
         return Attribution(
             contributions=contributions, whole=whole, episodes=count * len(self.real), updates=updates
         )  # fmt: skip
+
+    def _seconds(
+        self, theta: torch.Tensor, keys: Mapping[str, Sequence[str]], known: Counter[str], tasks: int, count: int,
+        updates: int,
+    ) -> float:  # fmt: skip
+        """How long `judged` takes: a gradient is timed, and a few validation episodes if learners will be trained."""
+        some = self._episodes(1)[:1]
+        gradients = count * len(self.real) + tasks * sum(len(names) >= self.world.way for names in keys.values())
+        each = cost.seconds(lambda: self._gradients(theta, some))
+        if not updates:
+            return gradients * each
+        learners = REPEATS + sum(any(known[name] == 1 for name in names) for names in keys.values())
+        state = initial_learner(self.world)
+        weights = learner_weights(self.world, state, steps=self.config.eval.steps, lr=self.config.eval.lr)
+        few = min(TIMED, count)
+        test = cost.seconds(lambda: self._accuracy(weights, weights.lr, few)) / few
+        tests = count * len(self.config.eval.lrs or (None,))
+        return gradients * each + learners * (updates * self.meta.tasks * each + tests * test)
 
     def _influence(
         self, id: str, names: Sequence[str], theta: torch.Tensor, wanted: torch.Tensor, tasks: int

@@ -1,6 +1,7 @@
 """Examines a pool: every teacher whose weights are here is measured on probe images, and judged beside the others."""
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -11,12 +12,14 @@ from scipy.cluster import hierarchy
 from scipy.spatial.distance import squareform
 
 from ray_dfml.core.similarity import linear_cka, same_partition
+from ray_dfml.data.manifest import Entry
 from ray_dfml.data.pool import Pool
 from ray_dfml.doctor import judge, names, probes
 from ray_dfml.doctor.findings import Finding, ordered
 from ray_dfml.doctor.uses import Use, uses
 from ray_dfml.doctor.vitals import Vitals, measure
 from ray_dfml.errors import RejectedError
+from ray_dfml.methods import cost
 
 FAMILY = 0.5
 """Mean linear CKA of features from which teachers are in one cluster."""
@@ -86,6 +89,22 @@ class Examination:
         return hierarchy.leaves_list(tree).tolist(), hierarchy.fcluster(tree, 1 - FAMILY, "distance")
 
 
+def _vitals(pool: Pool, entry: Entry, drawn: probes.Probes) -> Vitals:
+    theta, stats = (torch.tensor(part) for part in pool.load(entry.id))
+    return measure(entry.inside, theta, stats, drawn)
+
+
+def seconds(pool: Pool) -> float:
+    """How long `examine` takes: the first teacher that can be read is measured, and stands for each other one."""
+    here = [entry for card in pool.cards if (entry := pool.entry(card.id)).api is None]
+    drawn = probes.draw([entry.image.shape for entry in here]) if here else None
+    for entry in here:
+        assert drawn is not None
+        with suppress(RejectedError, ValueError, RuntimeError):
+            return len(here) * cost.seconds(lambda entry=entry: _vitals(pool, entry, drawn))
+    return 0.0
+
+
 def examine(
     pool: Pool, rows: list[dict[str, Any]] | None = None, on_teacher: Callable[[str], None] = lambda _: None
 ) -> Examination:
@@ -110,8 +129,7 @@ def examine(
         assert drawn is not None
         on_teacher(entry.id)
         try:
-            theta, stats = (torch.tensor(part) for part in pool.load(entry.id))
-            vitals.append(measure(entry.inside, theta, stats, drawn))
+            vitals.append(_vitals(pool, entry, drawn))
         except (RejectedError, ValueError, RuntimeError) as error:
             text = f"could not be measured: {str(error).splitlines()[0]}"
             findings.append(Finding("note", "unmeasured", (entry.id,), text))

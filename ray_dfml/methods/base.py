@@ -153,18 +153,20 @@ class Seen(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Cost:
-    """How much work a training is, for `--dry-run`."""
+    """How much work a training is, for `--dry-run` and for the line before a run."""
 
     images: int = 0
     """Images recovered in all."""
     recovery: float = 0.0
     """Seconds of recovery in all, on one shard."""
-    least: int
+    alone: float = 0.0
+    """Seconds of work in all that one process does, whatever the number of shards."""
+    least: int = 0
     """The fewest meta-updates."""
-    most: int
+    most: int = 0
     """The most meta-updates."""
-    meta: MetaConfig
-    """Settings of the tasks of these updates."""
+    meta: MetaConfig | None = None
+    """Settings of the tasks of these updates; None for a method without any."""
 
 
 def _no_jobs(cfg: MethodConfig, world: World, state: State, r: int) -> list[Job]:

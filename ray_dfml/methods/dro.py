@@ -16,9 +16,10 @@ from torch import Tensor
 
 from ray_dfml.core import optim, seeds
 from ray_dfml.core.weights import Layout
-from ray_dfml.methods.base import Method, MethodConfig, Metrics, Panel, Send, State, World, initial_learner
+from ray_dfml.methods import cost as cost_of
+from ray_dfml.methods.base import Cost, Method, MethodConfig, Metrics, Panel, Send, State, World, initial_learner
 from ray_dfml.methods.baselines import check_same_network, fetch, mean
-from ray_dfml.types import Arrays
+from ray_dfml.types import Arrays, Shard
 
 
 class Config(MethodConfig):
@@ -187,10 +188,20 @@ def shares(cfg: Config, seed: int, teachers: int) -> Tensor:
     return draws / draws.sum()
 
 
+def cost(cfg: Config, world: World, shard: Shard) -> Cost:
+    """Time one step of the hyper-network."""
+    state, count = init(cfg, world), min(cfg.teachers_per_step, len(world.cards))
+    parts = layout(cfg, len(world.cards), len(state["theta"]))
+    psi, target = state["psi"].to(world.device), torch.zeros(count, len(state["theta"]), device=world.device)
+    step = cost_of.seconds(lambda: gradient(cfg, parts, psi, range(count), target))
+    return Cost(alone=cfg.rounds * cfg.steps_per_round * step)
+
+
 METHOD = Method(
     Config=Config,
     init=init,
     learn=learn,
+    cost=cost,
     notes=notes,
     baseline=True,
     panels=(

@@ -22,6 +22,41 @@ KINDS = {
 """Kind of images in a gallery -> the title of their part, and what they are."""
 
 
+PICTURES = 3_600_000
+"""How many bytes the addresses of all pictures of a page may have together, so that the page stays below 5 MB."""
+
+
+def thinned(galleries: Sequence[Mapping[str, Any]], tests: Sequence[Mapping[str, Any]], most: int = PICTURES) -> int:
+    """Leave out pictures of a page until all of them have at most `most` bytes. Returns how many are left out.
+
+    Every strip of pictures loses its later ones first; of a class over the rounds, the first and the last stay longest.
+    """
+    strips: list[tuple[list[dict[str, Any]], list[int]]] = []
+    for part in galleries:
+        strips += [(one["images"], list(range(len(one["images"])))) for one in part["classes"]]
+        strips += [(one["images"], _ends_first(len(one["images"]))) for one in part["course"]]
+    for row in (row for one in tests for part in one["parts"] for row in part["rows"]):
+        strips += [(row[key], list(range(len(row[key])))) for key in ("support", "images")]
+    ranked = sorted(
+        (rank, number, place) for number, (_, order) in enumerate(strips) for rank, place in enumerate(order)
+    )  # fmt: skip
+    dropped: dict[int, set[int]] = {}
+    for _, number, place in ranked:
+        most -= len(strips[number][0][place]["uri"])
+        if most < 0:
+            dropped.setdefault(number, set()).add(place)
+    for number, places in dropped.items():
+        strip = strips[number][0]
+        strip[:] = [image for place, image in enumerate(strip) if place not in places]
+    return sum(map(len, dropped.values()))
+
+
+def _ends_first(count: int) -> list[int]:
+    """The numbers below `count`: the first and the last one, then those between in turn."""
+    ends = list(dict.fromkeys([0, count - 1])) if count else []
+    return ends + list(range(1, count - 1))
+
+
 def uri(image: np.ndarray) -> str:
     """A uint8 image [c h w] of 1 or 3 channels as the address of a PNG that holds all of it."""
     picture = Image.fromarray(image[0] if len(image) == 1 else np.ascontiguousarray(image.transpose(1, 2, 0)))

@@ -9,9 +9,12 @@ from ray_dfml.data.pool import Pool
 from ray_dfml.errors import DfmlError, RejectedError
 from ray_dfml.plots import number
 from ray_dfml.report.answer import answer
-from ray_dfml.report.pictures import galleries, tests
+from ray_dfml.report.pictures import galleries, tests, thinned
 from ray_dfml.report.record import SPENT, Record, dicts
 from ray_dfml.report.scores import table
+
+ROWS = 500
+"""How many teachers a table of the page has at most."""
 
 
 def _pools(record: Record) -> list[dict[str, Any]]:
@@ -86,7 +89,7 @@ def _steps(record: Record) -> list[str]:
 
 def values(record: Record) -> dict[str, Any]:
     """All that the templates show."""
-    rows = table(record)
+    rows, found, tested = table(record), galleries(record), tests(record)
     spent = {name: float(values.sum()) for name, values in plots.stages(record.metrics).items()}
     total = sum(spent.values()) or 1.0
     learner, weights = record.learner, record.path / "learner.safetensors"
@@ -103,6 +106,7 @@ def values(record: Record) -> dict[str, Any]:
         "state": record.status.get("state", "unknown"),
         "started": str(record.manifest.get("started") or "not recorded").replace("T", " ").replace("+00:00", " UTC"),
         "rejected": record.rejected,
+        "most_rows": ROWS,
         "behind": _texts(record.status.get("behind")),
         "notes": _texts(record.status.get("notes")),
         "steps": ", ".join(_steps(record)),
@@ -112,8 +116,9 @@ def values(record: Record) -> dict[str, Any]:
         "test_best": "test-best" in selections,
         "table": rows,
         "answer": answer(record, rows),
-        "galleries": galleries(record),
-        "tests": tests(record),
+        "galleries": found,
+        "tests": tested,
+        "unseen": thinned(found, tested),
         "stages": [(name, _duration(seconds), 100 * seconds / total) for name, seconds in spent.items()],
         "unread": record.unread,
         "queries": _queries(record),

@@ -15,18 +15,26 @@ from ray_dfml.core.net import net
 from ray_dfml.data import datasets, weights_file
 from ray_dfml.data.manifest import make_entry
 from ray_dfml.data.pool import Pool
-from ray_dfml.data.pretrain import PretrainConfig
+from ray_dfml.data.pretrain import PretrainConfig, pretrain
 from ray_dfml.errors import DfmlError, UsageError, first_of
+from ray_dfml.methods import cost
+from ray_dfml.runtime.local import no_teachers
+from ray_dfml.runtime.shard import Shard
 from ray_dfml.types import Access, Arrays, Backend, ImageSpec, Job
 
+Planned = tuple[str, str, tuple[str, ...], Job]
+"""A teacher of a plan: id, architecture, class names, and the job that trains it."""
+
 HELD_OUT = 0.2
+TIMED = 256
+"""Images of a teacher that are timed before a pool is built."""
 LEAST = 2
 """The fewest images of a class that a teacher can learn: one to train and one to hold out."""
 
 
 def plan(
     spec: str, *, models: int, archs: Sequence[str], way: int, seed: int, note: Callable[[str], None] | None = None
-) -> tuple[ImageSpec, list[tuple[str, str, tuple[str, ...], Job]]]:
+) -> tuple[ImageSpec, list[Planned]]:
     """Plan the teachers of a pool: their input, and (id, architecture, class names, pretrain job) for each.
 
     `note` is called with each line that a reader must know about the data. Raises UsageError if the training split has
@@ -83,6 +91,25 @@ def plan(
     return image, planned
 
 
+def seconds(spec: str, planned: Sequence[Planned], cfg: PretrainConfig) -> float:
+    """Seconds that these teachers take to train in one process, if it is as fast as this one.
+
+    Of each architecture one pass over at most TIMED images of its first teacher is timed.
+    """
+    images, total = datasets.load(spec).subset("train").images, 0.0
+    shared = {"cfg": cfg.model_copy(update={"epochs": 1}).model_dump()}
+    for arch in dict.fromkeys(arch for _, arch, _, _ in planned):
+        jobs = [job for _, of, _, job in planned if of == arch]
+        values = jobs[0].values
+        every = slice(None, None, -(-len(values["rows"]) // TIMED))
+        part = {name: values[name][every] for name in ("rows", "labels", "held_out")}
+        job = replace(jobs[0], values={**values, **part, "images": images[part["rows"]]})
+        share = len(part["rows"]) / len(values["rows"])
+        timed = cost.seconds(lambda job=job: pretrain(Shard(no_teachers), [job], shared))
+        total += cfg.epochs * timed / share * sum(job.cost for job in jobs) / jobs[0].cost
+    return total
+
+
 def _held_out(count: int) -> np.ndarray:
     return np.arange(count) >= int(count * (1 - HELD_OUT))
 
@@ -92,7 +119,7 @@ def _source(spec: str, seed: int) -> str:
 
 
 def build(
-    path: Pool, spec: str, image: ImageSpec, planned: Sequence[tuple[str, str, tuple[str, ...], Job]],
+    path: Pool, spec: str, image: ImageSpec, planned: Sequence[Planned],
     cfg: PretrainConfig, *, backend: Backend, at_once: int = 1, seed: int, on_teacher: Callable[[str, float], None],
     access: Access = "weights",
 ) -> list[float]:  # fmt: skip
@@ -111,7 +138,7 @@ def build(
     accuracies = [card.accuracy for card in have.values() if card.accuracy is not None]
     shared: Arrays = {"cfg": cfg.model_dump()}
 
-    def keep(results: Sequence[Arrays], items: Sequence[tuple[str, str, tuple[str, ...], Job]]) -> None:
+    def keep(results: Sequence[Arrays], items: Sequence[Planned]) -> None:
         for (id, arch, classes, _), result in zip(items, results, strict=True):
             if "rejected" in result:
                 raise DfmlError(f"{id}: {result['rejected']}; lower pretrain.lr")

@@ -1,5 +1,6 @@
-"""`train --dry-run`: what a run would do and how long it would take. Each kind of work is timed once, here."""
+"""What a run would do and how long it would take. A piece of each kind of work is timed here, on this machine."""
 
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -33,7 +34,8 @@ def estimate(config: RunConfig, inputs: Inputs, machine: Machine) -> dict[str, A
     decides on the number of updates. If teachers are asked, it has the number of queries to each, and their price, and
     the minutes that the lowest `rate` of a service takes in any case.
     """
-    world, cfg = inputs.world, config.method
+    world = inputs.world
+    times = forecast(config, inputs, machine)
     plan: dict[str, Any] = {
         "method": config.name,
         "profile": config.profile,
@@ -41,40 +43,82 @@ def estimate(config: RunConfig, inputs: Inputs, machine: Machine) -> dict[str, A
         "teachers": len(world.cards),
         "rejected teachers": len(inputs.rejected),
     } | _size(config, world)
-    shard = Shard(inputs.teachers.__getitem__)
-    found = METHODS[config.name].cost(cfg, world, shard)
-    share = machine.workers if machine.backend == "ray" else 1
-    if found is not None:
-        if found.images:
-            plan["recovered images"] = found.images
-        parts = [one for one in (found, start.cost(config.start, world, shard)) if one is not None]
-        spans = [sum(column) for column in zip(*((one.least, one.most) for one in parts), strict=True)]
-        plan["meta-updates"] = " to ".join(str(n) for n in dict.fromkeys(spans))
-        minutes = [sum(column) / share / 60 for column in zip(*(_seconds(one, world) for one in parts), strict=True)]
-        plan["training minutes"] = " to ".join(dict.fromkeys(f"{m:.1f}" for m in minutes))
+    if times.images:
+        plan["recovered images"] = times.images
+    if times.updates[1]:
+        plan["meta-updates"] = " to ".join(str(n) for n in dict.fromkeys(times.updates))
+    if times.training is not None:
+        plan["training minutes"] = " to ".join(dict.fromkeys(f"{seconds / 60:.1f}" for seconds in times.training))
     elif METHODS[config.name].students is not None:
         plan["training minutes"] = "no estimate: they depend on the services too"
     if inputs.accounts.asked:
-        plan["queries"] = _queries(config, inputs)
-        if waits := _waits(inputs):
-            plan["minutes of asking, at least"] = f"{max(waits):.1f}"
-    validation, test = (seconds / share / 60 for seconds in _evaluation(config, inputs))
+        plan["queries"] = queries(config, inputs)
+        if times.asking:
+            plan["minutes of asking, at least"] = f"{times.asking / 60:.1f}"
     processes = machine.workers + 2 if machine.backend == "ray" else 1
     memory_bytes = processes * PROCESS_BYTES + (DAEMON_BYTES if machine.backend == "ray" else 0.0)
     return plan | {
-        "validation minutes": f"{validation:.1f}",
-        "test minutes": f"{test:.1f}",
+        "validation minutes": f"{times.validation / 60:.1f}",
+        "test minutes": f"{times.test / 60:.1f}",
         "memory GiB, all processes": round(memory_bytes / 2**30, 1),
     }
 
 
-def _seconds(found: Cost, world: World) -> tuple[float, float]:
-    """The fewest and the most seconds of a training, on one shard."""
-    update = found.meta.tasks * _task(found.meta, world)
-    return found.recovery + found.least * update, found.recovery + found.most * update
+@dataclass(frozen=True, kw_only=True)
+class Forecast:
+    """What a run would take, in seconds on the shards of its machine, if they are as fast as this one."""
+
+    training: tuple[float, float] | None
+    """The fewest and the most. None for a method that tells no cost."""
+    validation: float
+    test: float
+    asking: float
+    """What the slowest service with a bound on images a second takes in any case."""
+    images: int
+    """Images recovered in all."""
+    updates: tuple[int, int]
+    """The fewest and the most meta-updates."""
+
+    @property
+    def span(self) -> tuple[float, float]:
+        """The fewest and the most seconds of all that is known."""
+        least, most = self.training or (0.0, 0.0)
+        rest = self.validation + self.test
+        return max(least, self.asking) + rest, max(most, self.asking) + rest
+
+    def after(self, share: float) -> "Forecast":
+        """What is left when this share of the rounds is done."""
+        left = max(0.0, 1 - share)
+        training = self.training and (left * self.training[0], left * self.training[1])
+        return replace(self, training=training, validation=left * self.validation, asking=left * self.asking)
 
 
-def _queries(config: RunConfig, inputs: Inputs) -> dict[str, Any]:
+def forecast(config: RunConfig, inputs: Inputs, machine: Machine) -> Forecast:
+    """Time a piece of each kind of work of a run, here and now. Nobody is asked.
+
+    Raises what the method raises for a teacher that cannot be read.
+    """
+    world, shard = inputs.world, Shard(inputs.teachers.__getitem__)
+    share = machine.workers if machine.backend == "ray" else 1
+    found = METHODS[config.name].cost(config.method, world, shard)
+    parts = [one for one in (found, start.cost(config.start, world, shard)) if one is not None]
+    spans = [_seconds(one, world, share) for one in parts]
+    validation, test = (seconds / share for seconds in _evaluation(config, inputs))
+    return Forecast(
+        training=(sum(least for least, _ in spans), sum(most for _, most in spans)) if parts else None,
+        validation=validation, test=test, asking=max(_waits(inputs), default=0.0), images=found.images if found else 0,
+        updates=(sum(one.least for one in parts), sum(one.most for one in parts)),
+    )  # fmt: skip
+
+
+def _seconds(found: Cost, world: World, share: int) -> tuple[float, float]:
+    """The fewest and the most seconds of a training, on so many shards."""
+    update = found.meta.tasks * _task(found.meta, world) / share if found.meta else 0.0
+    fixed = found.alone + found.recovery / share
+    return fixed + found.least * update, fixed + found.most * update
+
+
+def queries(config: RunConfig, inputs: Inputs) -> dict[str, Any]:
     """How many images each teacher is asked about, and their price, if no attempt fails and no budget ends the run."""
     planned = METHODS[config.name].queries(config.method, inputs.world)
     each = {
@@ -89,9 +133,9 @@ def _queries(config: RunConfig, inputs: Inputs) -> dict[str, Any]:
 
 
 def _waits(inputs: Inputs) -> list[float]:
-    """Minutes that a service with a bound on images a second takes for those of the plan."""
+    """Seconds that a service with a bound on images a second takes for those of the plan."""
     return [
-        inputs.accounts.planned.get(one.card.id, 0) / one.api.rate / 60
+        inputs.accounts.planned.get(one.card.id, 0) / one.api.rate
         for one in inputs.accounts.asked if one.api and one.api.rate
     ]  # fmt: skip
 

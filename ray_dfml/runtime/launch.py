@@ -12,7 +12,7 @@ from ray_dfml.config import RunConfig, resolve, with_budget
 from ray_dfml.errors import BudgetReached, NobodyLeft, UsageError, first_of, shown_reason
 from ray_dfml.files import Uri, located
 from ray_dfml.methods import METHODS
-from ray_dfml.runtime import driver, rundir
+from ray_dfml.runtime import cost_lines, driver, rundir
 from ray_dfml.runtime.driver import Machine, OnRound
 from ray_dfml.runtime.progress import Progress
 from ray_dfml.runtime.remote_run import check_ledger, working
@@ -181,6 +181,9 @@ def _finish(
         progress.note(line)
     if folder.remote and inputs.accounts.asked:
         progress.note(f"the ledger of this run stays on this machine, so it can go on here alone: {folder.path}")
+    if not quiet:
+        done = folder.read_status().get("round") or 0
+        progress.note(cost_lines.of_run(config, inputs, machine, done))
     try:
         rows = driver.run(config, inputs, folder, machine, progress, cluster)
     except (BudgetReached, NobodyLeft):

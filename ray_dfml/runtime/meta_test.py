@@ -14,20 +14,24 @@ from ray_dfml.errors import RejectedError, UsageError
 from ray_dfml.evaluate import EvalConfig
 from ray_dfml.files import Uri, located
 from ray_dfml.learner import Learner
-from ray_dfml.methods import UNTRAINED
+from ray_dfml.methods import UNTRAINED, cost
 from ray_dfml.methods.base import World
 from ray_dfml.methods.baselines import untrained
+from ray_dfml.runtime import cost_lines
 from ray_dfml.runtime.inputs import fitted, resizing, small_classes
 from ray_dfml.runtime.local import LocalBackend, no_teachers
 from ray_dfml.runtime.progress import Progress
 from ray_dfml.runtime.top1_test import student_test
-from ray_dfml.scorer import Entry, Part, Scorer, Set, accuracies
+from ray_dfml.scorer import Entry, Episodes, Part, Scorer, Set, accuracies
 from ray_dfml.scores import as_row
 from ray_dfml.student import of_run
-from ray_dfml.types import Backend, Labelled
+from ray_dfml.types import Backend, Labelled, LearnerWeights
 
 readings = ("finetune",)
 """The readings of an exported learner."""
+
+TIMED = 5
+"""How many episodes are timed before an evaluation: as many as adapt together."""
 
 
 def meta_test(
@@ -82,6 +86,9 @@ def meta_test(
             (other, Entry(method=UNTRAINED, selection="last", weights=fresh.digest, readings=readings)),
         ]
         total = sum(one.total(lambda ghost, entry=entry: ghost.test([entry])) for one, entry in tests)
+        if not quiet:
+            shards = workers if backend == "ray" else 1
+            progress.note(cost_lines.of_evaluation(lambda: total * _seconds(own, of, cfg, sets[0], way), shards))
         try:
             with progress.stage("evaluation", total):
                 scores = [one.test([entry]) for one, entry in tests]
@@ -91,6 +98,15 @@ def meta_test(
             progress.note(f"{UNTRAINED} adapts with steps of {step.lr:g}, chosen on validation episodes of these data")
     profiles = (learner.profile, "fixed")
     return [as_row(score, profile) for of_one, profile in zip(scores, profiles, strict=True) for score in of_one]
+
+
+def _seconds(scorer: Scorer, weights: LearnerWeights, cfg: EvalConfig, on: Labelled, way: int) -> float:
+    """Seconds of a unit of work of the scorer: a few episodes of the largest shot are timed."""
+    of = Episodes(
+        weights=weights.digest, reading="finetune", data=on.data, split=on.split, shot=max(cfg.shots), lr=cfg.lr
+    )  # fmt: skip
+    part, backend = Part(episodes=of, start=0, stop=TIMED), LocalBackend(no_teachers)
+    return cost.seconds(lambda: accuracies(backend, cfg, weights, part, on, way=way)) / scorer.work(part)
 
 
 def _sets(spec: str, split: str, learner: Learner, way: int, cfg: EvalConfig, progress: Progress) -> list[Labelled]:

@@ -42,7 +42,7 @@ class Progress:
     def __init__(self, shown: Mapping[str, str] | None = None, *, quiet: bool = False, notes: bool = True) -> None:
         self._shown = shown or {}
         self._console = Console(stderr=True)
-        self._quiet, self._notes = quiet, notes
+        self.quiet, self._notes = quiet, notes
         self._live: RichProgress | None = None
         self._task: TaskID | None = None
         self._stage: _Stage | None = None
@@ -88,7 +88,7 @@ class Progress:
 
     def _add(self, head: str, **values: Any) -> TaskID | None:
         """Add a line to the live display, which starts with the first line. None without a terminal."""
-        if self._quiet or not self._console.is_terminal:
+        if self.quiet or not self._console.is_terminal:
             return None
         if self._live is None:
             columns = (TextColumn("{task.fields[head]}"), BarColumn(), TextColumn("{task.description}"))
@@ -101,7 +101,7 @@ class Progress:
         return time.monotonic() - max(self._printed, began) > INTERVAL_SECONDS
 
     def _print(self, line: str) -> None:
-        if not self._quiet:
+        if not self.quiet:
             self._printed = time.monotonic()
             print(line, file=sys.stderr, flush=True)
 

@@ -8,13 +8,18 @@ import numpy as np
 from ray_dfml import top1
 from ray_dfml.core import seeds
 from ray_dfml.data import datasets
-from ray_dfml.methods import UNTRAINED
+from ray_dfml.methods import UNTRAINED, cost
 from ray_dfml.methods.students.training import Pupil
+from ray_dfml.runtime import cost_lines
 from ray_dfml.runtime.inputs import fitted, resizing
+from ray_dfml.runtime.local import LocalBackend, no_teachers
 from ray_dfml.runtime.progress import Progress
 from ray_dfml.scores import as_row
 from ray_dfml.student import Student
 from ray_dfml.types import Backend, ImageSpec, Labelled, LearnerWeights, Score, TeacherCard
+
+TIMED = 100
+"""How many images are timed before a test."""
 
 
 def student_test(
@@ -38,7 +43,12 @@ def student_test(
         images = fitted(part.images, shape, f"--data {spec}")
         held[shape] = _labelled(whole, part, names, backend.keep(images))
     found: dict[bool, list[dict[str, Any]]] = {False: [], True: []}
-    total = 2 * sum(len(top1.rows_known(held[one.image.shape], one.classes)[0]) for one in students)
+    counts = [len(top1.rows_known(held[one.image.shape], one.classes)[0]) for one in students]
+    total = 2 * sum(counts)
+    if not progress.quiet:
+        progress.note(cost_lines.of_evaluation(
+            lambda: 2 * sum(n * _seconds(one) for n, one in zip(counts, students, strict=True)), shards
+        ))  # fmt: skip
     try:
         with progress.stage("evaluation", total):
             for one in students:
@@ -56,6 +66,14 @@ def student_test(
     finally:
         progress.stop()
     return found[False] + found[True]
+
+
+def _seconds(student: Student) -> float:
+    """Seconds of one image of a student."""
+    rows = np.arange(TIMED)
+    jobs = top1.jobs(rows, np.zeros(len(rows), np.int64))
+    shared = top1.shared(student.weights, np.zeros((len(rows), *student.image.shape), np.uint8))
+    return cost.seconds(lambda: LocalBackend(no_teachers).map("top1", jobs, shared)) / len(rows)
 
 
 def card_of(student: Student) -> TeacherCard:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from ray_dfml.data.pool import Pool
 from ray_dfml.data.pretrain import PretrainConfig
-from ray_dfml.runtime import build_pool, host
+from ray_dfml.runtime import build_pool, cost_lines, host
 from ray_dfml.runtime.driver import Machine
 from ray_dfml.runtime.place import opened
 from ray_dfml.sweeps.spec import PoolRecipe, Sweep
@@ -29,9 +29,13 @@ def build(recipe: PoolRecipe, path: Path, *, local: bool, say: Callable[[str], N
     if not lacking:
         return
     say(f"pool: {lacking} teachers of {recipe.data} are trained")
+    have = {card.id for card in pool.cards}
+    cfg = PretrainConfig(epochs=recipe.epochs)
     machine = Machine(backend="local" if local else "ray", workers=min(recipe.models, host.processors()))
+    todo = [one for one in planned if one[0] not in have]
+    say(cost_lines.of_pool(recipe.data, todo, cfg, 1 if local else machine.workers))
     with opened(machine) as place:
         build_pool.build(
-            pool, recipe.data, image, planned, PretrainConfig(epochs=recipe.epochs), backend=place.backend(),
+            pool, recipe.data, image, planned, cfg, backend=place.backend(),
             at_once=2 * machine.workers, seed=recipe.seed, access=recipe.access, on_teacher=lambda *_: None,
         )  # fmt: skip

@@ -7,14 +7,14 @@ go on: a trial whose run folder says that it has ended is not begun again.
 import importlib.util
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from ray_dfml import yaml_text
 from ray_dfml.config import RunConfig, build
 from ray_dfml.errors import DfmlError, Interrupted, ResourceError, UsageError
-from ray_dfml.runtime import driver, locks
+from ray_dfml.runtime import cost_lines, driver, locks
 from ray_dfml.runtime.driver import Machine, interruptible
 from ray_dfml.runtime.rundir import RunFolder, update_status, write_text
 from ray_dfml.sweeps import page, pbt, plan, pools, results, spec, trial
@@ -83,6 +83,9 @@ def _run(sweep: Sweep, trials: Sequence[Trial], folder: Path, place: Place, say:
             pbt.check(sweep, trials, inputs.world)
         for line in _announced(sweep, trials, _first(sweep, folder), inputs):
             say(line)
+        count, tests = _planned(sweep, trials), _tests(sweep)
+        ends = [_first(sweep, folder), _first(sweep, folder, end=-1)]
+        say(cost_lines.of_sweep(count, ends, inputs, place.machine, place.concurrent, tests))
         update_status(folder, state="running")
         trials = _train(sweep, trials, folder, place, say)
         rows = results.collect(trials, folder / TRIALS)
@@ -151,11 +154,30 @@ def _begun(folder: Path, number: int) -> bool:
     return any(name.isdigit() and int(name) >= number for name in names)
 
 
-def _first(sweep: Sweep, folder: Path) -> RunConfig:
-    """The configuration of a run with the first value of each axis."""
+def _first(sweep: Sweep, folder: Path, end: int = 0) -> RunConfig:
+    """The configuration of a run with the first value of each axis, or with `end` -1 the last value of each.
+
+    An axis keeps its first value where its last one does not go with those before.
+    """
     where = pools.of(sweep, folder)
-    point = {axis.key: axis.ends[0] for axis in plan.axes(sweep, where)}
-    return plan.config_of(sweep, where, point, sweep.seeds[0])
+    axes = plan.axes(sweep, where)
+    point = {axis.key: axis.ends[0] for axis in axes}
+    found = plan.config_of(sweep, where, point, sweep.seeds[0])
+    for axis in axes if end else ():
+        with suppress(UsageError):
+            found = plan.config_of(sweep, where, point | {axis.key: axis.ends[end]}, sweep.seeds[0])
+            point[axis.key] = axis.ends[end]
+    return found
+
+
+def _planned(sweep: Sweep, trials: Sequence[Trial]) -> int:
+    """How many trials a sweep has in all."""
+    return len(trials) + (sweep.samples * len(sweep.seeds) if sweep.search == "optuna" else 0)
+
+
+def _tests(sweep: Sweep) -> int:
+    """How many runs of winners are tested, and of the defaults."""
+    return (sweep.winners + sweep.defaults) * len(sweep.seeds) if sweep.data else 0
 
 
 def _run_tasks(tasks: Sequence[Task], scheduler: spec.Scheduler, folder: Path, place: Place, say: Say) -> None:
@@ -227,8 +249,7 @@ def _task(one: Trial, folder: Path, place: Place, *, until: int | None = None, t
 
 def _announced(sweep: Sweep, trials: Sequence[Trial], first: RunConfig, inputs: driver.Inputs) -> Iterator[str]:
     """What a sweep is about to do and spend."""
-    more = sweep.samples * len(sweep.seeds) if sweep.search == "optuna" else 0
-    count, rounds = len(trials) + more, max([first.total_rounds, *(one.config.total_rounds for one in trials)])
+    count, rounds = _planned(sweep, trials), max([first.total_rounds, *(one.config.total_rounds for one in trials)])
     yield f"{count} trials on {len(sweep.seeds)} seeds, of {rounds} rounds at most"
     if inputs.accounts.asked:
         each = first.budget.queries

@@ -3,6 +3,7 @@
 import click
 import pytest
 
+from ray_dfml.cli import main
 from ray_dfml.cli.options import SHARE
 
 
@@ -24,3 +25,23 @@ def test_no_share_is_none() -> None:
 def test_other_shares_are_refused(said: str) -> None:
     with pytest.raises(click.BadParameter, match=r"a process gets a whole GPU \(1\), one of k equal parts"):
         SHARE.convert(said, None, None)
+
+
+@pytest.mark.parametrize(("words", "nearest"), [
+    ("trian free", "train"), ("pool chekc p", "check"), ("train fre --run-dir r", "free"),
+    ("train free --pol p --run-dir r", "--pool"), ("train free --run-dir r --preset quikstart", "quickstart"),
+    ("train free --run-dir r --backend rya", "ray"), ("data check glyps", "glyphs"),
+    ("data check Omniglt:p", "omniglot"), ("evaluate w --data glyphs --split tset", "test"),
+    ("train free --pool p --run-dir r --set method.round=3", "rounds"),
+    ("pool build --data glyphs --models 2 --arch conv --out p", "conv4"), ("serve p --access prob", "probs"),
+    ("pool add p --input 1x8x8 --adapter jsn", "json"),
+])  # fmt: skip
+def test_the_error_for_a_wrong_word_names_the_nearest(words: str, nearest: str, capsys, monkeypatch, tmp_path) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stopped:
+        main(words.split())
+    said = capsys.readouterr().err
+    assert stopped.value.code == 2
+    assert said.count("\n") == 1
+    assert f"id you mean '{nearest}'" in said or f"id you mean one of: '{nearest}'" in said, said
+    assert list(tmp_path.iterdir()) == []

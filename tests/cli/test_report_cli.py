@@ -37,6 +37,21 @@ def evil(tmp_path: Path) -> Path:
     return run
 
 
+def test_the_pages_of_runs_are_made_again(runs: list[Path], command: Command) -> None:
+    (runs[0] / "report.html").write_text("old")
+    done = command("report", *runs[:2], "--html", "--json")
+    assert done.code == 0, done.err
+    assert json.loads(done.out) == [str(run / "report.html") for run in runs[:2]]
+    for run in runs[:2]:
+        Page((run / "report.html").read_text())
+        assert (run / "MODEL_CARD.md").is_file()
+    assert not (runs[2] / "report.html").exists()
+    done = command("report", "memory://bucket/run", "--html")
+    assert (done.code, "needs a run folder on a disk" in done.err) == (2, True)
+    done = command("report", runs[0], "--html", "--out", runs[0] / "x.md")
+    assert (done.code, "leave --out out" in done.err) == (2, True)
+
+
 def test_text_is_a_table_per_set_of_episodes(runs: list[Path], command: Command) -> None:
     done = command("report", *runs)
     assert done.code == 0, done.err

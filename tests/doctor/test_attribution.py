@@ -1,6 +1,7 @@
 """Which teachers helped or harmed: on a run whose bank is known."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,6 +21,7 @@ def test_every_teacher_of_a_run_is_judged(tmp_path: Path, free_run: Path, comman
     done = command("attribute", free_run, "--tasks", 3, "--episodes", 4, "--updates", 1, "--json",
                    "--quarantine", tmp_path / "out.yaml")  # fmt: skip
     assert done.code == 0, done.err
+    assert re.match(r"cost: about .* in 1 process; nobody is asked\n", done.err)
     rows = json.loads(done.out)
     assert len(rows) == 4
     assert all(row["classes"] <= 2 for row in rows)

@@ -23,6 +23,7 @@ def test_findings_page_and_list(tmp_path: Path, spoiled_pool: Path, command: Com
     page, out = tmp_path / "pool.html", tmp_path / "out.yaml"
     done = command("pool", "check", spoiled_pool, "--html", page, "--quarantine", out)
     assert done.code == 0, done.err
+    assert re.match(r"cost: about .* for 11 teachers in 1 process; nobody is asked\n", done.err)
     teachers, findings = done.out.split("\n\n")
     assert [line.split()[1] for line in teachers.splitlines()] == ["ok"] * 11
     severities = [line.split()[0] for line in findings.splitlines()]

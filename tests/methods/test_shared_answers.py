@@ -123,6 +123,24 @@ def test_every_teacher_is_asked_as_often_as_planned_about_the_same_images(levels
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
+def test_the_gallery_shows_the_first_images_of_each_class_that_a_teacher_said() -> None:
+    world, cfg, one = only_asked(small_world(), "probs", "label"), small_shared_answers(), METHODS["shared-answers"]
+    shard, state = FakeShard(world), one.init(cfg, world)
+    results = shard.send("shared-answers.recover", one.plan(cfg, world, state, 0), one.shared(cfg, world, state, 0))
+    asked = method.images(cfg, world, 0)
+    for card, result in zip(world.cards, results, strict=True):
+        answers = result["answers"]
+        labels = answers if answers.ndim == 1 else answers.argmax(1)
+        found = {seen.name: seen for seen in one.pictures(cfg, world, [result])}
+        assert set(found) == {card.classes[label] for label in labels}
+        for label, name in enumerate(card.classes):
+            if name in found:
+                seen, rows = found[name], np.flatnonzero(labels == label)[:4]
+                assert (seen.kind, seen.teacher, set(seen.said)) == ("asked", card.id, {name})
+                assert np.array_equal(seen.images, asked[rows])
+                assert np.isnan(seen.confidence).all() == (card.access == "label")
+
+
 def test_labels_are_kept_if_they_are_wanted() -> None:
     world = only_asked(small_world(), "probs")
     _, state, _ = play("shared-answers", small_shared_answers(answers="hard"), world, first=0)

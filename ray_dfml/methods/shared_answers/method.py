@@ -16,7 +16,20 @@ from ray_dfml.core import seeds
 from ray_dfml.core.images import fit as resized
 from ray_dfml.core.images import to_bytes, to_pixels
 from ray_dfml.errors import RejectedError, UsageError, rejection
-from ray_dfml.methods.base import Method, Metrics, Panel, Send, State, World, initial_learner, teacher_job
+from ray_dfml.methods import cost as cost_of
+from ray_dfml.methods import pictures
+from ray_dfml.methods.base import (
+    Cost,
+    Method,
+    Metrics,
+    Panel,
+    Seen,
+    Send,
+    State,
+    World,
+    initial_learner,
+    teacher_job,
+)
 from ray_dfml.methods.shared_answers import fit
 from ray_dfml.methods.shared_answers.config import PRESETS, Config
 from ray_dfml.methods.shared_answers.images import KNOWN, drawn
@@ -66,8 +79,9 @@ def shared(cfg: Config, world: World, state: State, r: int) -> Arrays:
 def recover(shard: Shard, jobs: Sequence[Job], shared: Arrays) -> list[Arrays]:
     """The `shared-answers.recover` op: the answers of the teacher of each job to the shared images.
 
-    A result holds `teacher`, `classes`, and `answers`: labels int64 [n] or probabilities float16 [n q]. It is
-    `{"rejected": reason}` if the teacher cannot be read.
+    A result holds `teacher`, `classes`, and `answers`: labels int64 [n] or probabilities float16 [n q]. `shown` has the
+    first images of each class that the teacher said, with their answers. The result is `{"rejected": reason}` if the
+    teacher cannot be read.
     """
     return [_asked(shard, job, shared) for job in jobs]
 
@@ -80,7 +94,16 @@ def _asked(shard: Shard, job: Job, shared: Arrays) -> Arrays:
     card, pixels = service.card, to_pixels(shared["images"])
     answers = learnable(service.query(to_bytes(resized(pixels, card.image.shape))), card.access, shared["answers"])
     kept = answers if answers.ndim == 1 else answers.astype(np.float16)
-    return {"teacher": card.id, "classes": len(card.classes), "answers": kept}
+    labels = labels_of(answers)
+    firsts = [np.flatnonzero(labels == label)[: pictures.SHOWN] for label in np.unique(labels).tolist()]
+    rows = np.sort(np.concatenate(firsts)) if firsts else np.zeros(0, np.int64)
+    shown = {"teacher": card.id, "images": np.asarray(shared["images"])[rows], "answers": answers[rows]}
+    return {"teacher": card.id, "classes": len(card.classes), "answers": kept, "shown": shown}
+
+
+def seen(cfg: Config, world: World, results: Sequence[Arrays]) -> list[Seen]:
+    """What each teacher was asked about, by the class that it said."""
+    return pictures.seen(cfg, world, [one["shown"] for one in results])
 
 
 def learn(cfg: Config, world: World, state: State, r: int, results: list[Arrays], send: Send) -> tuple[State, Metrics]:
@@ -131,6 +154,29 @@ def queries(cfg: Config, world: World) -> dict[str, int]:
     return dict.fromkeys((card.id for card in world.cards), sum(cfg.batches))
 
 
+def cost(cfg: Config, world: World, shard: Shard) -> Cost:
+    """Time the drawing of a few images, a few steps of the learner, and how long it takes to answer.
+
+    Images are drawn once to ask about them, and once more to learn from them. A teacher is taken to be as fast as the
+    learner, and to answer without delay.
+    """
+    few, steps = min(TIMED, cfg.budget), min(TIMED_STEPS, cfg.steps)
+    small = cfg.model_copy(update={"budget": few, "batch": few, "steps": steps})
+    asked, state = images(small, world, 0), initial_learner(world)
+    known = [{"classes": len(card.classes), "rounds": [0], "answers": np.zeros(few, np.int64)} for card in world.cards]
+    job = Job(index=0, seed=0, values=fit.answered(known, [few]) | {"theta": state["theta"].numpy(), "images": asked})
+    step = cost_of.seconds(lambda: fit.fit(shard, [job], fit.shared_values(small, world))) / steps
+    draw = cost_of.seconds(lambda: images(small, world, 0)) / few
+    theta, stats, pixels = (part.to(shard.device) for part in (state["theta"], state["stats"], to_pixels(asked)))
+    with torch.no_grad():
+        answer = cost_of.seconds(lambda: world.net(theta, pixels, stats, first_order=True)) / few
+    count = sum(cfg.batches)
+    return Cost(recovery=len(world.cards) * count * answer, alone=2 * count * draw + cfg.steps * step)
+
+
+TIMED, TIMED_STEPS = 64, 3
+"""How many images, and how many steps of the learner, `cost` times."""
+
 METHOD = Method(
     Config=Config,
     init=init,
@@ -147,5 +193,7 @@ METHOD = Method(
     ),
     access=LEVELS,
     queries=queries,
+    cost=cost,
+    pictures=seen,
     shown={"fit/agreement": "agreement"},
 )  # fmt: skip
