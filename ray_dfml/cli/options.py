@@ -57,6 +57,7 @@ class Choice(click.Choice):
     """One of several words. The error for another word names the nearest."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """The word itself. Fails for another one."""
         known = [str(one) for one in self.choices]
         if value not in known:
             self.fail(f"{value!r} is not known{did_you_mean(str(value), known)}; known: {', '.join(known)}", param, ctx)

@@ -274,8 +274,9 @@ def _train(
     """
     rounds, lives, busy = config.total_rounds, LEARNER_LIVES, 0.0
     done, news = _begin(folder, session)
-    began, first = time.perf_counter(), done.rounds
+    first = done.rounds
     progress.start(rounds + done.missed, first)
+    began = time.perf_counter()
     watch = Watch(session.at_work, partial(_tell_stall, folder, progress))
     while done.rounds < rounds + done.missed:
         if news and on_round is not None and not on_round(done.row):

@@ -176,14 +176,13 @@ def _finish(
     config: RunConfig, inputs: driver.Inputs, folder: RunFolder, machine: Machine, quiet: bool,
     cluster: "Cluster | None" = None,
 ) -> list[dict[str, Any]]:  # fmt: skip
-    progress = Progress(METHODS[config.name].shown, quiet=quiet)
+    progress = Progress(
+        METHODS[config.name].shown, quiet=quiet, cost=lambda done: cost_lines.of_run(config, inputs, machine, done)
+    )  # fmt: skip
     for line in left_out(inputs.rejected, len(inputs.world.cards)):
         progress.note(line)
     if folder.remote and inputs.accounts.asked:
         progress.note(f"the ledger of this run stays on this machine, so it can go on here alone: {folder.path}")
-    if not quiet:
-        done = folder.read_status().get("round") or 0
-        progress.note(cost_lines.of_run(config, inputs, machine, done))
     try:
         rows = driver.run(config, inputs, folder, machine, progress, cluster)
     except (BudgetReached, NobodyLeft):

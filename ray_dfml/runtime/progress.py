@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -35,12 +35,16 @@ class _Stage:
 class Progress:
     """Reports rounds, and stages such as a test.
 
-    `shown` maps the metrics in percent that the line of a round shows to the words for them. With `quiet` there are
-    notes only, and without `notes` none of these either.
+    `shown` maps the metrics in percent that the line of a round shows to the words for them. `cost` gives the line that
+    comes before the first round, from the number of rounds that are done. With `quiet` there are notes only, and
+    without `notes` none of these either.
     """
 
-    def __init__(self, shown: Mapping[str, str] | None = None, *, quiet: bool = False, notes: bool = True) -> None:
-        self._shown = shown or {}
+    def __init__(
+        self, shown: Mapping[str, str] | None = None, *, quiet: bool = False, notes: bool = True,
+        cost: Callable[[int], str] | None = None,
+    ) -> None:  # fmt: skip
+        self._shown, self._cost = shown or {}, cost
         self._console = Console(stderr=True)
         self.quiet, self._notes = quiet, notes
         self._live: RichProgress | None = None
@@ -50,7 +54,9 @@ class Progress:
         self._rounds = 0
 
     def start(self, rounds: int, done: int) -> None:
-        """Begin a run of `rounds`, of which `done` are done."""
+        """Begin a run of `rounds`, of which `done` are done, with the line of its cost."""
+        if self._cost is not None and not self.quiet:
+            self.note(self._cost(done))
         self._rounds = rounds
         self._task = self._add(f"round {done}/{rounds}", total=rounds, completed=done)
 
