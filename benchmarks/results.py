@@ -1,17 +1,18 @@
 """The numbers of the README and of docs/results.md: read from run folders, kept in the package, put into the pages.
 
 Usage: python benchmarks/results.py collect TABLE FOLDER
-       python benchmarks/results.py add TABLE FOLDER --title TEXT --hardware TEXT --pool PATH "pool build ..."
-                                    [--control no-pool] [--minutes-of-pool M]
+       python benchmarks/results.py add TABLE FOLDER --title TEXT --hardware TEXT [--pool PATH MINUTES COMMAND]...
+                                    [--control no-pool]
        python benchmarks/results.py render [--check]
 
 `collect` measures the numbers of a table of `ray_dfml/reproduce/numbers` again, from what its steps made in FOLDER.
 
 `add` makes a table of the runs FOLDER/ROW-SEED, which `ray-dfml train ... --run-dir FOLDER/ROW-SEED` made, or replaces
-it: for each row its command, and for each shot its accuracy and the paired difference to the control. PATH is the pool
-that the runs name, and the text after it the command that built it, without `ray-dfml` and `--out`. A run that has not
-ended is left out, and said so. docs/img/TABLE.png shows validation accuracy against minutes, and against queries if
-teachers were asked.
+it: for each row its command, and for each shot its accuracy and the paired difference to the control. PATH is a pool
+that the runs name. COMMAND made it in MINUTES: arguments of `ray-dfml`, to which `--out` is added if they are those of
+`pool build`, or a script of `benchmarks` that makes the folder `{out}/NAME`, NAME being the last part of PATH. A run
+that has not ended is left out, and said so. docs/img/TABLE.png shows validation accuracy against minutes, and against
+queries if teachers were asked.
 
 `render` writes the results of README.md, between its markers, and docs/results.md, from the templates in
 `benchmarks/pages`; with `--check` it only says whether they are what it would write.
@@ -23,7 +24,7 @@ import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from results_picture import draw
 
 from ray_dfml import plots, report, yaml_text
 from ray_dfml.errors import DfmlError
+from ray_dfml.files import resolved
 from ray_dfml.report import Record
 from ray_dfml.report.scores import own
 from ray_dfml.reproduce.measure import measure, placeholders
@@ -117,36 +119,52 @@ def of_runs(folder: Path, given: argparse.Namespace) -> dict[str, Any]:
                 rows.setdefault(named[1], {})[int(named[2])] = record
             else:
                 print(f"left out, since it has not ended: {run.name}", file=sys.stderr)
-    path, build = given.pool
-    steps: dict[str, Any] = {
-        "pool": {
-            "run": [*shlex.split(build), "--out", "{out}/pool", "--resume"], "makes": "pool",
-            "minutes": given.minutes_of_pool,
-        }
-    }  # fmt: skip
-    data = sorted({spec.rpartition("/")[2] for row in rows.values() for r in row.values() for spec in r.config["data"]})
+    pools = {str(resolved(path)): resolved(path).name for path, _, _ in given.pool}
+    steps = {
+        name: _pool(name, command, float(minutes), list(pools.values()))
+        for name, (_, minutes, command) in zip(pools.values(), given.pool, strict=True)
+    }
     numbers: list[dict[str, Any]] = []
     for row, records in rows.items():
-        commands = {json.dumps(_command(record, path, row, seed)) for seed, record in records.items()}
+        commands = {json.dumps(_command(record, pools, row, seed)) for seed, record in records.items()}
         if len(commands) > 1:
             raise DfmlError(f"{row}: its seeds were made by different commands: {' | '.join(sorted(commands))}")
         run = json.loads(commands.pop())
-        after = ["pool"] if "{out}/pool" in run else []
-        steps[row] = {"run": run, "makes": f"{row}-{{seed}}", "minutes": 0.0, "after": after}
+        steps[row] = {"run": run, "makes": f"{row}-{{seed}}", "minutes": 0.0, "after": _named(run, pools.values())}
         for shot in (5, 1):
             numbers += _numbers(given.table, row, shot, records, rows.get(given.control, {}), given.control)
+    used = {name for step in steps.values() for word in step.get("run", []) for name in re.findall(_DATA, word)}
     return {
         "name": given.table, "title": given.title, "hardware": given.hardware, "evidence": RUNS,
-        "data": data, "steps": steps, "numbers": numbers,
+        "data": sorted(used), "steps": steps, "numbers": numbers,
     }  # fmt: skip
 
 
-def _command(record: Record, pool: str, row: str, seed: int) -> list[str]:
+_DATA = r"\{data\}/([\w.-]+)"
+
+
+def _named(words: Sequence[str], pools: Iterable[str]) -> list[str]:
+    """The pools that a command reads."""
+    return [name for name in pools if any(word == f"{{out}}/{name}" for word in words)]
+
+
+def _pool(name: str, command: str, minutes: float, pools: Sequence[str]) -> dict[str, Any]:
+    """The step that makes a pool, by a command of `ray-dfml` or a script."""
+    words = shlex.split(command)
+    after = [other for other in _named(words, pools) if other != name]
+    kind = "script" if words[0].startswith("benchmarks/") else "run"
+    if words[:2] == ["pool", "build"]:
+        words += ["--out", f"{{out}}/{name}", "--resume"]
+    return {kind: words, "makes": name, "minutes": minutes, "after": after}
+
+
+def _command(record: Record, pools: Mapping[str, str], row: str, seed: int) -> list[str]:
     """The arguments of `ray-dfml` that a run was started with, its paths and its seed replaced by placeholders."""
     words = shlex.split(record.manifest["command"])[1:]
     words = [word for word in words if word not in ("--resume-or-start", "--quiet")]
     if "--seed" not in words:
         words += ["--seed", str(seed)]
+    places = iter(record.config["pool"])  # as absolute paths, in the order of the command
     for i, word in enumerate(words[:-1]):
         value = words[i + 1]
         if word == "--run-dir":
@@ -154,11 +172,15 @@ def _command(record: Record, pool: str, row: str, seed: int) -> list[str]:
         elif word == "--seed":
             words[i + 1] = "{seed}"
         elif word == "--pool":
-            if Path(value) != Path(pool):
-                raise DfmlError(f"{row}-{seed}: its pool is {value}, and not {pool}")
-            words[i + 1] = "{out}/pool"
+            place = str(resolved(next(places)))
+            if place not in pools:
+                raise DfmlError(f"{row}-{seed}: its pool is {place}; name it with --pool")
+            words[i + 1] = f"{{out}}/{pools[place]}"
         elif word == "--data" and "/" in value:
             words[i + 1] = f"{value.partition(':')[0]}:{{data}}/{value.rpartition('/')[2]}"
+    local = [word for word in words if word.startswith("/") or "=/" in word]
+    if local:
+        raise DfmlError(f"{row}-{seed}: its command names a path of this machine: {local[0]}")
     return [*words, "--resume-or-start"]
 
 
@@ -166,7 +188,7 @@ def _numbers(
     table: str, row: str, shot: int, records: Mapping[int, Record], control: Mapping[int, Record], name: str
 ) -> list[dict[str, Any]]:
     """The accuracy of a row, and its paired difference to the control if that has the same seeds."""
-    seeds = sorted(records)
+    seeds, short = sorted(records), re.sub(r"[^a-z0-9]+", "-", row.lower()).strip("-")
     score = _headline(records[seeds[0]], shot)
     if score is None:
         return []
@@ -174,13 +196,15 @@ def _numbers(
     same = {"seeds": seeds, "each": [0.0] * len(seeds), "covers": "episodes", "row": row, "commit": "unknown"} | UNKNOWN
     of = {"step": row} | score
     made = [
-        same | {"id": f"{table}-{row}-{shot}shot", "what": f"{row} of {table}, {how}", "unit": "%", "of": of}
+        same | {"id": f"{table}-{short}-{shot}shot", "what": f"{row} of {table}, {how}", "unit": "%", "of": of}
         | {"column": f"{shot}-shot"}
     ]  # fmt: skip
-    if row != name and set(seeds) <= set(control):
+    if row != name and not set(seeds) <= set(control):
+        print(f"{row}: no difference, since {name} has not all of its seeds", file=sys.stderr)
+    elif row != name:
         minus = {"step": name} | (_headline(control[seeds[0]], shot) or {})
         made.append(
-            same | {"id": f"{table}-{row}-over-{name}-{shot}shot", "what": f"{row} over {name} of {table}, {how}"}
+            same | {"id": f"{table}-{short}-over-{name}-{shot}shot", "what": f"{row} over {name} of {table}, {how}"}
             | {"unit": "points", "of": of, "minus": minus, "column": f"over {name}, {shot}-shot"}
         )  # fmt: skip
     return made
@@ -235,8 +259,7 @@ def main() -> int:
         one.add_argument("folder", type=Path)
     new.add_argument("--title", required=True)
     new.add_argument("--hardware", required=True)
-    new.add_argument("--pool", nargs=2, required=True, metavar=("PATH", "COMMAND"))
-    new.add_argument("--minutes-of-pool", type=float, default=0.0)
+    new.add_argument("--pool", nargs=3, action="append", default=[], metavar=("PATH", "MINUTES", "COMMAND"))
     new.add_argument("--control", default="no-pool")
     does.add_parser("render").add_argument("--check", action="store_true")
     given = parser.parse_args()

@@ -26,7 +26,6 @@ def rendered(page: str) -> str:
         "n": full,
         "v": value,
         "by": apart,
-        "positive": positive,
         "note": note,
         "sd": spread,
         "each": each,
@@ -61,11 +60,6 @@ def value(id: str, digits: int = 2) -> str:
 def each(id: str, digits: int = 2) -> str:
     """The numbers of the seeds."""
     return ", ".join(f"{one:.{digits}f}" for one in registry.find(id)[1].each)
-
-
-def positive(id: str) -> bool:
-    """Whether a difference is above nothing."""
-    return registry.find(id)[1].value > 0
 
 
 def note(id: str) -> str:

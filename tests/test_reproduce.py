@@ -186,7 +186,7 @@ def test_a_table_is_made_of_runs(results: Any, tmp_path: Path, monkeypatch: pyte
     drawn: dict[str, Any] = {}
     monkeypatch.setattr(sys, "argv", [
         "results.py", "add", "t", str(tmp_path / "runs"), "--title", "T", "--hardware", "h",
-        "--pool", "pools/p", "pool build --data glyphs --models 2",
+        "--pool", "pools/p", "0.5", "pool build --data glyphs --models 2",
     ])  # fmt: skip
     assert results.main() == 0
     table = registry.read(tmp_path / "t.yaml")
@@ -196,8 +196,11 @@ def test_a_table_is_made_of_runs(results: Any, tmp_path: Path, monkeypatch: pyte
     assert by_id["t-free-over-no-pool-1shot"].value == 35.0
     assert by_id["t-free-over-no-pool-1shot"].seeds == (0, 1)
     assert table.steps["free"].run == (
-        "train", "free", "--pool", "{out}/pool", "--data", "glyphs", "--seed", "{seed}", "--run-dir",
+        "train", "free", "--pool", "{out}/p", "--data", "glyphs", "--seed", "{seed}", "--run-dir",
         "{out}/free-{seed}", "--resume-or-start",
     )  # fmt: skip
-    assert table.needed(by_id["t-free-1shot"])[0][0] == "pool"
+    (name, pool), _ = table.needed(by_id["t-free-1shot"])
+    assert name == "p"
+    assert pool.run[-3:] == ("--out", "{out}/p", "--resume")
+    assert table.minutes(by_id["t-free-1shot"]) == pytest.approx(0.5 + 2 * 0.1)
     assert drawn["free"][0][-1] == {"minutes": pytest.approx(8 / 60), "queries": 0.0, "validation": 30.0}

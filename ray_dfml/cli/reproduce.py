@@ -45,7 +45,7 @@ def reproduce(id: str | None, out: Path | None, listed: bool, dry_run: bool, jso
     minutes = table.minutes(number)
     options.say(f"{number.what}")
     cost = f"about {minutes:.0f} minutes" if minutes >= 1 else "less than a minute"
-    options.say(f"cost: {cost} without the tests, {len(plan)} command{'s'[len(plan) == 1 :]}, on {table.hardware}")
+    options.say(f"cost: {cost} without the tests, {len(plan)} command(s), on {table.hardware}")
     if dry_run:
         shown = {"id": id, "minutes": round(minutes, 2), "commands": [command.shown for command in plan]}
         options.print_json(shown) if json_out else click.echo("\n".join(command.shown for command in plan))
