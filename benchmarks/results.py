@@ -132,7 +132,7 @@ def of_runs(folder: Path, given: argparse.Namespace) -> dict[str, Any]:
         run = json.loads(commands.pop())
         steps[row] = {"run": run, "makes": f"{row}-{{seed}}", "minutes": 0.0, "after": _named(run, pools.values())}
         for shot in (5, 1):
-            numbers += _numbers(given.table, row, shot, records, rows.get(given.control, {}), given.control)
+            numbers += _numbers(given, row, shot, records, rows.get(given.control, {}))
     used = {name for step in steps.values() for word in step.get("run", []) for name in re.findall(_DATA, word)}
     return {
         "name": given.table, "title": given.title, "hardware": given.hardware, "evidence": RUNS,
@@ -185,28 +185,24 @@ def _command(record: Record, pools: Mapping[str, str], row: str, seed: int) -> l
 
 
 def _numbers(
-    table: str, row: str, shot: int, records: Mapping[int, Record], control: Mapping[int, Record], name: str
+    given: argparse.Namespace, row: str, shot: int, records: Mapping[int, Record], control: Mapping[int, Record]
 ) -> list[dict[str, Any]]:
     """The accuracy of a row, and its paired difference to the control if that has the same seeds."""
-    seeds, short = sorted(records), re.sub(r"[^a-z0-9]+", "-", row.lower()).strip("-")
-    score = _headline(records[seeds[0]], shot)
+    seeds, name = sorted(records), given.control
+    score, base = _headline(records[seeds[0]], shot), _headline(next(iter(control.values())), shot) if control else None
     if score is None:
         return []
-    how = f"5-way {shot}-shot, {len(seeds)} seed{'s' if len(seeds) > 1 else ''}"
+    id = f"{given.table}-{re.sub('[^a-z0-9]+', '-', row.lower()).strip('-')}"
+    how = f"{given.title}, 5-way {shot}-shot, {len(seeds)} {'seeds' if len(seeds) > 1 else 'seed'}"
     same = {"seeds": seeds, "each": [0.0] * len(seeds), "covers": "episodes", "row": row, "commit": "unknown"} | UNKNOWN
-    of = {"step": row} | score
-    made = [
-        same | {"id": f"{table}-{short}-{shot}shot", "what": f"{row} of {table}, {how}", "unit": "%", "of": of}
-        | {"column": f"{shot}-shot"}
-    ]  # fmt: skip
-    if row != name and not set(seeds) <= set(control):
-        print(f"{row}: no difference, since {name} has not all of its seeds", file=sys.stderr)
+    same["of"] = {"step": row} | score
+    named = {"id": f"{id}-{shot}shot", "what": f"{row}: {how}", "unit": "%", "column": f"{shot}-shot"}
+    made = [same | named]
+    if row != name and base is not None and set(seeds) <= set(control):
+        named = {"id": f"{id}-over-{name}-{shot}shot", "what": f"{row} over {name}: {how}", "unit": "points"}
+        made.append(same | named | {"column": f"over {name}, {shot}-shot", "minus": {"step": name} | base})
     elif row != name:
-        minus = {"step": name} | (_headline(control[seeds[0]], shot) or {})
-        made.append(
-            same | {"id": f"{table}-{short}-over-{name}-{shot}shot", "what": f"{row} over {name} of {table}, {how}"}
-            | {"unit": "points", "of": of, "minus": minus, "column": f"over {name}, {shot}-shot"}
-        )  # fmt: skip
+        print(f"{row}, {shot}-shot: no difference, since {name} has not all of its seeds", file=sys.stderr)
     return made
 
 

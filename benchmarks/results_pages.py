@@ -73,26 +73,26 @@ def spread(id: str, digits: int = 2) -> str:
 
 
 def table(name: str, *columns: str, details: bool = False) -> str:
-    """The numbers of a table that stand in `columns`, row by row in order of the first; with their cost, if wanted."""
+    """The numbers of a table that stand in `columns`, row by row in order of the first.
+
+    With `details` each row also has the numbers of the seeds in the first column, and the minutes of one seed, and the
+    queries if any row asked.
+    """
     known = registry.tables()[name]
     cells = {(one.row, one.column): one for one in known.numbers if one.row and one.column in columns}
-    first = [one for one in known.numbers if (one.row, one.column) in cells and one.column == columns[0]]
-    head = ["method", *(("seeds", "minutes", "queries") if details else ()), *columns]
+    asked = any(step.queries for step in known.steps.values())
+    head = ["method", *(("each seed", "minutes", *(("queries",) if asked else ())) if details else ()), *columns]
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
-    for one in sorted(first, key=lambda one: -one.value):
-        costs = _costs(known, one) if details else []
+    for one in sorted((one for (_, column), one in cells.items() if column == columns[0]), key=lambda one: -one.value):
+        step = known.steps[one.of.step]
+        costs = [each(one.id, 1), f"{step.minutes:.1f}", *([f"{step.queries:,}"] if asked else [])]
         shown = [_cell(cells.get((one.row, column))) for column in columns]
-        lines.append(f"| {' | '.join([str(one.row), *costs, *shown])} |")
+        lines.append(f"| {' | '.join([str(one.row), *(costs if details else []), *shown])} |")
     return "\n".join(lines)
 
 
 def _cell(one: Number | None) -> str:
     return "" if one is None else full(one.id, sign=one.unit == "points")
-
-
-def _costs(known: Table, one: Number) -> list[str]:
-    step = known.steps[one.of.step]
-    return [str(len(one.seeds)), f"{step.minutes:.1f}", f"{step.queries:,}"]
 
 
 def rows(name: str) -> str:

@@ -12,6 +12,7 @@ import click
 import pytest
 
 from ray_dfml.cli import cli
+from ray_dfml.errors import DfmlError, Interrupted
 from ray_dfml.reproduce import measure, registry, remake
 from ray_dfml.reproduce.registry import Number, Table
 from tests.run_folders import FREE, RANDOM, make
@@ -138,9 +139,9 @@ def test_a_script_needs_a_checkout(command: Command, tmp_path: Path, monkeypatch
     assert "checkout" in done.err
 
 
-def step(code: str, **more: Any) -> Table:
-    """A table whose only step runs Python code as a script."""
-    one = {"script": ["code.py"], "makes": "made", "minutes": 1} | more
+def scripted() -> Table:
+    """A table whose only step runs the script `code.py`."""
+    one = {"script": ["code.py"], "makes": "made", "minutes": 1}
     number = {
         "id": "a", "what": "", "value": 1, "half": 1, "covers": "episodes", "unit": "%", "seeds": [0], "each": [1],
         "of": {"step": "one", "file": "", "key": []},
@@ -157,11 +158,27 @@ def test_a_command_that_fails_gives_its_exit_code(
 ) -> None:
     (tmp_path / "code.py").write_text(f"import sys; sys.exit({code})")
     monkeypatch.setattr(remake, "checkout", lambda: tmp_path)
-    table = step("")
-    with pytest.raises(remake.DfmlError) as error:
+    table = scripted()
+    with pytest.raises(DfmlError) as error:
         remake.run(table, table.numbers[0], tmp_path / "out", lambda text: None)
     assert error.value.exit_code == exit_code
     assert not list((tmp_path / "out" / remake.DONE).iterdir())
+
+
+def test_a_number_that_is_stopped_ends_its_command_and_says_how_to_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The command asks for the stop itself, by the signal that a cluster sends, and would not end by itself."""
+    (tmp_path / "code.py").write_text("import os, signal\nos.kill(os.getppid(), signal.SIGTERM)\nsignal.pause()")
+    monkeypatch.setattr(remake, "checkout", lambda: tmp_path)
+    table = scripted()
+    with pytest.raises(Interrupted, match="goes on"):
+        remake.run(table, table.numbers[0], tmp_path / "out", lambda text: None)
+    (tmp_path / "code.py").write_text("")
+    said: list[str] = []
+    remake.run(table, table.numbers[0], tmp_path / "out", said.append)
+    remake.run(table, table.numbers[0], tmp_path / "out", said.append)
+    assert ["done before" in line for line in said] == [False, True]
 
 
 @pytest.mark.parametrize(
