@@ -8,7 +8,7 @@ from pathlib import Path
 import jinja2
 
 from ray_dfml.reproduce import registry
-from ray_dfml.reproduce.registry import Number, Step, Table
+from ray_dfml.reproduce.registry import Number, Step
 
 ROOT = Path(__file__).parent.parent
 TEMPLATES = Path(__file__).parent / "pages"
