@@ -11,14 +11,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ray_dfml.config import resolve
-from ray_dfml.core.images import to_bytes
+from ray_dfml.core.images import normalise, to_bytes, to_pixels
 from ray_dfml.core.sources import SOURCES
 from ray_dfml.core.sources.warp import warp, zoom
 from ray_dfml.errors import UsageError
 from ray_dfml.methods import METHODS
-from ray_dfml.methods.shared_answers import fit, method
+from ray_dfml.methods.base import World
+from ray_dfml.methods.shared_answers import fit, invert, method
 from ray_dfml.methods.shared_answers.config import Config
 from ray_dfml.methods.shared_answers.images import BEND, drawn, joined
+from ray_dfml.types import Arrays, Job
 from tests.support import FakeShard, alike, image_spec, mixed_world, only_asked, play, small_shared_answers, small_world
 
 UNITS = torch.tensor([[True, True, False], [True, True, True]])
@@ -127,7 +129,7 @@ def test_the_gallery_shows_the_first_images_of_each_class_that_a_teacher_said() 
     world, cfg, one = only_asked(small_world(), "probs", "label"), small_shared_answers(), METHODS["shared-answers"]
     shard, state = FakeShard(world), one.init(cfg, world)
     results = shard.send("shared-answers.recover", one.plan(cfg, world, state, 0), one.shared(cfg, world, state, 0))
-    asked = method.images(cfg, world, 0)
+    asked = method.images(cfg, world, {}, 0)
     for card, result in zip(world.cards, results, strict=True):
         answers = result["answers"]
         labels = answers if answers.ndim == 1 else answers.argmax(1)
@@ -174,7 +176,7 @@ def test_a_teacher_that_was_away_is_learned_from_in_its_rounds() -> None:
     op, (job,) = shard.sent[-1]
     assert op == "shared-answers.fit"
     assert job.values["known"].T.tolist() == [[True] * 20, [True] * 8 + [False] * 8 + [True] * 4]
-    asked = np.concatenate([method.images(cfg, world, r) for r in range(3)])
+    asked = np.concatenate([method.images(cfg, world, state["recovered"], r) for r in range(3)])
     assert np.array_equal(job.values["images"], asked)
 
 
@@ -209,3 +211,93 @@ def test_the_preset_starts_after_no_pool_and_says_what_it_knows() -> None:
     notes = method.notes(Config.model_validate(config.method.model_dump()), small_world())
     assert len(notes) == 7
     assert "knowledge of the domain" in notes[-1]
+
+
+def with_inversions(**changes: Any) -> Config:
+    return small_shared_answers(inversion={"images_per_class": 2, "steps": 4} | changes)
+
+
+def test_each_teacher_with_weights_is_inverted_once_and_all_are_asked_about_its_images() -> None:
+    world, cfg = only_asked(mixed_world(), "weights", "probs"), with_inversions()
+    shard = FakeShard(world)
+    _, state, metrics = play("shared-answers", cfg, world, rounds=3, first=0, shard=shard)
+    ((r, recovered),) = state["recovered"].items()
+    assert r in ("1", "2")
+    assert recovered.dtype == np.uint8
+    assert recovered.shape == (2 * world.way, *world.image.shape)
+    planned = METHODS["shared-answers"].queries(cfg, world)
+    assert {id: service.asked for id, service in shard.services.items()} == planned
+    assert set(planned.values()) == {20 + 2 * world.way}
+    assert metrics["queries"] == 20 + 2 * world.way
+    _, (job,) = shard.sent[-1]
+    assert len(job.values["images"]) == 20 + 2 * world.way
+    assert np.array_equal(method.images(cfg, world, state["recovered"], int(r))[-len(recovered) :], recovered)
+
+
+def test_the_gallery_shows_what_a_teacher_was_inverted_to() -> None:
+    world, cfg, one = small_world(cards=1), with_inversions(), METHODS["shared-answers"]
+    shard, state = FakeShard(world), one.init(cfg, world)
+    r = next(r for r in range(3) if invert.is_due(cfg, world, world.cards[0], r))
+    (result,) = shard.send("shared-answers.recover", one.plan(cfg, world, state, r), one.shared(cfg, world, state, r))
+    found = one.pictures(cfg, world, [result])
+    assert {(seen.kind, seen.name, len(seen.images)) for seen in found} == {
+        ("recovered", name, 2) for name in result["recovered"]["classes"]
+    }
+
+
+def test_a_teacher_that_is_away_does_not_move_the_turns_of_others() -> None:
+    world, cfg = small_world(cards=4), with_inversions()
+
+    def turns(world: World) -> dict[str, list[bool]]:
+        return {card.id: [invert.is_due(cfg, world, card, r) for r in range(3)] for card in world.cards}
+
+    found = turns(world)
+    assert turns(replace(world, cards=world.cards[1:])).items() <= found.items()
+    assert all(sum(due) == 1 and not due[2] for due in found.values())
+
+
+def inverted(world: World, device: torch.device, *, batched: bool = False, **changes: Any) -> list[Arrays]:
+    shard = FakeShard(world, device=device, batched=batched)
+    jobs = [Job(index=i, seed=i, teacher=card.id, values={"invert": True}) for i, card in enumerate(world.cards)]
+    return invert.invert(with_inversions(**changes), world.way, shard, jobs)
+
+
+def test_steps_bring_the_wished_classes_and_the_statistics_of_the_teacher(device: torch.device) -> None:
+    world = small_world(cards=2)
+    shard = FakeShard(world, device=device)
+    for id, (begun, done) in zip(
+        (card.id for card in world.cards),
+        zip(inverted(world, device, steps=1), inverted(world, device, steps=40), strict=True), strict=True,
+    ):  # fmt: skip
+        assert done["loss"] < begun["loss"]
+        teacher = shard.teacher(id)
+        gaps = []
+        for task in (begun, done):
+            image = teacher.card.image
+            x = normalise(to_pixels(task["images"], device), torch.tensor(image.mean), torch.tensor(image.std))
+            found = teacher.net.with_stats(teacher.theta, x, teacher.stats)[1]
+            gaps.append(float(torch.linalg.vector_norm(found - teacher.stats)))
+        assert gaps[1] < gaps[0]
+        assert invert.accuracy(done) >= invert.accuracy(begun)
+
+
+def test_teachers_that_are_inverted_together_give_what_each_gives_alone(device: torch.device) -> None:
+    world = small_world(cards=3)
+    alone, together = inverted(world, device), inverted(world, device, batched=True)
+    for one, other in zip(alone, together, strict=True):
+        assert np.abs(one["images"].astype(int) - other["images"].astype(int)).max() <= 1
+        np.testing.assert_allclose(one["loss"], other["loss"], rtol=1e-4)
+
+
+def test_inversions_need_a_round_in_which_their_images_are_asked_about() -> None:
+    with pytest.raises(UsageError, match="there is one round only; lower method.batch"):
+        method.init(with_inversions().model_copy(update={"budget": 8}), small_world())
+
+
+def test_the_cost_counts_the_images_of_inversions_and_takes_time_for_them() -> None:
+    world = small_world(cards=2)
+    without, with_them = (
+        method.cost(cfg, world, FakeShard(world)) for cfg in (small_shared_answers(), with_inversions(steps=4000))
+    )
+    assert (without.images, with_them.images) == (0, 2 * 2 * world.way)
+    assert with_them.recovery > without.recovery

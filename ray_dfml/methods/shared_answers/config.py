@@ -2,19 +2,34 @@
 
 from typing import Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from ray_dfml.errors import did_you_mean
 from ray_dfml.methods.base import MethodConfig, Preset
 from ray_dfml.methods.shared_answers.images import KNOWN, ZOOMED
 
 
+class InversionConfig(BaseModel):
+    """How teachers that give their weights are inverted, once each."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    images_per_class: int = Field(default=0, ge=0, description="Images of a class of a teacher; 0 inverts none.")
+    steps: int = Field(default=60, ge=1, description="Adam steps on the pixels.")
+    lr: float = Field(default=0.1, gt=0, description="Adam step size, of the logits of the pixels.")
+    bn_weight: float = Field(default=1.0, ge=0, description="Weight of the teacher's batch-norm statistics.")
+    tv_weight: float = Field(default=0.3, ge=0, description="Weight of the total variation.")
+    crop_pad: int = Field(default=2, ge=0, description="Padding of the random crop that a teacher sees, pixels.")
+
+
 class Config(MethodConfig):
     """What is asked and what is learned of it. A round is one batch of images, the same for all teachers."""
 
     rounds: int = Field(default=0, ge=0, description="Most rounds; 0 makes as many as the budget pays for.")
-    budget: int = Field(default=10_000, ge=1, description="Images that each teacher is asked about in all.")
-    batch: int = Field(default=1_000, ge=1, description="Images of a round.")
+    budget: int = Field(
+        default=10_000, ge=1, description="Images of the sources that each teacher is asked about in all."
+    )
+    batch: int = Field(default=1_000, ge=1, description="Images of the sources in a round.")
     images: tuple[str, ...] = Field(
         default=("dip", "dipw", "dipc", "shapes"), min_length=1, description=f"Image sources: {', '.join(KNOWN)}."
     )
@@ -24,6 +39,10 @@ class Config(MethodConfig):
     zoom_low: float = Field(default=1.0, gt=0, description=f"Smallest magnification of {' and '.join(ZOOMED)}.")
     zoom_high: float = Field(default=1.0, gt=0, description=f"Largest magnification of {' and '.join(ZOOMED)}.")
     invert: bool = Field(default=False, description="Whether dark and light of the sources change places.")
+    inversion: InversionConfig = Field(
+        default=InversionConfig(),
+        description="Images that teachers with weights are inverted to. All teachers are asked about them, too.",
+    )
     answers: Literal["soft", "hard"] = Field(
         default="soft", description="What is learned of an answer: probabilities if they are given, or its best class."
     )

@@ -7,7 +7,7 @@ job trains the learner (`fit`). Nothing but answers is used, so the teachers may
 number of classes.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -30,7 +30,7 @@ from ray_dfml.methods.base import (
     initial_learner,
     teacher_job,
 )
-from ray_dfml.methods.shared_answers import fit
+from ray_dfml.methods.shared_answers import fit, invert
 from ray_dfml.methods.shared_answers.config import PRESETS, Config
 from ray_dfml.methods.shared_answers.images import KNOWN, drawn
 from ray_dfml.methods.students.training import labels_of, learnable
@@ -54,60 +54,78 @@ def init(cfg: Config, world: World) -> State:
     """The learner drawn from the run's seed, and no answers. Raises UsageError for images that no source can make."""
     if min(world.image.shape[1:]) < 8:
         raise UsageError("shared-answers: image sources need a height and a width of at least 8")
-    return initial_learner(world) | {"answers": {}}
+    if cfg.inversion.images_per_class and cfg.total_rounds < 2:
+        raise UsageError(
+            "shared-answers: inverted images are asked about in the next round, and there is one round only; "
+            "lower method.batch"
+        )
+    return initial_learner(world) | {"answers": {}, "recovered": {}}
 
 
-def images(cfg: Config, world: World, r: int) -> np.ndarray:
-    """The images of round `r`, uint8 [n c h w] of the learner's size. They derive from the run's seed and the round."""
+def images(cfg: Config, world: World, recovered: Mapping[str, np.ndarray], r: int) -> np.ndarray:
+    """The images of round `r`, uint8 [n c h w] of the learner's size: of the sources, then those `recovered` for it.
+
+    Those of the sources derive from the run's seed and the round, so that no checkpoint needs to hold them.
+    """
     rng, zooms = seeds.rng(world.seed, r, "asked"), (cfg.zoom_low, cfg.zoom_high)
-    return drawn(cfg.parts, cfg.batches[r], world.image.shape, rng, zooms=zooms, invert=cfg.invert)
+    found = drawn(cfg.parts, cfg.batches[r], world.image.shape, rng, zooms=zooms, invert=cfg.invert)
+    return np.concatenate([found, recovered[str(r)]]) if str(r) in recovered else found
 
 
 def plan(cfg: Config, world: World, state: State, r: int) -> list[Job]:
-    """One job for each teacher."""
+    """One job for each teacher: to answer, and to be inverted if that is due."""
     return [
-        teacher_job(card, index=j, seed=seeds.derive(world.seed, r, "recover", card.id), values={})
+        teacher_job(
+            card, index=j, seed=seeds.derive(world.seed, r, "recover", card.id),
+            values={"invert": invert.is_due(cfg, world, card, r)},
+        )
         for j, card in enumerate(world.cards)
-    ]
+    ]  # fmt: skip
 
 
 def shared(cfg: Config, world: World, state: State, r: int) -> Arrays:
-    """The images of the round, and what is kept of an answer."""
-    return {"images": images(cfg, world, r), "answers": cfg.answers}
+    """The images of the round, the settings, and the learner's way."""
+    return {"images": images(cfg, world, state["recovered"], r), "cfg": cfg.model_dump(), "way": world.way}
 
 
 def recover(shard: Shard, jobs: Sequence[Job], shared: Arrays) -> list[Arrays]:
     """The `shared-answers.recover` op: the answers of the teacher of each job to the shared images.
 
     A result holds `teacher`, `classes`, and `answers`: labels int64 [n] or probabilities float16 [n q]. `shown` has the
-    first images of each class that the teacher said, with their answers. The result is `{"rejected": reason}` if the
-    teacher cannot be read.
+    first images of each class that the teacher said, with their answers. If an inversion was due, there is also the
+    `recovered` task (`invert.invert`). The result is `{"rejected": reason}` if the teacher cannot be read or inverted.
     """
-    return [_asked(shard, job, shared) for job in jobs]
+    cfg = Config.model_validate(shared["cfg"])
+    results = [_asked(cfg, shard, job, shared["images"]) for job in jobs]
+    due = [i for i, job in enumerate(jobs) if job.values["invert"] and "rejected" not in results[i]]
+    tasks = invert.invert(cfg, shared["way"], shard, [jobs[i] for i in due])
+    for i, task in zip(due, tasks, strict=True):
+        results[i] = task if "rejected" in task else {**results[i], "recovered": task}
+    return results
 
 
-def _asked(shard: Shard, job: Job, shared: Arrays) -> Arrays:
+def _asked(cfg: Config, shard: Shard, job: Job, images: np.ndarray) -> Arrays:
     try:
         service = shard.service(str(job.teacher))
     except RejectedError as error:
         return rejection(error)
-    card, pixels = service.card, to_pixels(shared["images"])
-    answers = learnable(service.query(to_bytes(resized(pixels, card.image.shape))), card.access, shared["answers"])
+    card, pixels = service.card, to_pixels(images)
+    answers = learnable(service.query(to_bytes(resized(pixels, card.image.shape))), card.access, cfg.answers)
     kept = answers if answers.ndim == 1 else answers.astype(np.float16)
     labels = labels_of(answers)
     firsts = [np.flatnonzero(labels == label)[: pictures.SHOWN] for label in np.unique(labels).tolist()]
     rows = np.sort(np.concatenate(firsts)) if firsts else np.zeros(0, np.int64)
-    shown = {"teacher": card.id, "images": np.asarray(shared["images"])[rows], "answers": answers[rows]}
+    shown = {"teacher": card.id, "images": np.asarray(images)[rows], "answers": answers[rows]}
     return {"teacher": card.id, "classes": len(card.classes), "answers": kept, "shown": shown}
 
 
 def seen(cfg: Config, world: World, results: Sequence[Arrays]) -> list[Seen]:
-    """What each teacher was asked about, by the class that it said."""
-    return pictures.seen(cfg, world, [one["shown"] for one in results])
+    """What each teacher was inverted to, or was asked about, by the class that it said."""
+    return pictures.seen(cfg, world, [one.get("recovered", one["shown"]) for one in results])
 
 
 def learn(cfg: Config, world: World, state: State, r: int, results: list[Arrays], send: Send) -> tuple[State, Metrics]:
-    """Keep the answers of the round. After the last round, train the learner on all answers.
+    """Keep the answers of the round, and the images of its inversions. After the last round, train the learner.
 
     A teacher that was away in a round is not asked about its images again: the loss leaves these answers out.
     """
@@ -120,7 +138,12 @@ def learn(cfg: Config, world: World, state: State, r: int, results: list[Arrays]
             "answers": np.concatenate([known["answers"], one["answers"]]) if known else one["answers"],
         }
     state = {**state, "answers": answers}
+    tasks = [one["recovered"] for one in results if "recovered" in one]
+    if tasks:
+        state["recovered"] = {**state["recovered"], str(r + 1): invert.as_asked(world, tasks)}
     metrics: Metrics = {"queries": float(np.mean([len(known["answers"]) for known in answers.values()]))}
+    if tasks:
+        metrics["inversion/accuracy"] = float(np.mean([invert.accuracy(task) for task in tasks]))
     if results:
         metrics["answers/rarest"] = float(np.mean([_rarest(one) for one in results]))
     return _trained(cfg, world, state, r, metrics, send) if r == cfg.total_rounds - 1 else (state, metrics)
@@ -133,12 +156,12 @@ def _rarest(result: Arrays) -> float:
 
 
 def _trained(cfg: Config, world: World, state: State, r: int, metrics: Metrics, send: Send) -> tuple[State, Metrics]:
-    """The state with the trained learner. Its images are drawn again, so that no checkpoint needs to hold them."""
+    """The state with the trained learner."""
     known = [state["answers"][id] for id in sorted(state["answers"])]
-    told = fit.answered(known, cfg.batches)
+    asked = [images(cfg, world, state["recovered"], i) for i in range(cfg.total_rounds)]
+    told = fit.answered(known, [len(some) for some in asked])
     some = told["known"].any(1)
-    asked = np.concatenate([images(cfg, world, i) for i in range(cfg.total_rounds)])
-    values = {"theta": state["theta"].numpy(), "images": asked[some], "units": told["units"]}
+    values = {"theta": state["theta"].numpy(), "images": np.concatenate(asked)[some], "units": told["units"]}
     values |= {name: told[name][some] for name in ("wished", "known")}
     job = Job(index=0, seed=seeds.derive(world.seed, r, "fit"), values=values)
     (done,) = send("shared-answers.fit", [job], fit.shared_values(cfg, world))
@@ -151,27 +174,32 @@ def _trained(cfg: Config, world: World, state: State, r: int, metrics: Metrics, 
 
 def queries(cfg: Config, world: World) -> dict[str, int]:
     """Id of each teacher -> how many images a whole training asks it about."""
-    return dict.fromkeys((card.id for card in world.cards), sum(cfg.batches))
+    return dict.fromkeys((card.id for card in world.cards), sum(cfg.batches) + invert.count(cfg, world))
 
 
 def cost(cfg: Config, world: World, shard: Shard) -> Cost:
-    """Time the drawing of a few images, a few steps of the learner, and how long it takes to answer.
+    """Time the drawing of a few images, a few steps of the learner and of an inversion, and a few answers.
 
     Images are drawn once to ask about them, and once more to learn from them. A teacher is taken to be as fast as the
     learner, and to answer without delay.
     """
     few, steps = min(TIMED, cfg.budget), min(TIMED_STEPS, cfg.steps)
     small = cfg.model_copy(update={"budget": few, "batch": few, "steps": steps})
-    asked, state = images(small, world, 0), initial_learner(world)
+    asked, state = images(small, world, {}, 0), initial_learner(world)
     known = [{"classes": len(card.classes), "rounds": [0], "answers": np.zeros(few, np.int64)} for card in world.cards]
     job = Job(index=0, seed=0, values=fit.answered(known, [few]) | {"theta": state["theta"].numpy(), "images": asked})
     step = cost_of.seconds(lambda: fit.fit(shard, [job], fit.shared_values(small, world))) / steps
-    draw = cost_of.seconds(lambda: images(small, world, 0)) / few
+    draw = cost_of.seconds(lambda: images(small, world, {}, 0)) / few
     theta, stats, pixels = (part.to(shard.device) for part in (state["theta"], state["stats"], to_pixels(asked)))
     with torch.no_grad():
         answer = cost_of.seconds(lambda: world.net(theta, pixels, stats, first_order=True)) / few
-    count = sum(cfg.batches)
-    return Cost(recovery=len(world.cards) * count * answer, alone=2 * count * draw + cfg.steps * step)
+    drawing, inverted = sum(cfg.batches), invert.count(cfg, world)
+    inversions = invert.seconds(cfg, world, shard, steps) if inverted else 0.0
+    return Cost(
+        images=inverted,
+        recovery=len(world.cards) * (drawing + inverted) * answer + inversions,
+        alone=2 * drawing * draw + cfg.steps * step,
+    )
 
 
 TIMED, TIMED_STEPS = 64, 3
@@ -190,6 +218,8 @@ METHOD = Method(
     panels=(
         Panel("Rarest class", "%", "Share of a round's answers that name the class with the fewest.",
               {"answers/rarest": "mean over the teachers"}),
+        Panel("Inverted images", "%", "Share of the images of a round's inversions that have the wished class.",
+              {"inversion/accuracy": "mean over the teachers"}),
     ),
     access=LEVELS,
     queries=queries,
