@@ -290,7 +290,7 @@ def test_teachers_that_are_inverted_together_give_what_each_gives_alone(device: 
 
 
 def test_inversions_need_a_round_in_which_their_images_are_asked_about() -> None:
-    with pytest.raises(UsageError, match="there is one round only; lower method.batch"):
+    with pytest.raises(UsageError, match="there is one round only"):
         method.init(with_inversions().model_copy(update={"budget": 8}), small_world())
 
 
