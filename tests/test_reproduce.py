@@ -152,11 +152,12 @@ def scripted() -> Table:
     })  # fmt: skip
 
 
-@pytest.mark.parametrize(("code", "exit_code"), [(3, 3), (2, 2), (7, 1), (130, 130)])
+@pytest.mark.parametrize(("code", "exit_code"), [(3, 3), (2, 2), (7, 1), (130, 130), (-9, 1), (-15, 130)])
 def test_a_command_that_fails_gives_its_exit_code(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, exit_code: int
 ) -> None:
-    (tmp_path / "code.py").write_text(f"import sys; sys.exit({code})")
+    end = f"sys.exit({code})" if code > 0 else f"os.kill(os.getpid(), {-code})"
+    (tmp_path / "code.py").write_text(f"import os, sys\n{end}")
     monkeypatch.setattr(remake, "checkout", lambda: tmp_path)
     table = scripted()
     with pytest.raises(DfmlError) as error:

@@ -26,14 +26,14 @@ class _Strict(BaseModel):
 class Step(_Strict):
     """One command, and what it makes.
 
-    In all texts `{out}` is the folder of the user, `{data}` the folder RAY_DFML_DATA, `{checkout}` the repository,
-    `{seed}` the seed, and a key of `by_seed` the text for that seed.
+    In all texts `{out}` is the folder of the user, `{data}` the folder RAY_DFML_DATA, `{seed}` the seed, and a key of
+    `by_seed` the text for that seed.
     """
 
     run: Words = ()
     """Arguments of `ray-dfml`."""
     script: Words = ()
-    """Instead: a script of `benchmarks` and its arguments, which need a checkout of the repository."""
+    """Instead: a Python script of `benchmarks` and its arguments, which need a checkout of the repository."""
     makes: str
     """The file or folder that the command makes, below `{out}`."""
     minutes: float = Field(ge=0)

@@ -58,20 +58,14 @@ def _folder_of_data(table: Table) -> str:
 
 
 def _command(name: str, step: Step, seed: int, out: Path, data: str) -> Command:
-    values = placeholders(step, seed, out) | {"data": data, "checkout": str(checkout() or "")}
-    needs_checkout = step.script or any("{checkout}" in word for word in step.run)
-    if needs_checkout and checkout() is None:
+    words = filled(step.run or step.script, placeholders(step, seed, out) | {"data": data})
+    name = f"{name}-{seed}" if step.every_seed else name
+    if step.run:
+        return Command(name, [sys.executable, "-m", "ray_dfml", *words], shlex.join(["ray-dfml", *words]), False)
+    root = checkout()
+    if root is None:
         raise UsageError("this number needs the scripts of benchmarks/; run it from a checkout of the repository")
-    words = filled(step.run or step.script, values)
-    shown = shlex.join(["ray-dfml" if step.run else _program(words[0]), *words])
-    start = [sys.executable, "-m", "ray_dfml"] if step.run else [_program(words[0], real=True)]
-    if step.script:
-        words[0] = str(checkout() / words[0])  # pyright: ignore[reportOptionalOperand]
-    return Command(f"{name}-{seed}" if step.every_seed else name, [*start, *words], shown, bool(step.script))
-
-
-def _program(script: str, real: bool = False) -> str:
-    return "bash" if script.endswith(".sh") else sys.executable if real else "python"
+    return Command(name, [sys.executable, str(root / words[0]), *words[1:]], shlex.join(["python", *words]), True)
 
 
 def checkout() -> Path | None:
@@ -119,10 +113,11 @@ def _run(command: Command) -> None:
             os.killpg(child.pid, signal.SIGTERM) if command.script else child.terminate()
             child.wait()
             raise Interrupted("interrupted; the same command goes on where it was") from None
-    if code == Interrupted.exit_code or code < 0:
+    if code in (Interrupted.exit_code, -signal.SIGINT, -signal.SIGTERM):
         raise Interrupted(f"interrupted; the same command goes on where it was: {command.shown}")
     if code:
-        raise _ERRORS.get(code, DfmlError)(f"exit code {code} of: {command.shown}")
+        how = f"exit code {code}" if code > 0 else f"killed by signal {-code}"
+        raise _ERRORS.get(code, DfmlError)(f"{how}: {command.shown}")
 
 
 def _environment() -> dict[str, str]:
