@@ -104,4 +104,13 @@ PRESETS: dict[str, Preset] = {
             "eval": {"every": 10},
         },
     ),
+    "best-cifar-fs": Preset(
+        "pools like 100 teachers of CIFAR-FS: from the learner of no-pool-colour, with the ProtoNet head; each teacher "
+        "is inverted once, and all answer these images and others",
+        {
+            "method": {"budget": 4_000, "batch": 400, "steps": 3_000, "inversion": {"images_per_class": 20}},
+            "learner": {"start": "no-pool-colour", "head": "protonet"},
+            "eval": {"every": 10},
+        },
+    ),
 }
