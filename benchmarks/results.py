@@ -12,7 +12,7 @@ it: for each row its command, and for each shot its accuracy and the paired diff
 that the runs name. COMMAND made it in MINUTES: arguments of `ray-dfml`, to which `--out` is added if they are those of
 `pool build`, or a script of `benchmarks` that makes the folder `{out}/NAME`, NAME being the last part of PATH. A run
 that has not ended is left out, and said so. docs/img/TABLE.png shows validation accuracy against minutes, and against
-queries if teachers were asked.
+queries if these differ.
 
 `render` writes the results of README.md, between its markers, and docs/results.md, from the templates in
 `benchmarks/pages`; with `--check` it only says whether they are what it would write.

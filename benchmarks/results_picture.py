@@ -17,7 +17,10 @@ COLOURS = ("#0072b2", "#d55e00", "#009e73", "#a3498b", "#8a6d00", "#56b4e9", "#4
 def draw(curves: Curves, file: Path) -> None:
     """Write a PNG. Rows that were validated in one round only are points; a row has one colour, and a line a seed."""
     asked = {row: seeds for row, seeds in curves.items() if any(p["queries"] for seed in seeds for p in seed)}
-    panels = [("minutes", "minutes of training", curves)] + ([("queries", "queries a teacher", asked)] if asked else [])
+    budgets = {p["queries"] for seeds in asked.values() for seed in seeds for p in seed}
+    panels = [("minutes", "minutes of training", curves)]
+    if len(budgets) > 1:  # else there is no curve
+        panels.append(("queries", "queries a teacher", asked))
     figure = Figure(figsize=(5.2 * len(panels) + 2.2, 4.2), dpi=110, layout="constrained")
     colours = {row: COLOURS[i % len(COLOURS)] for i, row in enumerate(curves)}
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
@@ -40,5 +43,6 @@ def _panel(ax: Axes, key: str, rows: Curves, colours: Mapping[str, str]) -> None
                 [p[key] for p in points], [p["validation"] for p in points], color=colours[row], lw=1.2, marker="o",
                 markersize=3, label=row if i == 0 else None,
             )  # fmt: skip
+    ax.set_xlim(left=0)
     ax.grid(color="#e3e7eb")
     ax.spines[["top", "right"]].set_visible(False)
