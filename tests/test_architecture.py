@@ -50,7 +50,7 @@ def test_the_documents_are_there() -> None:
         "architecture.md", "inputs.md", "methods.md", "methods_purer_bidf.md", "methods_black_box.md",
         "methods_ideal.md", "doctor.md", "services.md", "storage.md", "sweeps.md", "own_models.md",
         "training.md", "run_folder.md", "reports.md", "img", "cluster.md", "results.md", "index.md",
-        "SECURITY.md", "CONTRIBUTING.md", "CHANGELOG.md",
+        "SECURITY.md", "CONTRIBUTING.md", "CHANGELOG.md", "tour.md", "notebook.ipynb", "limits.md", "add_a_method.md",
     }  # fmt: skip
 
 

@@ -33,7 +33,7 @@ PAGES = (
     "docs/CHANGELOG.md", "docs/own_models.md", "docs/training.md",
     "docs/run_folder.md", "docs/reports.md",
     "docs/cluster.md", "docs/results.md", "docs/SECURITY.md", "docs/CONTRIBUTING.md",
-    "cluster/README.md",
+    "docs/index.md", "docs/doctor.md", "docs/tour.md", "docs/limits.md", "docs/add_a_method.md", "cluster/README.md",
 )  # fmt: skip
 TEXT = {page: (ROOT / page).read_text("utf-8") for page in PAGES}
 METHOD_PAGES = "\n".join(TEXT[page] for page in PAGES if page.startswith("docs/methods"))
