@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from benchmarks.papers import features as made
 from benchmarks.papers.tsne import same_neighbour, tsne
@@ -126,10 +127,16 @@ def draw_cka(args: argparse.Namespace) -> None:
         for (one, other), value in made.between(alike, groups).items():
             print(f"{title}: {one} and {other}: mean CKA {value:.3f}")
         shown = axes.imshow(alike, cmap="viridis", vmin=0, vmax=1)
-        edges = [i for i in range(1, len(groups)) if groups[i] != groups[i - 1]]
-        for edge in edges:
+        names = list(dict.fromkeys(groups))
+        starts = [groups.index(name) for name in names]
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+        for edge in starts[1:]:
             axes.axhline(edge - 0.5, color="white", lw=1)
             axes.axvline(edge - 0.5, color="white", lw=1)
+        if len(names) > 1:
+            middles = [start + (groups.count(name) - 1) / 2 for name, start in zip(names, starts, strict=True)]
+            axes.set_yticks(middles, [name.replace(" ", "\n") for name in names])
         axes.set_title(title, fontsize=10)
         axes.tick_params(labelsize=8)
     figure.colorbar(shown, ax=axes, label="linear CKA", shrink=0.85)
