@@ -14,9 +14,9 @@ import yaml
 
 from ray_dfml import errors
 from ray_dfml.cli import cli
-from ray_dfml.config import BudgetConfig, resolve
+from ray_dfml.config import BudgetConfig, pretrain_config, resolve
 from ray_dfml.core.backbones import BACKBONES
-from ray_dfml.data import foreign, images, listing
+from ray_dfml.data import foreign, images, listing, quarantine
 from ray_dfml.data.manifest import Manifest, PoolBudget
 from ray_dfml.methods import METHODS
 from ray_dfml.methods.base import MethodConfig
@@ -123,9 +123,14 @@ def test_options_named_in_passing_exist():
     assert named <= known
 
 
-def test_settings_of_readme_are_settings():
-    settings = [words[i + 1] for words in COMMANDS for i, word in enumerate(words) if word == "--set"]
+def test_settings_of_readme_are_settings(tmp_path, monkeypatch):
+    """Also where a setting names the list of teachers that `pool check --quarantine` wrote."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "out.yaml").write_text(quarantine.text({"t-1": ["a reason"]}, "pool check"))
+    given = [(words[0], words[i + 1]) for words in COMMANDS for i, word in enumerate(words) if word == "--set"]
+    settings = [text for name, text in given if name != "pool"]
     assert settings
+    pretrain_config([text for name, text in given if name == "pool"])
     named = re.findall(r"`--set (\w+\.[^`=]+=[^`]+)`", TEXT["README.md"] + TEXT["docs/training.md"])
     assert named
     resolve("free", settings=[*settings, *named])
