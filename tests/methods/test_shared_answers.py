@@ -202,6 +202,10 @@ def test_a_setting_that_does_not_fit_is_refused_in_a_line(text: str, said: str) 
 def test_images_below_eight_pixels_are_refused() -> None:
     with pytest.raises(UsageError, match="at least 8"):
         method.init(Config(), replace(small_world(), image=image_spec(3, 7)))
+    small = replace(small_world().cards[0], image=image_spec(3, 7))
+    method.init(small_shared_answers(), replace(small_world(), cards=(small,)))  # it is asked about smaller copies
+    with pytest.raises(UsageError, match="at least 8"):
+        method.init(with_inversions(), replace(small_world(), cards=(small,)))
 
 
 def test_the_preset_starts_after_no_pool_and_says_what_it_knows() -> None:
@@ -232,6 +236,32 @@ def test_each_teacher_with_weights_is_inverted_once_and_all_are_asked_about_its_
     _, (job,) = shard.sent[-1]
     assert len(job.values["images"]) == 20 + 2 * world.way
     assert np.array_equal(method.images(cfg, world, state["recovered"], int(r))[-len(recovered) :], recovered)
+
+
+def test_a_teacher_with_fewer_classes_than_the_learner_is_inverted_to_all_of_them() -> None:
+    world, cfg = replace(mixed_world(), way=3), with_inversions()
+    shard = FakeShard(world)
+    _, state, _ = play("shared-answers", cfg, world, rounds=3, first=0, shard=shard)
+    assert sum(len(images) for images in state["recovered"].values()) == invert.count(cfg, world) == 2 * (2 + 3)
+    planned = METHODS["shared-answers"].queries(cfg, world)
+    assert {id: service.asked for id, service in shard.services.items()} == planned
+
+
+def test_a_teacher_whose_answers_are_not_finite_is_left_out_and_the_others_are_learned_from() -> None:
+    world = only_asked(small_world(), "logits")
+    shard = FakeShard(world)
+    shard.spoil(world.cards[1].id)
+    _, state, _ = play("shared-answers", small_shared_answers(), world, rounds=3, first=0, shard=shard)
+    assert set(state["answers"]) == {world.cards[0].id, world.cards[2].id}
+    assert bool(torch.isfinite(state["theta"]).all())
+
+
+@pytest.mark.parametrize(("arch", "lines"), [("lenet", 1), ("conv4", 0)])
+def test_a_run_says_that_teachers_without_batch_norm_are_inverted_without_statistics(arch: str, lines: int) -> None:
+    world = small_world(cards=2, arch=arch)
+    said = [note for note in method.notes(with_inversions(), world) if "statistics term is dropped" in note]
+    assert len(said) == lines
+    assert not [note for note in method.notes(small_shared_answers(), world) if "dropped" in note]
 
 
 def test_the_gallery_shows_what_a_teacher_was_inverted_to() -> None:

@@ -31,26 +31,29 @@ NEAREST = 0.02
 """How near to 0 and 1 the pixels begin; at 0 and 1 themselves their logits are not finite."""
 
 
+def is_inverted(cfg: Config, card: TeacherCard) -> bool:
+    """Whether a training inverts a teacher: it gives its weights, and `images_per_class` is set."""
+    return cfg.inversion.images_per_class > 0 and card.access == "weights"
+
+
 def is_due(cfg: Config, world: World, card: TeacherCard, r: int) -> bool:
     """Whether a teacher is inverted in round `r`.
 
     Each one with weights is inverted once. Its round follows from the run's seed and its id alone, so that a teacher
     that is away moves no other; it is not the last round, after which nobody would be asked about the images.
     """
-    if not cfg.inversion.images_per_class or card.access != "weights":
-        return False
-    return r == seeds.derive(world.seed, "invert", card.id) % (cfg.total_rounds - 1)
+    return is_inverted(cfg, card) and r == seeds.derive(world.seed, "invert", card.id) % (cfg.total_rounds - 1)
 
 
 def count(cfg: Config, world: World) -> int:
     """How many images the inversions of a whole training make."""
-    inverted = sum(card.access == "weights" for card in world.cards)
-    return inverted * cfg.inversion.images_per_class * world.way
+    classes = sum(min(world.way, len(card.classes)) for card in world.cards if is_inverted(cfg, card))
+    return classes * cfg.inversion.images_per_class
 
 
 def seconds(cfg: Config, world: World, shard: Shard, steps: int) -> float:
     """How long all inversions take on a shard, after a few steps of one of them."""
-    some = replace(world, cards=tuple(card for card in world.cards if card.access == "weights"))
+    some = replace(world, cards=tuple(card for card in world.cards if is_inverted(cfg, card)))
     few = cfg.model_copy(update={"inversion": cfg.inversion.model_copy(update={"steps": steps})})
 
     def seconds_of(card: TeacherCard) -> float:
@@ -60,11 +63,12 @@ def seconds(cfg: Config, world: World, shard: Shard, steps: int) -> float:
 
 
 def invert(cfg: Config, way: int, shard: Shard, jobs: Sequence[Job]) -> list[Arrays]:
-    """One task of the teacher of each job: `way` of its classes, and `images_per_class` images of each.
+    """One task of the teacher of each job: `images_per_class` images of each of `way` of its classes, or of all q if
+    there are fewer.
 
-    A result holds `teacher`, the names of the `classes`, `images` uint8 [n c h w] of the teacher's size, `labels` [n]
-    in 0..way-1, the teacher's `logits` [n way] for them, and the `loss` of the last step in nats. It is
-    `{"rejected": reason}` if the teacher cannot be read or its loss is not finite.
+    A result holds `teacher`, the names of the `classes`, `images` uint8 [n c h w] of the teacher's size, and `labels`
+    [n], the places of their classes. Of the last step it has the teacher's `logits` [n way] for these classes, and the
+    `loss` in nats. It is `{"rejected": reason}` if the teacher cannot be read or its loss is not finite.
     """
     return recovery.recover(shard, jobs, partial(_batch, cfg, way, shard.device))
 
@@ -73,6 +77,7 @@ def _batch(
     cfg: Config, way: int, device: torch.device, jobs: Sequence[Job], teachers: Sequence[Teacher], batched: bool
 ) -> list[Arrays | None]:
     own, network, card = cfg.inversion, teachers[0].net, teachers[0].card
+    way = min(way, len(card.classes))
     labels = episodes.interleaved(way, own.images_per_class)
     units = [torch.tensor(chosen_units(t.card, way, job.seed)) for t, job in zip(teachers, jobs, strict=True)]
     wished = [chosen[labels].to(device) for chosen in units]
@@ -130,9 +135,8 @@ def _task(card: TeacherCard, x: Tensor, labels: Tensor, units: Tensor, logits: T
 
 
 def as_asked(world: World, tasks: Sequence[Arrays]) -> np.ndarray:
-    """The images of tasks, uint8 [n c h w] of the learner's size."""
-    found = [to_bytes(fit(to_pixels(task["images"]), world.image.shape)) for task in tasks]
-    return np.concatenate(found) if found else np.zeros((0, *world.image.shape), np.uint8)
+    """The images of one or more tasks, uint8 [n c h w] of the learner's size."""
+    return np.concatenate([to_bytes(fit(to_pixels(task["images"]), world.image.shape)) for task in tasks])
 
 
 def accuracy(task: Arrays) -> float:

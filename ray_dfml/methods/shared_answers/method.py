@@ -30,6 +30,7 @@ from ray_dfml.methods.base import (
     initial_learner,
     teacher_job,
 )
+from ray_dfml.methods.inversion import dropped_statistics
 from ray_dfml.methods.shared_answers import fit, invert
 from ray_dfml.methods.shared_answers.config import PRESETS, Config
 from ray_dfml.methods.shared_answers.images import KNOWN, drawn
@@ -47,12 +48,14 @@ def notes(cfg: Config, world: World) -> list[str]:
     ]
     if known:
         said.append(f"these images are {' and '.join(known)}: this is knowledge of the domain, which no teacher gave")
-    return said
+    weight = cfg.inversion.bn_weight if cfg.inversion.images_per_class else 0.0
+    return [*said, *dropped_statistics(world.cards, weight)]
 
 
 def init(cfg: Config, world: World) -> State:
     """The learner drawn from the run's seed, and no answers. Raises UsageError for images that no source can make."""
-    if min(world.image.shape[1:]) < 8:
+    made = [world.image, *(card.image for card in world.cards if invert.is_inverted(cfg, card))]
+    if min(min(image.shape[1:]) for image in made) < 8:
         raise UsageError("shared-answers: image sources need a height and a width of at least 8")
     if cfg.inversion.images_per_class and cfg.total_rounds < 2:
         raise UsageError(
@@ -93,7 +96,7 @@ def recover(shard: Shard, jobs: Sequence[Job], shared: Arrays) -> list[Arrays]:
 
     A result holds `teacher`, `classes`, and `answers`: labels int64 [n] or probabilities float16 [n q]. `shown` has the
     first images of each class that the teacher said, with their answers. If an inversion was due, there is also the
-    `recovered` task (`invert.invert`). The result is `{"rejected": reason}` if the teacher cannot be read or inverted.
+    `recovered` task (`invert.invert`). The result is `{"rejected": reason}` if the teacher cannot be asked or inverted.
     """
     cfg = Config.model_validate(shared["cfg"])
     results = [_asked(cfg, shard, job, shared["images"]) for job in jobs]
@@ -110,7 +113,10 @@ def _asked(cfg: Config, shard: Shard, job: Job, images: np.ndarray) -> Arrays:
     except RejectedError as error:
         return rejection(error)
     card, pixels = service.card, to_pixels(images)
-    answers = learnable(service.query(to_bytes(resized(pixels, card.image.shape))), card.access, cfg.answers)
+    told = service.query(to_bytes(resized(pixels, card.image.shape)))
+    if not np.isfinite(told).all():
+        return {"rejected": "answers NaN or infinite numbers"}
+    answers = learnable(told, card.access, cfg.answers)
     kept = answers if answers.ndim == 1 else answers.astype(np.float16)
     labels = labels_of(answers)
     firsts = [np.flatnonzero(labels == label)[: pictures.SHOWN] for label in np.unique(labels).tolist()]
