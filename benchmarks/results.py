@@ -119,6 +119,8 @@ def of_runs(folder: Path, given: argparse.Namespace) -> dict[str, Any]:
                 rows.setdefault(named[1], {})[int(named[2])] = record
             else:
                 print(f"left out, since it has not ended: {run.name}", file=sys.stderr)
+    if not rows:
+        raise DfmlError(f"{folder}: no run there has ended that is named ROW-SEED")
     pools = {str(resolved(path)): resolved(path).name for path, _, _ in given.pool}
     steps = {
         name: _pool(name, command, float(minutes), list(pools.values()))
@@ -141,6 +143,8 @@ def of_runs(folder: Path, given: argparse.Namespace) -> dict[str, Any]:
 
 
 _DATA = r"\{data\}/([\w.-]+)"
+_LOCAL = re.compile(r"(^|[=:,\[])(/|\.\.?/|~)")
+"""A path or an address in a word of a command."""
 
 
 def _named(words: Sequence[str], pools: Iterable[str]) -> list[str]:
@@ -178,7 +182,7 @@ def _command(record: Record, pools: Mapping[str, str], row: str, seed: int) -> l
             words[i + 1] = f"{{out}}/{pools[place]}"
         elif word == "--data" and "/" in value:
             words[i + 1] = f"{value.partition(':')[0]}:{{data}}/{value.rpartition('/')[2]}"
-    local = [word for word in words if word.startswith("/") or "=/" in word]
+    local = [word for word in words if _LOCAL.search(word)]
     if local:
         raise DfmlError(f"{row}-{seed}: its command names a path of this machine: {local[0]}")
     return [*words, "--resume-or-start"]

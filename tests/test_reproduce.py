@@ -3,6 +3,7 @@
 import importlib
 import json
 import re
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -10,9 +11,10 @@ from typing import Any
 
 import click
 import pytest
+from pydantic import ValidationError
 
 from ray_dfml.cli import cli
-from ray_dfml.errors import DfmlError, Interrupted
+from ray_dfml.errors import DfmlError, Interrupted, RejectedError
 from ray_dfml.reproduce import measure, registry, remake
 from ray_dfml.reproduce.registry import Number, Table
 from tests.run_folders import FREE, RANDOM, make
@@ -109,6 +111,57 @@ def test_the_cheapest_number_is_made_again_and_a_false_one_is_found(
     assert f"outside the interval of {false.value:.2f}" in again.err
 
 
+@pytest.mark.parametrize(("table", "number"), NUMBERS, ids=lambda one: getattr(one, "id", ""))
+def test_the_commands_of_a_number_have_all_their_words(
+    table: Table, number: Number, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in table.data:
+        (tmp_path / name).touch()
+    monkeypatch.setenv(remake.DATA, str(tmp_path))
+    for command in remake.commands(table, number, tmp_path / "out"):
+        assert "{" not in command.shown + str(command.makes)
+
+
+def of_runs(seeds: list[int], **changes: Any) -> Table:
+    """A table of one number, which is of FREE in the run `free`; there may be another run, `other`."""
+    steps = {name: {"run": ["train", name], "makes": name, "minutes": 0} for name in ("free", "other")}
+    number = {
+        "id": "a", "what": "", "value": 1, "half": 1, "covers": "episodes", "unit": "%", "seeds": seeds,
+        "each": [1] * len(seeds), "of": {"step": "free", "method": "free", "shot": 1, "selection": "last"},
+    }  # fmt: skip
+    return Table.model_validate({
+        "name": "t", "title": "", "hardware": "", "commit": "c", "evidence": "", "steps": steps,
+        "numbers": [number | changes],
+    })  # fmt: skip
+
+
+def test_a_difference_is_of_the_same_episodes(tmp_path: Path) -> None:
+    make(tmp_path / "free", {"free/last": FREE})
+    make(tmp_path / "other", {"random/last": RANDOM}, name="random")
+    table = of_runs([0], minus={"step": "other", "method": "random", "shot": 1, "selection": "last"})
+    assert measure.measure(table, table.numbers[0], tmp_path).value == 35.0
+    shutil.rmtree(tmp_path / "other")
+    make(tmp_path / "other", {"random/last": RANDOM}, name="random", settings=["eval.seed=7"])
+    with pytest.raises(RejectedError, match=r"eval\.seed \d+ and 7 cannot be paired"):
+        measure.measure(table, table.numbers[0], tmp_path)
+
+
+def test_a_score_of_one_of_several_data_sets_is_named(tmp_path: Path) -> None:
+    run = make(tmp_path / "free", {"free/last": FREE})
+    rows = json.loads((run / "scores.json").read_text())
+    (run / "scores.json").write_text(json.dumps([*rows, rows[0] | {"data": "omniglot@abababab"}]))
+    table = of_runs([0])
+    with pytest.raises(RejectedError, match="2 scores of free 1 last; name one of its data sets"):
+        measure.measure(table, table.numbers[0], tmp_path)
+    table = of_runs([0], of={"step": "free", "method": "free", "shot": 1, "selection": "last", "data": "glyphs"})
+    assert measure.measure(table, table.numbers[0], tmp_path).value == 65.0
+
+
+def test_a_metric_has_no_interval_over_episodes() -> None:
+    with pytest.raises(ValidationError, match="its interval covers seeds"):
+        of_runs([0, 1], of={"step": "free", "metric": "validation"})
+
+
 def test_an_unknown_id_is_answered_with_the_nearest(command: Command) -> None:
     done = command("reproduce", "omniglot-fre-5shot")
     assert done.code == 2
@@ -141,7 +194,7 @@ def test_a_script_needs_a_checkout(command: Command, tmp_path: Path, monkeypatch
 
 def scripted() -> Table:
     """A table whose only step runs the script `code.py`."""
-    one = {"script": ["code.py"], "makes": "made", "minutes": 1}
+    one = {"script": ["code.py", "{out}/made"], "makes": "made", "minutes": 1}
     number = {
         "id": "a", "what": "", "value": 1, "half": 1, "covers": "episodes", "unit": "%", "seeds": [0], "each": [1],
         "of": {"step": "one", "file": "", "key": []},
@@ -175,11 +228,13 @@ def test_a_number_that_is_stopped_ends_its_command_and_says_how_to_go_on(
     table = scripted()
     with pytest.raises(Interrupted, match="goes on"):
         remake.run(table, table.numbers[0], tmp_path / "out", lambda text: None)
-    (tmp_path / "code.py").write_text("")
+    (tmp_path / "code.py").write_text("import os, sys\nos.mkdir(sys.argv[1])")
     said: list[str] = []
     remake.run(table, table.numbers[0], tmp_path / "out", said.append)
     remake.run(table, table.numbers[0], tmp_path / "out", said.append)
-    assert ["done before" in line for line in said] == [False, True]
+    (tmp_path / "out" / "made").rmdir()
+    remake.run(table, table.numbers[0], tmp_path / "out", said.append)
+    assert ["done before" in line for line in said] == [False, True, False], "what is gone is made again"
 
 
 @pytest.mark.parametrize(

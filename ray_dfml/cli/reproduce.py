@@ -28,7 +28,8 @@ Example:
 def reproduce(id: str | None, out: Path | None, listed: bool, dry_run: bool, json_out: bool) -> None:
     """Make the number ID of the README or of docs/results.md again, and say whether it is what was recorded.
 
-    An interrupted one goes on in the same --out. The exit code is 0 if the new value and the recorded one differ by no
+    An interrupted one goes on in the same --out, and what is done there is not done again: after a change of the code
+    take a new --out. The exit code is 0 if the new value and the recorded one differ by no
     more than sqrt(a^2 + b^2), where a and b are the half-widths of their 95 % intervals, and 1 if they differ by more.
     """
     if listed == (id is not None):
@@ -36,10 +37,13 @@ def reproduce(id: str | None, out: Path | None, listed: bool, dry_run: bool, jso
     if id is None:
         _list(json_out)
         return
-    from ray_dfml.reproduce import registry, remake
-    from ray_dfml.reproduce.measure import agree, measure
+    from ray_dfml.reproduce import registry
 
     table, number = registry.find(id)
+
+    from ray_dfml.reproduce import remake
+    from ray_dfml.reproduce.measure import agree, measure
+
     folder = (out or resolved("runs") / "reproduce") / table.name
     plan = remake.commands(table, number, folder)
     minutes = table.minutes(number)

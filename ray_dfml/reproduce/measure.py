@@ -10,7 +10,7 @@ import numpy as np
 from scipy.stats import t
 
 from ray_dfml import plots, report
-from ray_dfml.compare.entries import entries_of
+from ray_dfml.compare.entries import FIELDS, entries_of
 from ray_dfml.core.scoring import mean_ci95
 from ray_dfml.errors import RejectedError
 from ray_dfml.reproduce.registry import Metric, Number, Reading, Score, Step, Table, filled
@@ -38,16 +38,18 @@ def placeholders(step: Step, seed: int, out: Path) -> dict[str, str]:
 def measure(table: Table, number: Number, out: Path) -> Measured:
     """The number as it is in the folder `out`.
 
-    Raises RejectedError if what its commands make is not there or is not whole, and UsageError for a folder that is no
-    run.
+    Raises RejectedError if what its commands make is not there, is not whole, or, for a difference, is not of the same
+    episodes, and UsageError for a folder that is no run.
     """
     found = []
     for seed in number.seeds:
-        values = _values(table, number.of, seed, out)
+        values, where = _values(table, number.of, seed, out)
         if number.minus is not None:
-            base = _values(table, number.minus, seed, out)
+            base, other = _values(table, number.minus, seed, out)
             if base.shape != values.shape:
                 raise RejectedError(f"{number.id}: {values.size} episodes and {base.size} cannot be paired")
+            if unlike := [f"{name} {a} and {b}" for name, a, b in zip(FIELDS, where, other, strict=False) if a != b]:
+                raise RejectedError(f"{number.id}: seed {seed}: episodes of {', '.join(unlike)} cannot be paired")
             values = values - base
         found.append(values)
     each = tuple(round(float(values.mean()), 4) for values in found)
@@ -66,8 +68,8 @@ def over_seeds(values: list[float]) -> tuple[float, float]:
     return float(np.mean(values)), float(half)
 
 
-def _values(table: Table, reading: Reading, seed: int, out: Path) -> np.ndarray:
-    """The accuracies [episodes] of a reading, or its only value [1]."""
+def _values(table: Table, reading: Reading, seed: int, out: Path) -> tuple[np.ndarray, tuple[str, ...]]:
+    """The accuracies [episodes] of a reading, or its only value [1]; for a score also the FIELDS of its episodes."""
     step = table.steps[reading.step]
     (place,) = map(Path, filled([str(out / step.makes)], placeholders(step, seed, out)))
     if isinstance(reading, Score):
@@ -76,23 +78,27 @@ def _values(table: Table, reading: Reading, seed: int, out: Path) -> np.ndarray:
         _, values = plots.series(report.read(place).metrics, reading.metric)
         if not len(values):
             raise RejectedError(f"{place}: no round has the metric {reading.metric}")
-        return values[-1:]
+        return values[-1:], ()
     (name,) = filled([reading.file], placeholders(step, seed, out))
-    return _listed(place / name, reading.key)
+    return _listed(place / name, reading.key), ()
 
 
-def _accuracies(run: Path, reading: Score) -> np.ndarray:
-    """The accuracies [episodes] of a score of a run folder."""
+def _accuracies(run: Path, reading: Score) -> tuple[np.ndarray, tuple[str, ...]]:
+    """The accuracies [episodes] of a score of a run folder, and the FIELDS of its episodes."""
     wanted = (reading.method, reading.shot, reading.selection)
-    for entry in entries_of(report.read(run)):
-        row = entry.row
-        name = str(row["data"]).split("@")[0].split()[0]
-        if (row["method"], row["shot"], row["selection"]) == wanted and reading.data in (None, name):
-            if entry.accuracies is None:
-                raise RejectedError(f"{run}: {reading.method}: {entry.flaw}")
-            return entry.accuracies
+    found = [
+        entry for entry in entries_of(report.read(run))
+        if tuple(entry.row[key] for key in ("method", "shot", "selection")) == wanted
+        and reading.data in (None, str(entry.row["data"]).split("@")[0].split()[0])
+    ]  # fmt: skip
     of = " ".join(str(part) for part in (*wanted, reading.data) if part is not None)
-    raise RejectedError(f"{run}: no score of {of}; the run may not have ended")
+    if not found:
+        raise RejectedError(f"{run}: no score of {of}; the run may not have ended")
+    if len(found) > 1:
+        raise RejectedError(f"{run}: {len(found)} scores of {of}; name one of its data sets in `data`")
+    if found[0].accuracies is None:
+        raise RejectedError(f"{run}: {reading.method}: {found[0].flaw}")
+    return found[0].accuracies, found[0].where
 
 
 def _listed(file: Path, key: tuple[str, ...]) -> np.ndarray:

@@ -109,11 +109,13 @@ class Number(_Strict):
     note: str | None = None
 
     @model_validator(mode="after")
-    def _one_for_each_seed(self) -> "Number":
+    def _interval_has_values(self) -> "Number":
         if len(self.each) != len(self.seeds):
             raise ValueError(f"{self.id}: `each` has not one number for each seed")
         if self.covers == "seeds" and len(self.seeds) < 2:
             raise ValueError(f"{self.id}: an interval over seeds needs two seeds")
+        if self.covers != "seeds" and isinstance(self.of, Metric):
+            raise ValueError(f"{self.id}: a metric is one value for each seed, so its interval covers seeds")
         return self
 
 

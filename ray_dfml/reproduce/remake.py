@@ -27,11 +27,13 @@ DONE = "done"
 
 @dataclass(frozen=True)
 class Command:
-    """A command that is ready to run: its name, its words, how they are shown, and whether it is a script's."""
+    """A command that is ready to run: its name, its words, how they are shown, what it makes, and whether it is a
+    script's."""
 
     name: str
     words: list[str]
     shown: str
+    makes: Path
     script: bool
 
 
@@ -58,14 +60,15 @@ def _folder_of_data(table: Table) -> str:
 
 
 def _command(name: str, step: Step, seed: int, out: Path, data: str) -> Command:
-    words = filled(step.run or step.script, placeholders(step, seed, out) | {"data": data})
+    *words, makes = filled([*(step.run or step.script), step.makes], placeholders(step, seed, out) | {"data": data})
     name = f"{name}-{seed}" if step.every_seed else name
+    made = out / makes
     if step.run:
-        return Command(name, [sys.executable, "-m", "ray_dfml", *words], shlex.join(["ray-dfml", *words]), False)
+        return Command(name, [sys.executable, "-m", "ray_dfml", *words], shlex.join(["ray-dfml", *words]), made, False)
     root = checkout()
     if root is None:
         raise UsageError("this number needs the scripts of benchmarks/; run it from a checkout of the repository")
-    return Command(name, [sys.executable, str(root / words[0]), *words[1:]], shlex.join(["python", *words]), True)
+    return Command(name, [sys.executable, str(root / words[0]), *words[1:]], shlex.join(["python", *words]), made, True)
 
 
 def checkout() -> Path | None:
@@ -83,7 +86,7 @@ def run(table: Table, number: Number, out: Path, say: Say) -> None:
     (out / DONE).mkdir(parents=True, exist_ok=True)
     for i, command in enumerate(wanted, 1):
         mark = out / DONE / command.name
-        if mark.is_file() and mark.read_text("utf-8") == command.shown:
+        if command.makes.exists() and mark.is_file() and mark.read_text("utf-8") == command.shown:
             say(f"[{i}/{len(wanted)}] done before: {command.shown}")
             continue
         say(f"[{i}/{len(wanted)}] {command.shown}")
