@@ -77,8 +77,12 @@ def _records(table: Table, name: str, seeds: Sequence[int], folder: Path) -> lis
 
 
 def _commits(records: Sequence[Record]) -> str | None:
-    """The commits that runs were made at, or None if not all runs say."""
-    found = {(record.manifest.get("git") or {}).get("commit") for record in records}
+    """The commits that runs were made at, or None if not all runs say. A run with changes beside it is named."""
+    git = [record.manifest.get("git") or {} for record in records]
+    for record, one in zip(records, git, strict=True):
+        if one.get("dirty"):
+            print(f"{record.path.name}: there were files that its commit does not hold", file=sys.stderr)
+    found = {one.get("commit") for one in git}
     return None if None in found else ", ".join(sorted({_landed(str(commit)) for commit in found}))
 
 

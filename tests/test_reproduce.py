@@ -1,8 +1,10 @@
 """The numbers of the pages: each has an id and commands that parse, and the pages are what the numbers make."""
 
+import argparse
 import importlib
 import json
 import re
+import shlex
 import shutil
 import sys
 from collections.abc import Callable
@@ -13,11 +15,13 @@ import click
 import pytest
 from pydantic import ValidationError
 
+from ray_dfml import report
 from ray_dfml.cli import cli
 from ray_dfml.errors import DfmlError, Interrupted, RejectedError
+from ray_dfml.files import resolved
 from ray_dfml.reproduce import measure, registry, remake
 from ray_dfml.reproduce.registry import Number, Table
-from tests.run_folders import FREE, RANDOM, make
+from tests.run_folders import FREE, RANDOM, edit, make
 from tests.runtime import toy
 
 Command = Callable[..., toy.Done]
@@ -244,14 +248,16 @@ def test_two_measurements_agree_within_the_root_of_their_squares(new: float, hal
     assert measure.agree(new, half, 50.0, 0.8) is inside
 
 
-def test_a_table_is_made_of_runs(results: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_table_is_made_of_runs(
+    results: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Rows of two seeds with their commands, accuracies, and differences to the control that are paired by episode."""
     for row, scores in (("free", FREE), ("no-pool", RANDOM)):
         for seed in (0, 1):
             run = make(tmp_path / "runs" / f"{row}-{seed}", {f"{row}/last": scores}, name=row, seed=seed)
             manifest = json.loads((run / "manifest.json").read_text())
             manifest["command"] = f"ray-dfml train {row} --pool pools/p --data glyphs --seed {seed} --run-dir x/{seed}"
-            manifest["git"] = {"commit": results._git("rev-parse", "HEAD")}
+            manifest["git"] = {"commit": results._git("rev-parse", "HEAD"), "dirty": row == "free" and seed == 1}
             (run / "manifest.json").write_text(json.dumps(manifest))
     make(tmp_path / "runs" / "stopped-0", {}, state="interrupted")
     monkeypatch.setattr(results, "NUMBERS", tmp_path)
@@ -262,6 +268,10 @@ def test_a_table_is_made_of_runs(results: Any, tmp_path: Path, monkeypatch: pyte
         "--pool", "pools/p", "0.5", "pool build --data glyphs --models 2",
     ])  # fmt: skip
     assert results.main() == 0
+    said = capsys.readouterr().err
+    assert "stopped-0" in said
+    assert "free-1: there were files that its commit does not hold" in said
+    assert "free-0" not in said
     table = registry.read(tmp_path / "t.yaml")
     by_id: dict[str, Number] = {one.id: one for one in table.numbers}
     assert list(by_id) == ["t-free-1shot", "t-free-over-no-pool-1shot", "t-no-pool-1shot"]
@@ -277,3 +287,21 @@ def test_a_table_is_made_of_runs(results: Any, tmp_path: Path, monkeypatch: pyte
     assert pool.run[-3:] == ("--out", "{out}/p", "--resume")
     assert table.minutes(by_id["t-free-1shot"]) == pytest.approx(0.5 + 2 * 0.1)
     assert drawn["free"][0][-1] == {"minutes": pytest.approx(8 / 60), "queries": 0.0, "validation": 30.0}
+
+
+@pytest.mark.parametrize("word", ["--data=omniglot:/disk/o.parquet", "learner.path=~/p", "../settings.yaml"])
+def test_a_command_that_names_a_path_is_no_command_of_a_table(results: Any, tmp_path: Path, word: str) -> None:
+    run = make(tmp_path / "free-0", {"free/last": FREE})
+    command = ["train", "free", "--pool", "pools/p", "--set", "eval.shots=[1,5]"]
+    edit(run / "manifest.json", command=shlex.join(["ray-dfml", *command]))
+    pools = {str(resolved("pools/p")): "p"}
+    assert results._command(report.read(run), pools, "free", 0)[:4] == ["train", "free", "--pool", "{out}/p"]
+    edit(run / "manifest.json", command=shlex.join(["ray-dfml", *command, word]))
+    with pytest.raises(DfmlError, match="names a path of this machine"):
+        results._command(report.read(run), pools, "free", 0)
+
+
+def test_a_folder_without_finished_runs_makes_no_table(results: Any, tmp_path: Path) -> None:
+    given = argparse.Namespace(table="t", title="", hardware="", pool=[], control="no-pool")
+    with pytest.raises(DfmlError, match="no run there has ended"):
+        results.of_runs(tmp_path, given)

@@ -20,6 +20,7 @@ from ray_dfml.methods.base import World
 from ray_dfml.methods.shared_answers import fit, invert, method
 from ray_dfml.methods.shared_answers.config import Config
 from ray_dfml.methods.shared_answers.images import BEND, drawn, joined
+from ray_dfml.methods.students.training import learnable
 from ray_dfml.types import Arrays, Job
 from tests.support import FakeShard, alike, image_spec, mixed_world, only_asked, play, small_shared_answers, small_world
 
@@ -83,6 +84,14 @@ def test_answers_stand_where_their_round_was_and_others_are_not_known() -> None:
     assert found["wished"][[0, 1, 2, 6], 0].tolist() == [[0, 1, 0], [1, 0, 0], [0, 1, 0], [0, 1, 0]]
     assert np.array_equal(found["wished"][3:6, 1], soft)
     assert not found["wished"][~found["known"]].any()
+
+
+def test_an_answer_that_was_rounded_to_nothing_is_not_known() -> None:
+    rounded = np.array([[0.0, 0.0, 0.0], [0.0, 0.5, 0.25]], np.float32)
+    soft = learnable(rounded, "probs", "soft")
+    np.testing.assert_allclose(soft, [[0, 0, 0], [0, 2 / 3, 1 / 3]], rtol=1e-6)
+    found = fit.answered([{"classes": 3, "rounds": np.array([0]), "answers": soft}], [2])
+    assert found["known"].tolist() == [[False], [True]]
 
 
 def test_images_are_those_of_the_sources_in_their_shares() -> None:

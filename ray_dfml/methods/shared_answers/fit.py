@@ -35,7 +35,7 @@ def answered(known: Sequence[Mapping[str, Any]], batches: Sequence[int]) -> Arra
     `known` holds for each teacher its `classes`, the numbers of the `rounds` that it answered, in order, and their
     `answers`: labels int64 [m] or probabilities float16 [m q]. A round r has `batches[r]` images. The result holds
     `wished` float16 [n t q], `known` bool [n t], and `units` bool [t q], the outputs that a teacher has. What is not
-    known is 0.
+    known is 0, and an answer whose probabilities were all rounded to 0 is not known.
     """
     starts = [0, *accumulate(batches)]
     most = max(one["classes"] for one in known)
@@ -45,7 +45,7 @@ def answered(known: Sequence[Mapping[str, Any]], batches: Sequence[int]) -> Arra
         rows = np.concatenate([np.arange(starts[r], starts[r + 1]) for r in one["rounds"]])
         answers = one["answers"] if one["answers"].ndim == 2 else np.eye(one["classes"])[one["answers"]]
         wished[rows, t, : one["classes"]] = answers
-        there[rows, t] = True
+        there[rows, t] = answers.any(1)
         units[t, : one["classes"]] = True
     return {"wished": wished, "known": there, "units": units}
 

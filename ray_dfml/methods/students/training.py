@@ -124,7 +124,8 @@ def targets(answers: np.ndarray) -> Tensor:
 def learnable(answers: np.ndarray, access: str, wanted: str) -> np.ndarray:
     """What a student learns from a service's answers: labels int64 [n] (`hard`), or probabilities [n q] (`soft`).
 
-    Logits become probabilities, and probabilities that were rounded or cut are made to sum to 1.
+    Logits become probabilities, and probabilities that were rounded or cut are made to sum to 1. Where all were rounded
+    to 0, they stay 0, and teach nothing.
     """
     if answers.ndim == 1:
         return answers.astype(np.int64)
@@ -132,7 +133,8 @@ def learnable(answers: np.ndarray, access: str, wanted: str) -> np.ndarray:
         return answers.argmax(-1).astype(np.int64)
     found = torch.tensor(answers, dtype=torch.float32)
     found = found if access == "probs" else found.softmax(-1)
-    return (found / found.sum(-1, keepdim=True)).numpy()
+    sums = found.sum(-1, keepdim=True)
+    return (found / sums.where(sums > 0, 1)).numpy()
 
 
 def labels_of(answers: np.ndarray) -> np.ndarray:
