@@ -104,6 +104,21 @@ PRESETS: dict[str, Preset] = {
             "eval": {"every": 10},
         },
     ),
+    "best-omniglot": Preset(
+        "pools like 20 teachers of Omniglot that give their weights: characters-shared-answers, with teachers that are "
+        "inverted once each",
+        {
+            "method": {
+                **CHARACTERS,
+                "budget": 4_000,
+                "batch": 400,
+                "steps": 2_000,
+                "inversion": {"images_per_class": 40},
+            },
+            "learner": {"start": "no-pool-characters", "head": "protonet"},
+            "eval": {"every": 10},
+        },
+    ),
     "best-cifar-fs": Preset(
         "pools like 100 teachers of CIFAR-FS: from the learner of no-pool-colour, with the ProtoNet head; each teacher "
         "is inverted once, and all answer these images and others",

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# CIFAR-FS with 100 Conv4-32 teachers, one process of one thread; cifar_fs_100_2cores_202611.md. All rows have the
+# CIFAR-FS with 100 Conv4-32 teachers, one process of one thread; at_size_2cores_202611.md. All rows have the
 # ProtoNet head. The recipe of the teachers takes a quarter of the epochs of the default one, with equal accuracy.
-# Usage: RAY_DFML_DATA=FOLDER benchmarks/cifar_fs_100.sh OUT SEED ROW...; rows: random average ota no-pool free
+# Usage: RAY_DFML_DATA=FOLDER benchmarks/at_size.sh OUT SEED ROW...; rows: random average ota no-pool free
 # best labelled shuffled purer maml-oracle. OUT/pool is built if it is not there, and the runs are OUT/runs/ROW-SEED.
 set -euo pipefail
 out=$1 seed=$2 data="cifar-fs:$RAY_DFML_DATA/cifar100.parquet"
