@@ -132,10 +132,10 @@ def of_runs(folder: Path, given: argparse.Namespace) -> dict[str, Any]:
     }
     numbers: list[dict[str, Any]] = []
     for row, records in rows.items():
-        commands = {json.dumps(_command(record, pools, row, seed)) for seed, record in records.items()}
-        if len(commands) > 1:
-            raise DfmlError(f"{row}: its seeds were made by different commands: {' | '.join(sorted(commands))}")
-        run = json.loads(commands.pop())
+        commands = [_command(record, pools, row, seed) for seed, record in records.items()]
+        if len({tuple(sorted(words)) for words in commands}) > 1:
+            raise DfmlError(f"{row}: its seeds were made by different commands: {' | '.join(map(shlex.join, commands))}")
+        run = commands[0]
         steps[row] = {"run": run, "makes": f"{row}-{{seed}}", "minutes": 0.0, "after": _named(run, pools.values())}
         for shot in (5, 1):
             numbers += _numbers(given, row, shot, records, rows.get(given.control, {}))
