@@ -2,11 +2,12 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from ray_dfml.data.pool import Pool
 from ray_dfml.doctor.examine import Examination, examine
-from tests.doctor.conftest import GOOD
+from tests.doctor.conftest import GOOD, put
 
 
 @pytest.fixture(scope="module")
@@ -54,3 +55,16 @@ def test_what_the_pool_can_train(seen: Examination) -> None:
 
 def test_the_same_pool_gives_the_same_findings(seen: Examination, spoiled_pool: Path) -> None:
     assert examine(Pool.open(spoiled_pool)).findings == seen.findings
+
+
+def test_a_teacher_whose_answers_overflow_is_named_and_not_compared_with(
+    tmp_path: Path, glyph_teachers: list[tuple[np.ndarray, np.ndarray]]
+) -> None:
+    pool = Pool.create(tmp_path / "pool")
+    for n, (theta, stats) in enumerate(glyph_teachers[:2]):
+        put(pool, f"good-{n}", theta, stats)
+    theta, stats = glyph_teachers[2]
+    put(pool, "huge", np.where(np.arange(len(theta)) < len(theta) - 4, 1e30 * theta, theta).astype(np.float32), stats)
+    seen = examine(Pool.open(pool.path))
+    assert [one.card.id for one in seen.vitals] == ["good-0", "good-1"]
+    assert [one.text for one in seen.of("huge")] == ["gives NaN or infinite logits on random images"]
