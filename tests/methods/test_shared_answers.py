@@ -265,7 +265,7 @@ def test_a_teacher_whose_answers_are_not_finite_is_left_out_and_the_others_are_l
     assert bool(torch.isfinite(state["theta"]).all())
 
 
-@pytest.mark.parametrize(("arch", "lines"), [("lenet", 1), ("conv4", 0)])
+@pytest.mark.parametrize(("arch", "lines"), [("mlp", 1), ("lenet", 0)])
 def test_a_run_says_that_teachers_without_batch_norm_are_inverted_without_statistics(arch: str, lines: int) -> None:
     world = small_world(cards=2, arch=arch)
     said = [note for note in method.notes(with_inversions(), world) if "statistics term is dropped" in note]
