@@ -19,7 +19,6 @@ queries if these differ.
 """
 
 import argparse
-import json
 import re
 import shlex
 import subprocess
@@ -134,7 +133,8 @@ def of_runs(folder: Path, given: argparse.Namespace) -> dict[str, Any]:
     for row, records in rows.items():
         commands = [_command(record, pools, row, seed) for seed, record in records.items()]
         if len({tuple(sorted(words)) for words in commands}) > 1:
-            raise DfmlError(f"{row}: its seeds were made by different commands: {' | '.join(map(shlex.join, commands))}")
+            shown = " | ".join(map(shlex.join, commands))
+            raise DfmlError(f"{row}: its seeds were made by different commands: {shown}")
         run = commands[0]
         steps[row] = {"run": run, "makes": f"{row}-{{seed}}", "minutes": 0.0, "after": _named(run, pools.values())}
         for shot in (5, 1):
