@@ -13,7 +13,6 @@ import argparse
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from ray_dfml.errors import UsageError
 from ray_dfml.methods import UNTRAINED
@@ -118,9 +117,9 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def main(args: Any = None) -> None:
+def main() -> None:
     """Run what is missing, then print the table."""
-    args = args or arguments()
+    args = arguments()
     numbers = [[int(word) for word in text.split(",") if word] for text in (args.seeds, args.points)]
     found = trials(spec.read(args.sweep), args.pool, numbers[0])
     args.out.mkdir(parents=True, exist_ok=True)

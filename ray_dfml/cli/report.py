@@ -52,7 +52,7 @@ def _remake(runs: tuple[Path | Uri, ...], out: Path | None, json_out: bool) -> N
     from ray_dfml import report
 
     if out is not None:
-        raise UsageError("--html: writes into the folder of each run; leave --out out")
+        raise UsageError("--html writes into the folder of each run; do not give --out with it")
     for run in runs:
         if isinstance(run, Uri):
             raise UsageError(f"{run}: --html needs a run folder on a disk; copy the run, or compare it with --out")

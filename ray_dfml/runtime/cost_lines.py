@@ -105,8 +105,9 @@ def _sweep(
     spans = [(least - one.test, most - one.test) for one in found for least, most in [one.span]]
     least, most = min(low for low, _ in spans), max(high for _, high in spans)
     test, side = max(one.test for one in found), at_once or 1
-    said = f"{duration(least, most)} a trial, and {duration(test)} a test of each of {tests} runs: together at most "
-    said += f"{duration((trials * most + tests * test) / side)}" + (f", {side} at a time" if at_once else " of trials")
+    said = f"{duration(least, most)} a trial" + (f", and {duration(test)} a test of each of {tests} runs" * bool(tests))
+    said += f": together at most {duration((trials * most + tests * test) / side)}"
+    said += f", {side} at a time" if at_once else " one after another"
     planned = max((queries(config, inputs) for config in first), key=lambda one: one["images"])
     if not planned["images"]:
         return f"{said}; nobody is asked"

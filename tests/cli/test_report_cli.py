@@ -49,7 +49,7 @@ def test_the_pages_of_runs_are_made_again(runs: list[Path], command: Command) ->
     done = command("report", "memory://bucket/run", "--html")
     assert (done.code, "needs a run folder on a disk" in done.err) == (2, True)
     done = command("report", runs[0], "--html", "--out", runs[0] / "x.md")
-    assert (done.code, "leave --out out" in done.err) == (2, True)
+    assert (done.code, "do not give --out" in done.err) == (2, True)
 
 
 def test_text_is_a_table_per_set_of_episodes(runs: list[Path], command: Command) -> None:

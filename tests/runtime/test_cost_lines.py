@@ -43,6 +43,21 @@ def test_a_run_says_what_all_of_it_takes_and_after_a_resume_what_is_left(
     )
 
 
+def test_a_sweep_says_what_a_trial_takes_and_all_of_them(
+    toy_pool: Path, toy_data: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = toy.config("free", toy_pool, toy_data)
+    inputs = read_inputs(config)
+    monkeypatch.setattr(cost_lines, "forecast", lambda *_: FORECAST)
+    assert cost_lines.of_sweep(3, [config], inputs, toy.LOCAL, None, 2) == (
+        "cost: 11 to 21 min a trial, and 90 s a test of each of 2 runs: together at most 66 min one after another; "
+        "nobody is asked"
+    )
+    assert cost_lines.of_sweep(3, [config], inputs, toy.LOCAL, 2, 0) == (
+        "cost: 11 to 21 min a trial: together at most 32 min, 2 at a time; nobody is asked"
+    )
+
+
 def test_queries_and_money_are_named(tmp_path: Path, toy_pool: Path) -> None:
     """24 images of two services, at 0.1 a second and 0.5 in money, and at 0.2 a second and nothing."""
     pool = services(toy_pool, tmp_path / "pool", "http://127.0.0.1:9", {"rate": 0.1}, {"rate": 0.2})

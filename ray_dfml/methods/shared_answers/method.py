@@ -3,8 +3,9 @@ answer, all together.
 
 No paper has this. A single service says little of an image; the answers of twenty, joined to one vector, tell classes
 apart that none of them knows. A round asks every teacher about one batch of images of sources. After the last round one
-job trains the learner (`fit`). Nothing but answers is used, so the teachers may be of any kind, and differ in their
-number of classes.
+job trains the learner (`fit`). Teachers that give their weights can also be inverted (`invert`); all teachers are then
+asked about these images, too. Without that nothing but answers is used, so the teachers may be of any kind, and differ
+in their number of classes.
 """
 
 from collections.abc import Mapping, Sequence
