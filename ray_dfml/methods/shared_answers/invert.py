@@ -6,7 +6,8 @@ An inversion begins at images of the sources, and Adam moves the logits of their
 
 of a random view of them: cropped after padding, and mirrored if it is in colour. R_BN is the distance of the
 batch-norm statistics of the view to those that the teacher stores (`losses.statistics_norms`), and TV the total
-variation (`losses.total_variation`). [Yin2020] DeepInversion, arXiv 1912.08795, Eq. 3-5; its images begin at noise.
+variation of the whole images (`losses.total_variation`). [Yin2020] DeepInversion, arXiv 1912.08795, Eq. 3-5; its
+images begin at noise.
 """
 
 from collections.abc import Sequence
