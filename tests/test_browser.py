@@ -7,11 +7,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from ray_dfml import examples, gallery, report
 from ray_dfml.cli import tables
 from ray_dfml.compare import compare
+from ray_dfml.core.net import net
+from ray_dfml.data.pool import Pool
+from ray_dfml.doctor import page as pool_page
+from ray_dfml.doctor.examine import examine
 from tests import test_examples, test_gallery, test_report
+from tests.doctor.conftest import IMAGE, WAY, put
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed (extra `dev`)")
 
@@ -56,10 +62,22 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     report.write(run)
     table = root / "runs.html"
     table.write_text(tables.as_html(compare([run])))
-    return {"run": run / "report.html", "comparison": table}
+    (root / "pool.html").write_text(pool_page.page(examine(pool_of(root / "pool"))))
+    return {"run": run / "report.html", "comparison": table, "pool": root / "pool.html"}
 
 
-@pytest.mark.parametrize("name", ["run", "comparison"])
+def pool_of(folder: Path) -> Pool:
+    """Fourteen teachers with long names: untrained ones, of which two are alike, and one whose answers overflow."""
+    pool, network = Pool.create(folder), net("conv4", IMAGE.shape, WAY)
+    for i in range(14):
+        theta = network.init(torch.Generator().manual_seed(min(i, 12))).numpy()
+        stats = network.initial_stats().numpy()
+        names = tuple(f"omniglot/Anglo-Saxon_Futhorc_and_more_of_it/character_{i % 9}{c}" for c in range(WAY))
+        put(pool, f"a-teacher-with-a-rather-long-name-{i:04d}", theta * (1e30 if i == 5 else 1), stats, names)
+    return pool
+
+
+@pytest.mark.parametrize("name", ["run", "comparison", "pool"])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [400, 1200])
 def test_a_page_is_quiet_and_fits(browser: Any, pages: dict[str, Path], name: str, scheme: str, width: int) -> None:
