@@ -38,15 +38,13 @@ def main() -> None:
         known = {one.teacher: one.influence.product for one in found.contributions if one.influence}
         good_ones = np.array([value for id, value in known.items() if id not in bad])
         bad_ones = np.array([value for id, value in known.items() if id in bad])
-        below = float((bad_ones[:, None] < good_ones).mean())
         harmful = set(found.harmful())
-        print(
-            f"{run.name}: influence of {len(good_ones)} good teachers {good_ones.mean():.4f} (deviation "
-            f"{good_ones.std(ddof=1):.4f}), of {len(bad_ones)} spoiled ones {bad_ones.mean():.4f} "
-            f"({bad_ones.std(ddof=1):.4f}); spoiled below good in {100 * below:.0f} % of pairs; "
-            f"{len(harmful)} named as harmful, {len(harmful & bad)} of them spoiled",
-            flush=True,
-        )
+        print(f"{run.name}: {len(harmful)} named as harmful, {len(harmful & bad)} of them spoiled")
+        for name, values in (("good", good_ones), ("spoiled", bad_ones)):
+            if len(values) > 1:
+                print(f"  influence of {len(values)} {name}: {values.mean():.4f}, deviation {values.std(ddof=1):.4f}")
+        if len(good_ones) and len(bad_ones):
+            print(f"  spoiled below good in {100 * (bad_ones[:, None] < good_ones).mean():.0f} % of pairs", flush=True)
 
 
 if __name__ == "__main__":
