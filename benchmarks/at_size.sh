@@ -2,7 +2,8 @@
 # CIFAR-FS with 100 Conv4-32 teachers, one process of one thread; at_size_2cores_202611.md. All rows have the
 # ProtoNet head. The recipe of the teachers takes a quarter of the epochs of the default one, with equal accuracy.
 # Usage: RAY_DFML_DATA=FOLDER benchmarks/at_size.sh OUT SEED ROW...; rows: random average no-pool free best labelled
-# ten ten-shuffled ten-labels maml-oracle. OUT/pool-100 is built if it is not there, and the runs are OUT/runs/ROW-SEED.
+# ten ten-shuffled ten-labels purer maml-oracle. OUT/pool-100 is built if it is not there, and the runs are
+# OUT/runs/ROW-SEED.
 set -euo pipefail
 out=$1 seed=$2 data="cifar-fs:$RAY_DFML_DATA/cifar100.parquet"
 ray-dfml pool build --data "$data" --models 100 --arch conv4 --way 5 --seed 0 --out "$out/pool-100" --resume \
@@ -33,6 +34,9 @@ for row in "${@:3}"; do
     ten-shuffled) method=shared-answers settings=("${ten[@]}" --set pool.fraction_poisoned=1) ;;
     ten-labels) method=shared-answers pool=pool-10-labels settings=(--preset best-cifar-fs --set method.budget=1500
       --set method.batch=150 --set method.steps=900 --set method.inversion.images_per_class=0) ;;
+    purer) method=purer settings=(--set method.rounds=40 --set method.teachers_per_round=10 --set method.bn_weight=1.0
+      --set method.image_steps=15 --set method.lr_images=0.1 --set method.tv_weight=1e-3 --set method.meta.lr=3e-3
+      --set eval.every=10) ;;
     maml-oracle) method=maml-oracle settings=(--set method.rounds=20 --set method.updates_per_round=15
       --set method.replay.lr=3e-3) ;;
     *) echo "no row $row" >&2 && exit 2 ;;
