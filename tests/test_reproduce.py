@@ -17,6 +17,7 @@ from pydantic import ValidationError
 
 from ray_dfml import report
 from ray_dfml.cli import cli
+from ray_dfml.core.scoring import mean_of_seeds
 from ray_dfml.errors import DfmlError, Interrupted, RejectedError
 from ray_dfml.files import resolved
 from ray_dfml.reproduce import measure, registry, remake
@@ -82,7 +83,7 @@ def test_the_numbers_of_the_seeds_have_the_mean(table: Table) -> None:
         mean = sum(one.each) / len(one.each)
         assert one.value == pytest.approx(mean, abs=0.06), one.id  # some pages give one decimal of each seed
         if one.covers == "seeds":
-            assert one.half == pytest.approx(measure.over_seeds(list(one.each))[1], abs=0.05), one.id
+            assert one.half == pytest.approx(mean_of_seeds(one.each)[1], abs=0.05), one.id
         assert table.evidence == "run folders" or (ROOT / table.evidence).is_file()
 
 

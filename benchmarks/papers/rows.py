@@ -14,13 +14,13 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from ray_dfml.core.scoring import mean_of_seeds
 from ray_dfml.errors import UsageError
 from ray_dfml.methods import UNTRAINED
 from ray_dfml.runtime.driver import Machine
 from ray_dfml.runtime.launch import start_or_continue
 from ray_dfml.sweeps import plan, spec
 from ray_dfml.sweeps.plan import Trial
-from ray_dfml.sweeps.results import mean_of_seeds
 
 Scores = Mapping[str, float]
 """Column, such as `5-shot`, -> accuracy in percent."""

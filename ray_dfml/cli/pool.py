@@ -70,8 +70,7 @@ def build(
     with opened(Machine(backend="ray" if workers > 1 else "local", workers=workers)) as place:
         image, planned = build_pool.plan(spec, models=models, archs=names, way=way, seed=seed, note=options.say)
         target = Pool.open(out) if resume and out.exists() else Pool.create(out)
-        have = {card.id for card in target.cards}
-        if lacking := [one for one in planned if one[0] not in have]:
+        if lacking := build_pool.lacking(target, planned):
             options.say(cost_lines.of_pool(spec, lacking, cfg, workers))
         accuracies = build_pool.build(
             target, spec, image, planned, cfg, backend=place.backend(), at_once=2 * workers if workers > 1 else 1,

@@ -1,6 +1,9 @@
 """Accuracy and its 95 % interval."""
 
+from collections.abc import Sequence
+
 import numpy as np
+from scipy import special
 from scipy.optimize import linear_sum_assignment
 
 
@@ -13,6 +16,17 @@ def mean_ci95(accuracies: np.ndarray) -> tuple[float, float]:
     if values.size == 0:
         raise ValueError("no episodes to average")
     return float(values.mean()), float(1.96 * values.std(ddof=0) / np.sqrt(values.size))
+
+
+def mean_of_seeds(values: Sequence[float]) -> tuple[float, float | None]:
+    """The mean over seeds [n], and the half-width t s / sqrt(n), where t is Student's with n-1 degrees of freedom.
+
+    One seed has no half-width.
+    """
+    x = np.asarray(values, np.float64)
+    if len(x) < 2:
+        return float(x.mean()), None
+    return float(x.mean()), float(special.stdtrit(len(x) - 1, 0.975) * x.std(ddof=1) / np.sqrt(len(x)))
 
 
 def assign_units(log_probs: np.ndarray, labels: np.ndarray, way: int) -> np.ndarray:

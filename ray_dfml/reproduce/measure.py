@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy.stats import t
 
 from ray_dfml import plots, report
 from ray_dfml.compare.entries import FIELDS, entries_of
-from ray_dfml.core.scoring import mean_ci95
+from ray_dfml.core.scoring import mean_ci95, mean_of_seeds
 from ray_dfml.errors import RejectedError
 from ray_dfml.reproduce.registry import Metric, Number, Reading, Score, Step, Table, filled
 
@@ -54,18 +53,13 @@ def measure(table: Table, number: Number, out: Path) -> Measured:
         found.append(values)
     each = tuple(round(float(values.mean()), 4) for values in found)
     if number.covers == "seeds":
-        mean, half = over_seeds([float(values.mean()) for values in found])
+        mean, half = mean_of_seeds([float(values.mean()) for values in found])
+        assert half is not None  # `Number` has two seeds or more here
     else:
         if len({values.shape for values in found}) > 1:
             raise RejectedError(f"{number.id}: the seeds were tested on different numbers of episodes")
         mean, half = mean_ci95(np.mean(found, axis=0))
     return Measured(round(mean, 4), round(half, 4), each)
-
-
-def over_seeds(values: list[float]) -> tuple[float, float]:
-    """The mean of the values of two or more seeds, and the half-width of Student's 95 % interval."""
-    half = t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / math.sqrt(len(values))
-    return float(np.mean(values)), float(half)
 
 
 def _values(table: Table, reading: Reading, seed: int, out: Path) -> tuple[np.ndarray, tuple[str, ...]]:

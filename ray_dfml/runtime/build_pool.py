@@ -91,6 +91,12 @@ def plan(
     return image, planned
 
 
+def lacking(pool: Pool, planned: Sequence[Planned]) -> list[Planned]:
+    """The planned teachers that a pool does not have yet."""
+    have = {card.id for card in pool.cards}
+    return [one for one in planned if one[0] not in have]
+
+
 def seconds(spec: str, planned: Sequence[Planned], cfg: PretrainConfig) -> float:
     """Seconds that these teachers take to train in one process, if it is as fast as this one.
 
@@ -134,7 +140,7 @@ def build(
             raise UsageError(
                 f"{path.path}: {id} has other classes than --seed {seed} and --way give; use the first build's"
             )
-    todo = [item for item in planned if item[0] not in have]
+    todo = lacking(path, planned)
     accuracies = [card.accuracy for card in have.values() if card.accuracy is not None]
     shared: Arrays = {"cfg": cfg.model_dump()}
 

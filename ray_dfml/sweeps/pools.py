@@ -29,11 +29,9 @@ def build(recipe: PoolRecipe, path: Path, *, local: bool, say: Callable[[str], N
     if not lacking:
         return
     say(f"pool: {lacking} teachers of {recipe.data} are trained")
-    have = {card.id for card in pool.cards}
     cfg = PretrainConfig(epochs=recipe.epochs)
     machine = Machine(backend="local" if local else "ray", workers=min(recipe.models, host.processors()))
-    todo = [one for one in planned if one[0] not in have]
-    say(cost_lines.of_pool(recipe.data, todo, cfg, 1 if local else machine.workers))
+    say(cost_lines.of_pool(recipe.data, build_pool.lacking(pool, planned), cfg, 1 if local else machine.workers))
     with opened(machine) as place:
         build_pool.build(
             pool, recipe.data, image, planned, cfg, backend=place.backend(),

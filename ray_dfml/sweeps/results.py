@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from scipy import stats
 
+from ray_dfml.core.scoring import mean_of_seeds
 from ray_dfml.methods import UNTRAINED
 from ray_dfml.runtime import driver
 from ray_dfml.runtime.rundir import write_table, write_text
@@ -20,14 +20,6 @@ from ray_dfml.sweeps.plan import Trial
 
 Interval = tuple[float, float | None]
 """A mean, and the half-width of its 95 % interval; None with fewer than two values."""
-
-
-def mean_of_seeds(values: Sequence[float]) -> Interval:
-    """The mean over seeds [n], and the half-width t s / sqrt(n), where t is Student's with n-1 degrees of freedom."""
-    x = np.asarray(values, np.float64)
-    if len(x) < 2:
-        return float(x.mean()), None
-    return float(x.mean()), float(stats.t.ppf(0.975, len(x) - 1) * x.std(ddof=1) / np.sqrt(len(x)))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,9 +10,10 @@ import pyarrow.parquet as pq
 import pytest
 from scipy import stats
 
+from ray_dfml.core.scoring import mean_of_seeds
 from ray_dfml.sweeps import page, plan, results, spec
 from ray_dfml.sweeps.picture import picture
-from ray_dfml.sweeps.results import Row, collect, mean_of_seeds
+from ray_dfml.sweeps.results import Row, collect
 from ray_dfml.sweeps.space import Axis, axes_of
 from tests import run_folders
 
