@@ -246,8 +246,15 @@ def small_ideal(**changes: Any) -> IdealConfig:
 
 
 def small_shared_answers(**changes: Any) -> shared_answers.Config:
-    """`shared-answers` in less than a second: three batches, the last of which is cut, and a few steps."""
-    small: dict[str, Any] = {"budget": 20, "batch": 8, "images": ("shapes", "dip"), "steps": 3, "minibatch": 6}
+    """`shared-answers` in less than a second: three batches, the last of which is cut, and two rounds of training."""
+    small: dict[str, Any] = {
+        "budget": 20,
+        "batch": 8,
+        "images": ("shapes", "dip"),
+        "steps": 3,
+        "fits": 2,
+        "minibatch": 6,
+    }
     return shared_answers.Config.model_validate(small | changes)
 
 

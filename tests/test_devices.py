@@ -184,9 +184,10 @@ def joint_fits() -> Work:
         state = method.init(cfg, world)
         for r in range(cfg.total_rounds):
             jobs = method.plan(cfg, world, state, r)
-            results = shard.send("shared-answers.recover", jobs, method.shared(cfg, world, state, r))
+            results = shard.send("shared-answers.recover", jobs, method.shared(cfg, world, state, r)) if jobs else []
             state, _ = method.learn(cfg, world, state, r, results, shard.send)
-        yield shard.sent[-1][1], fit.shared_values(cfg, world)
+        for _, jobs in shard.sent[-cfg.fits :]:
+            yield jobs, fit.shared_values(cfg, world)
 
 
 def answers() -> Work:

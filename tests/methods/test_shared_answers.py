@@ -16,7 +16,7 @@ from ray_dfml.core.sources import SOURCES
 from ray_dfml.core.sources.warp import warp, zoom
 from ray_dfml.errors import UsageError
 from ray_dfml.methods import METHODS
-from ray_dfml.methods.base import World
+from ray_dfml.methods.base import State, World
 from ray_dfml.methods.shared_answers import fit, invert, method
 from ray_dfml.methods.shared_answers.config import Config
 from ray_dfml.methods.shared_answers.images import BEND, drawn, joined
@@ -116,7 +116,13 @@ def test_joined_images_are_two_images_of_strokes_over_one_another(channels: int)
 def test_the_batches_are_those_that_the_budget_pays_for() -> None:
     assert small_shared_answers().batches == [8, 8, 4]
     assert small_shared_answers(rounds=2).batches == [8, 8]
-    assert Config().total_rounds == 10
+    assert Config().total_rounds == 10 + Config().fits
+    assert small_shared_answers().total_rounds == 3 + 2
+
+
+def test_the_rounds_of_the_training_share_its_steps() -> None:
+    cfg = small_shared_answers(steps=7, fits=3)
+    assert [cfg.fitted(r) for r in range(cfg.total_rounds)] == [(0, 0)] * 3 + [(0, 2), (2, 4), (4, 7)]
 
 
 @pytest.mark.parametrize("levels", [("weights",), ("probs", "label"), ("logits", "weights")])
@@ -158,14 +164,14 @@ def test_labels_are_kept_if_they_are_wanted() -> None:
     assert all(known["answers"].dtype == np.int64 for known in state["answers"].values())
 
 
-def test_the_last_round_moves_the_learner_and_no_other_does(device: torch.device) -> None:
-    world, cfg = only_asked(small_world(), "probs"), small_shared_answers(steps=40)
-    _, state, metrics = play("shared-answers", cfg, world, rounds=2, first=0, device=device)
+def test_rounds_after_those_that_ask_move_the_learner_and_no_other_does(device: torch.device) -> None:
+    world, cfg = only_asked(small_world(), "probs"), small_shared_answers(steps=40, fits=1)
+    _, state, metrics = play("shared-answers", cfg, world, rounds=3, first=0, device=device)
     begun = METHODS["shared-answers"].init(cfg, world)
     assert torch.equal(state["theta"], begun["theta"])
     assert "fit/agreement" not in metrics
-    _, state, metrics = play("shared-answers", cfg, world, rounds=3, first=0, device=device)
-    _, again, _ = play("shared-answers", cfg, world, rounds=3, first=0, device=device)
+    _, state, metrics = play("shared-answers", cfg, world, rounds=4, first=0, device=device)
+    _, again, _ = play("shared-answers", cfg, world, rounds=4, first=0, device=device)
     assert alike(state, again, device)
     assert metrics["fit/loss_last"] < metrics["fit/loss_first"]
     assert not torch.equal(state["theta"], begun["theta"])
@@ -173,14 +179,24 @@ def test_the_last_round_moves_the_learner_and_no_other_does(device: torch.device
     assert torch.equal(head, world.net.split(begun["theta"])[1]), "the learner's own head is not trained"
 
 
+def test_a_training_in_parts_ends_in_the_bits_of_one_without_a_break() -> None:
+    world = only_asked(small_world(), "probs")
+    _, whole, one = play("shared-answers", small_shared_answers(steps=7, fits=1), world, rounds=4, first=0)
+    _, parts, last = play("shared-answers", small_shared_answers(steps=7, fits=3), world, rounds=6, first=0)
+    assert torch.equal(whole["theta"], parts["theta"])
+    assert alike(whole["fit"], parts["fit"], torch.device("cpu"))
+    assert {name: one[name] for name in ("fit/loss_last", "fit/agreement")}.items() <= last.items()
+
+
 def test_a_teacher_that_was_away_is_learned_from_in_its_rounds() -> None:
-    """Of the answers that the job of the last round holds, those of its missed round are not known."""
+    """Of the answers that a job of the training holds, those of its missed round are not known."""
     world, cfg = only_asked(small_world(cards=2), "probs"), small_shared_answers()
     shard, one = FakeShard(world), METHODS["shared-answers"]
     state = one.init(cfg, world)
-    for r in range(3):
+    for r in range(4):
         there = replace(world, cards=world.cards[:1]) if r == 1 else world
-        results = shard.send("shared-answers.recover", one.plan(cfg, there, state, r), one.shared(cfg, there, state, r))
+        jobs = one.plan(cfg, there, state, r)
+        results = shard.send("shared-answers.recover", jobs, one.shared(cfg, there, state, r)) if jobs else []
         state, _ = one.learn(cfg, there, state, r, results, shard.send)
     op, (job,) = shard.sent[-1]
     assert op == "shared-answers.fit"
@@ -199,6 +215,7 @@ def test_a_teacher_that_was_away_is_learned_from_in_its_rounds() -> None:
         ("method.shares=1,2,3,0", "method.shares needs one number above 0"),
         ("method.zoom_low=2", "method.zoom_low is 2, above method.zoom_high, 1"),
         ("method.budget=0", "method.budget"),
+        ("method.steps=4", "method.fits is 5, above method.steps, 4"),
     ],
 )  # fmt: skip
 def test_a_setting_that_does_not_fit_is_refused_in_a_line(text: str, said: str) -> None:
@@ -226,6 +243,11 @@ def test_the_preset_starts_after_no_pool_and_says_what_it_knows() -> None:
     assert "knowledge of the domain" in notes[-1]
 
 
+def play_on(cfg: Config, world: World, state: State, shard: FakeShard) -> None:
+    """The first round of the training."""
+    METHODS["shared-answers"].learn(cfg, world, state, len(cfg.batches), [], shard.send)
+
+
 def with_inversions(**changes: Any) -> Config:
     return small_shared_answers(inversion={"images_per_class": 2, "steps": 4} | changes)
 
@@ -234,6 +256,7 @@ def test_each_teacher_with_weights_is_inverted_once_and_all_are_asked_about_its_
     world, cfg = only_asked(mixed_world(), "weights", "probs"), with_inversions()
     shard = FakeShard(world)
     _, state, metrics = play("shared-answers", cfg, world, rounds=3, first=0, shard=shard)
+    play_on(cfg, world, state, shard)
     ((r, recovered),) = state["recovered"].items()
     assert r in ("1", "2")
     assert recovered.dtype == np.uint8
@@ -260,7 +283,7 @@ def test_a_teacher_whose_answers_are_not_finite_is_left_out_and_the_others_are_l
     world = only_asked(small_world(), "logits")
     shard = FakeShard(world)
     shard.spoil(world.cards[1].id)
-    _, state, _ = play("shared-answers", small_shared_answers(), world, rounds=3, first=0, shard=shard)
+    _, state, _ = play("shared-answers", small_shared_answers(), world, rounds=4, first=0, shard=shard)
     assert set(state["answers"]) == {world.cards[0].id, world.cards[2].id}
     assert bool(torch.isfinite(state["theta"]).all())
 
@@ -329,7 +352,7 @@ def test_teachers_that_are_inverted_together_give_what_each_gives_alone(device: 
 
 
 def test_inversions_need_a_round_in_which_their_images_are_asked_about() -> None:
-    with pytest.raises(UsageError, match="there is one round only"):
+    with pytest.raises(UsageError, match="one round only asks"):
         method.init(with_inversions().model_copy(update={"budget": 8}), small_world())
 
 

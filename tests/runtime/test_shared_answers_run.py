@@ -24,9 +24,9 @@ def test_each_teacher_is_asked_as_often_as_planned_and_the_learner_is_moved(
         answered[row["teacher"]] += row["answered"]
     inputs = driver.read_inputs(config)
     assert sent == answered == METHODS["shared-answers"].queries(config.method, inputs.world)
-    assert sent == dict.fromkeys(ids(pool), 20)
+    assert sent == dict.fromkeys(ids(pool), 20 + 2 * inputs.world.way)
     assert "queries" in estimate(config, inputs, toy.LOCAL)
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert ["fit/agreement" in row for row in rows] == [False, False, True]
+    assert ["fit/agreement" in row for row in rows] == [False, False, False, True, True]
     state = toy.last_state(tmp_path / "run")
     assert state["theta"].tolist() != METHODS["shared-answers"].init(config.method, inputs.world)["theta"].tolist()

@@ -79,7 +79,8 @@ IDEAL = (
 )  # fmt: skip
 
 SHARED_ANSWERS = (
-    "method.budget=20", "method.batch=8", "method.images=[shapes,dip]", "method.steps=3", "method.minibatch=6",
+    "method.budget=20", "method.batch=8", "method.images=[shapes,dip]", "method.steps=3", "method.fits=2",
+    "method.minibatch=6", "method.inversion.images_per_class=1", "method.inversion.steps=2",
 )  # fmt: skip
 
 SETTINGS: dict[str, tuple[str, ...]] = {

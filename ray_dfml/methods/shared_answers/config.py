@@ -23,9 +23,12 @@ class InversionConfig(BaseModel):
 
 
 class Config(MethodConfig):
-    """What is asked and what is learned of it. A round is one batch of images, the same for all teachers."""
+    """What is asked and what is learned of it.
 
-    rounds: int = Field(default=0, ge=0, description="Most rounds; 0 makes as many as the budget pays for.")
+    A round is one batch of images, the same for all teachers, and after these a part of the learner's training.
+    """
+
+    rounds: int = Field(default=0, ge=0, description="Most rounds that ask; 0 makes as many as the budget pays for.")
     budget: int = Field(
         default=10_000, ge=1, description="Images of the sources that each teacher is asked about in all."
     )
@@ -46,7 +49,12 @@ class Config(MethodConfig):
     answers: Literal["soft", "hard"] = Field(
         default="soft", description="What is learned of an answer: probabilities if they are given, or its best class."
     )
-    steps: int = Field(default=900, ge=1, description="Adam steps of the learner after the last round.")
+    steps: int = Field(default=900, ge=1, description="Adam steps of the learner after the last answers.")
+    fits: int = Field(
+        default=5,
+        ge=1,
+        description="Rounds that these steps are spread over, each with a checkpoint. It changes no bit.",
+    )
     minibatch: int = Field(default=128, ge=2, description="Images of a step.")
     lr: float = Field(default=3e-3, gt=0, description="Adam step size of the learner, before it decays.")
     layer_lr: float = Field(default=9e-3, gt=0, description="The same of the teachers' layers.")
@@ -67,6 +75,8 @@ class Config(MethodConfig):
             raise ValueError(f"method.shares needs one number above 0 for each of the {len(self.images)} sources")
         if self.zoom_low > self.zoom_high:
             raise ValueError(f"method.zoom_low is {self.zoom_low:g}, above method.zoom_high, {self.zoom_high:g}")
+        if self.fits > self.steps:
+            raise ValueError(f"method.fits is {self.fits}, above method.steps, {self.steps}; lower it")
         return self
 
     @property
@@ -76,14 +86,19 @@ class Config(MethodConfig):
 
     @property
     def batches(self) -> list[int]:
-        """Images of each round; the last batch is cut at the budget."""
+        """Images of each round that asks; the last batch is cut at the budget."""
         found = [min(self.batch, self.budget - start) for start in range(0, self.budget, self.batch)]
         return found[: self.rounds] if self.rounds else found
 
     @property
     def total_rounds(self) -> int:
-        """Rounds that the budget pays for, at most `rounds` if that is set."""
-        return len(self.batches)
+        """Rounds that the budget pays for, at most `rounds` if that is set, and those of the training."""
+        return len(self.batches) + self.fits
+
+    def fitted(self, r: int) -> tuple[int, int]:
+        """The first step of the learner in round `r`, and the first one after it. Both are 0 in a round that asks."""
+        part = max(0, r - len(self.batches) + 1)
+        return max(0, part - 1) * self.steps // self.fits, part * self.steps // self.fits
 
 
 CHARACTERS: dict[str, Any] = {
@@ -101,7 +116,7 @@ PRESETS: dict[str, Preset] = {
         {
             "method": CHARACTERS,
             "learner": {"start": "no-pool-characters", "head": "protonet"},
-            "eval": {"every": 10},
+            "eval": {"every": 5},
         },
     ),
     "best-omniglot": Preset(
@@ -113,19 +128,26 @@ PRESETS: dict[str, Preset] = {
                 "budget": 4_000,
                 "batch": 400,
                 "steps": 2_000,
+                "fits": 10,
                 "inversion": {"images_per_class": 40},
             },
             "learner": {"start": "no-pool-characters", "head": "protonet"},
-            "eval": {"every": 10},
+            "eval": {"every": 2},
         },
     ),
     "best-cifar-fs": Preset(
         "pools like 100 teachers of CIFAR-FS: from the learner of no-pool-colour, with the ProtoNet head; each teacher "
         "is inverted once, and all answer these images and others",
         {
-            "method": {"budget": 4_000, "batch": 400, "steps": 3_000, "inversion": {"images_per_class": 20}},
+            "method": {
+                "budget": 4_000,
+                "batch": 400,
+                "steps": 3_000,
+                "fits": 10,
+                "inversion": {"images_per_class": 20},
+            },
             "learner": {"start": "no-pool-colour", "head": "protonet"},
-            "eval": {"every": 10},
+            "eval": {"every": 2},
         },
     ),
 }

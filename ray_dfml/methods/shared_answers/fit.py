@@ -20,13 +20,17 @@ from torch import Tensor
 
 from ray_dfml.core import optim
 from ray_dfml.core.images import normalise, to_pixels
-from ray_dfml.core.net import net
+from ray_dfml.core.net import Net, net
 from ray_dfml.methods.base import World, image_values
 from ray_dfml.methods.shared_answers.config import Config
 from ray_dfml.types import Arrays, Job, Shard
 
 RISE = 30
 """First steps, in which the step size grows linearly."""
+
+PARTS, KEPT = ("theta", "layers", "biases"), ("x", "m", "v")
+"""What is trained: the learner, and the teachers' layers and their biases; and what is kept of each: its values and the
+moments of Adam."""
 
 
 def answered(known: Sequence[Mapping[str, Any]], batches: Sequence[int]) -> Arrays:
@@ -77,7 +81,9 @@ def shared_values(cfg: Config, world: World) -> Arrays:
 def fit(shard: Shard, jobs: Sequence[Job], shared: Arrays) -> list[Arrays]:
     """The op: train the learner of each job, `theta` [p], on `images` uint8 [n c h w] and what `answered` gives.
 
-    The result holds `theta`, and the figures `loss_first`, `loss_last` (nats) and `agreement` (percent) of minibatches.
+    `steps` are the first step and the first one after the last. `begun` is the `fit` of the result before, or empty.
+    The minibatches are those of one training without a break. The result holds `theta`, the `fit` (all that the next
+    step depends on), and the figures `loss_first`, `loss_last` (nats) and `agreement` (percent) of minibatches.
     """
     return [_one(shard, job, shared) for job in jobs]
 
@@ -88,15 +94,14 @@ def _one(shard: Shard, job: Job, shared: Arrays) -> Arrays:
     mean, std = (torch.tensor(shared[name], device=device) for name in ("mean", "std"))
     images, wished, known, units = (job.values[name] for name in ("images", "wished", "known", "units"))
     outputs = torch.tensor(units, device=device)
-    theta, count = torch.tensor(job.values["theta"]), units.size
-    features = len(network.split(theta)[1]) // network.ways - 1
-    layers = torch.randn(count, features, generator=rng) / features**0.5
-    parts = [part.to(device) for part in (theta, layers, torch.zeros(count))]
+    fresh, (start, stop) = _fresh(network, torch.tensor(job.values["theta"]), units.size, rng), job.values["steps"]
+    parts, adams = _on(device, job.values["begun"] or fresh)
     step_sizes = (cfg.lr, cfg.layer_lr, cfg.layer_lr)
-    adams = [optim.Adam.zeros(part) for part in parts]
     figures: dict[str, float] = {}
-    for step in range(cfg.steps):
+    for step in range(stop):
         rows = torch.randint(0, len(images), (cfg.minibatch,), generator=rng)
+        if step < start:
+            continue
         seen = normalise(to_pixels(images[rows.numpy()], device), mean, std)
         told = torch.tensor(wished[rows.numpy()], device=device).float()
         there = torch.tensor(known[rows.numpy()], device=device)
@@ -106,9 +111,28 @@ def _one(shard: Shard, job: Job, shared: Arrays) -> Arrays:
         grads = torch.autograd.grad(value, leaves, materialize_grads=True)
         for i, grad in enumerate(grads):
             parts[i], adams[i] = optim.adam_step(parts[i], grad, adams[i], lr=step_sizes[i] * slope(step, cfg.steps))
-        if step == 0:
+        if step == start:
             figures["loss_first"] = float(value.detach())
-        if step == cfg.steps - 1:
+        if step == stop - 1:
             figures["loss_last"] = float(value.detach())
             figures["agreement"] = float(agreement(logits.detach(), told, there, outputs))
-    return {"theta": parts[0].cpu().numpy(), **figures}
+    columns = (parts, [adam.m for adam in adams], [adam.v for adam in adams])
+    left = {f"{part}_{what}": value.cpu().numpy() for what, column in zip(KEPT, columns, strict=True)
+            for part, value in zip(PARTS, column, strict=True)}  # fmt: skip
+    return {"theta": left["theta_x"], "fit": left | {"step": stop}, **figures}
+
+
+def _fresh(network: Net, theta: Tensor, outputs: int, rng: torch.Generator) -> Arrays:
+    """A training before its first step: the learner, layers that read `outputs` answers in all, and optimisers."""
+    features = len(network.split(theta)[1]) // network.ways - 1
+    values = (theta, torch.randn(outputs, features, generator=rng) / features**0.5, torch.zeros(outputs))
+    return {"step": 0} | {
+        f"{part}_{what}": (value if what == "x" else torch.zeros_like(value)).numpy()
+        for part, value in zip(PARTS, values, strict=True) for what in KEPT
+    }  # fmt: skip
+
+
+def _on(device: torch.device, begun: Arrays) -> tuple[list[Tensor], list[optim.Adam]]:
+    """The parts of a training, and their optimisers."""
+    columns = [[torch.tensor(begun[f"{part}_{what}"], device=device) for part in PARTS] for what in KEPT]
+    return columns[0], [optim.Adam(m, v, begun["step"]) for m, v in zip(*columns[1:], strict=True)]

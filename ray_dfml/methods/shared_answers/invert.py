@@ -41,9 +41,9 @@ def is_due(cfg: Config, world: World, card: TeacherCard, r: int) -> bool:
     """Whether a teacher is inverted in round `r`.
 
     Each one with weights is inverted once. Its round follows from the run's seed and its id alone, so that a teacher
-    that is away moves no other; it is not the last round, after which nobody would be asked about the images.
+    that is away moves no other; it is not the last round that asks, after which nobody would be asked about the images.
     """
-    return is_inverted(cfg, card) and r == seeds.derive(world.seed, "invert", card.id) % (cfg.total_rounds - 1)
+    return is_inverted(cfg, card) and r == seeds.derive(world.seed, "invert", card.id) % (len(cfg.batches) - 1)
 
 
 def count(cfg: Config, world: World) -> int:

@@ -2,10 +2,10 @@
 answer, all together.
 
 No paper has this. A single service says little of an image; the answers of twenty, joined to one vector, tell classes
-apart that none of them knows. A round asks every teacher about one batch of images of sources. After the last round one
-job trains the learner (`fit`). Teachers that give their weights can also be inverted (`invert`); all teachers are then
-asked about these images, too. Without that nothing but answers is used, so the teachers may be of any kind, and differ
-in their number of classes.
+apart that none of them knows. A round asks every teacher about one batch of images of sources. Then the learner is
+trained (`fit`), in rounds of their own, so that a training that is stopped goes on from the last of them. Teachers that
+give their weights can also be inverted (`invert`); all teachers are then asked about these images, too. Without that
+nothing but answers is used, so the teachers may be of any kind, and differ in their number of classes.
 """
 
 from collections.abc import Mapping, Sequence
@@ -58,12 +58,12 @@ def init(cfg: Config, world: World) -> State:
     made = [world.image, *(card.image for card in world.cards if invert.is_inverted(cfg, card))]
     if min(min(image.shape[1:]) for image in made) < 8:
         raise UsageError("shared-answers: image sources need a height and a width of at least 8")
-    if cfg.inversion.images_per_class and cfg.total_rounds < 2:
+    if cfg.inversion.images_per_class and len(cfg.batches) < 2:
         raise UsageError(
-            "shared-answers: inverted images are asked about in the next round, and there is one round only; "
+            "shared-answers: inverted images are asked about in the next round, and one round only asks; "
             "lower method.batch"
         )
-    return initial_learner(world) | {"answers": {}, "recovered": {}}
+    return initial_learner(world) | {"answers": {}, "recovered": {}, "fit": {}}
 
 
 def images(cfg: Config, world: World, recovered: Mapping[str, np.ndarray], r: int) -> np.ndarray:
@@ -77,7 +77,9 @@ def images(cfg: Config, world: World, recovered: Mapping[str, np.ndarray], r: in
 
 
 def plan(cfg: Config, world: World, state: State, r: int) -> list[Job]:
-    """One job for each teacher: to answer, and to be inverted if that is due."""
+    """One job for each teacher: to answer, and to be inverted if that is due. In a round of the training none."""
+    if r >= len(cfg.batches):
+        return []
     return [
         teacher_job(
             card, index=j, seed=seeds.derive(world.seed, r, "recover", card.id),
@@ -132,10 +134,12 @@ def seen(cfg: Config, world: World, results: Sequence[Arrays]) -> list[Seen]:
 
 
 def learn(cfg: Config, world: World, state: State, r: int, results: list[Arrays], send: Send) -> tuple[State, Metrics]:
-    """Keep the answers of the round, and the images of its inversions. After the last round, train the learner.
+    """Keep the answers of the round, and the images of its inversions; or train the learner.
 
     A teacher that was away in a round is not asked about its images again: the loss leaves these answers out.
     """
+    if r >= len(cfg.batches):
+        return _trained(cfg, world, state, r, send)
     answers = dict(state["answers"])
     for one in results:
         known = answers.get(one["teacher"])
@@ -153,7 +157,7 @@ def learn(cfg: Config, world: World, state: State, r: int, results: list[Arrays]
         metrics["inversion/accuracy"] = float(np.mean([invert.accuracy(task) for task in tasks]))
     if results:
         metrics["answers/rarest"] = float(np.mean([_rarest(one) for one in results]))
-    return _trained(cfg, world, state, r, metrics, send) if r == cfg.total_rounds - 1 else (state, metrics)
+    return state, metrics
 
 
 def _rarest(result: Arrays) -> float:
@@ -162,21 +166,22 @@ def _rarest(result: Arrays) -> float:
     return 100.0 * float(counts.min() / counts.sum())
 
 
-def _trained(cfg: Config, world: World, state: State, r: int, metrics: Metrics, send: Send) -> tuple[State, Metrics]:
-    """The state with the trained learner."""
+def _trained(cfg: Config, world: World, state: State, r: int, send: Send) -> tuple[State, Metrics]:
+    """The state after the steps of round `r`."""
     known = [state["answers"][id] for id in sorted(state["answers"])]
-    asked = [images(cfg, world, state["recovered"], i) for i in range(cfg.total_rounds)]
+    asked = [images(cfg, world, state["recovered"], i) for i in range(len(cfg.batches))]
     told = fit.answered(known, [len(some) for some in asked])
     some = told["known"].any(1)
     values = {"theta": state["theta"].numpy(), "images": np.concatenate(asked)[some], "units": told["units"]}
     values |= {name: told[name][some] for name in ("wished", "known")}
-    job = Job(index=0, seed=seeds.derive(world.seed, r, "fit"), values=values)
+    values |= {"begun": state["fit"], "steps": cfg.fitted(r)}
+    job = Job(index=0, seed=seeds.derive(world.seed, len(cfg.batches) - 1, "fit"), values=values)
     (done,) = send("shared-answers.fit", [job], fit.shared_values(cfg, world))
     theta = torch.tensor(done["theta"])
     if not torch.isfinite(theta).all():
         raise FloatingPointError("the learner's weights are not finite; lower method.lr or method.layer_lr")
     figures = {f"fit/{name}": done[name] for name in ("loss_first", "loss_last", "agreement")}
-    return {**state, "theta": theta}, metrics | figures
+    return {**state, "theta": theta, "fit": done["fit"]}, figures
 
 
 def queries(cfg: Config, world: World) -> dict[str, int]:
@@ -187,14 +192,16 @@ def queries(cfg: Config, world: World) -> dict[str, int]:
 def cost(cfg: Config, world: World, shard: Shard) -> Cost:
     """Time the drawing of a few images, a few steps of the learner and of an inversion, and a few answers.
 
-    Images are drawn once to ask about them, and once more to learn from them. A teacher is taken to be as fast as the
-    learner, and to answer without delay.
+    Images are drawn once to ask about them, and once more in each round of the training. A teacher is taken to be as
+    fast as the learner, and to answer without delay.
     """
     few, steps = min(TIMED, cfg.budget), min(TIMED_STEPS, cfg.steps)
-    small = cfg.model_copy(update={"budget": few, "batch": few, "steps": steps})
+    small = cfg.model_copy(update={"budget": few, "batch": few, "steps": steps, "fits": 1})
     asked, state = images(small, world, {}, 0), initial_learner(world)
     known = [{"classes": len(card.classes), "rounds": [0], "answers": np.zeros(few, np.int64)} for card in world.cards]
-    job = Job(index=0, seed=0, values=fit.answered(known, [few]) | {"theta": state["theta"].numpy(), "images": asked})
+    job = Job(index=0, seed=0, values=fit.answered(known, [few]) | {
+        "theta": state["theta"].numpy(), "images": asked, "begun": {}, "steps": (0, steps),
+    })  # fmt: skip
     step = cost_of.seconds(lambda: fit.fit(shard, [job], fit.shared_values(small, world))) / steps
     draw = cost_of.seconds(lambda: images(small, world, {}, 0)) / few
     theta, stats, pixels = (part.to(shard.device) for part in (state["theta"], state["stats"], to_pixels(asked)))
@@ -205,7 +212,7 @@ def cost(cfg: Config, world: World, shard: Shard) -> Cost:
     return Cost(
         images=inverted,
         recovery=len(world.cards) * (drawing + inverted) * answer + inversions,
-        alone=2 * drawing * draw + cfg.steps * step,
+        alone=(1 + cfg.fits) * drawing * draw + cfg.steps * step,
     )
 
 
@@ -227,6 +234,8 @@ METHOD = Method(
               {"answers/rarest": "mean over the teachers"}),
         Panel("Inverted images", "%", "Share of the images of a round's inversions that have the wished class.",
               {"inversion/accuracy": "mean over the teachers"}),
+        Panel("Agreement", "%", "Share of the answers to a minibatch whose best class the features give, too.",
+              {"fit/agreement": "last minibatch of the round"}),
     ),
     access=LEVELS,
     queries=queries,
