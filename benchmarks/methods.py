@@ -8,6 +8,9 @@ share the seeds. `--table` prints the table of what is there and measures nothin
 The presets were found on a pool of seed 0, scored on validation episodes and, for an earlier table, on test episodes of
 `eval.seed` 0. Hence other pools and other episodes (`eval.seed` 1) here.
 
+`no-pool` has no teacher, and `maml-oracle` real images instead: neither needs a pool, so a seed of these alone builds
+none.
+
 A method trains until its process has used `--seconds` of processor time (one thread), whatever else the machine does;
 validation and test are not counted. A method that `--rounds` names trains for so many rounds instead: equal work, to
 compare two commits. `--against` prints the paired differences to the rows in another folder. The
@@ -37,6 +40,8 @@ from ray_dfml.scorer import Entry, Scorer
 from ray_dfml.types import Labelled
 
 INVERSION = {"free": "characters", "purer": "characters-purer", "bidf-mkd": "characters-bidf"}
+ALONE = {"no-pool": "no-pool-characters", "maml-oracle": None}
+"""The methods without teachers that train, and their presets."""
 BASELINES = ("random", "best-model", "average", "ota", "dro")
 ORACLE = (
     "method.rounds=100000", "method.updates_per_round=5", "method.replay.shot=1", "method.replay.tasks=4",
@@ -64,20 +69,22 @@ def pool_of(spec: str, folder: Path, seed: int) -> Pool:
 
 def run(method: str, seed: int, spec: str, out: Path, seconds: float, rounds: int | None) -> dict[str, Any]:
     """One row: scores per episode, and what was met on the way. `rounds` goes before `seconds` where it is given."""
-    commit, pool = _commit(), pool_of(spec, out / f"pool-{seed}", seed)
-    data = datasets.load(spec)
+    commit, data = _commit(), datasets.load(spec)
+    alone = method in ALONE
     parts = {split: data.subset(split) for split in ("train", "val", "test")}
     sets = [Labelled("omniglot", s, np.ascontiguousarray(parts[s].images), parts[s].labels) for s in ("val", "test")]
     oracle = method == "maml-oracle"
-    config = resolve(method, preset=INVERSION.get(method), settings=(*(ORACLE if oracle else ()), *TEST), seed=seed)
+    endless = ("method.rounds=100000",) if method == "no-pool" else ()
+    config = resolve(
+        method, preset=(INVERSION | ALONE).get(method), settings=(*(ORACLE if oracle else endless), *TEST), seed=seed
+    )
     train = parts["train"]
     real = {f"omniglot/{c}": train.images[train.labels == i] for i, c in enumerate(train.class_names)}
-    first = pool.cards[0]
-    world = World(
-        cards=() if oracle else pool.cards, arch="conv4", image=first.image, way=5, seed=seed,
-        real=real if oracle else {},
-    )  # fmt: skip
-    teachers = {card.id: (card, *pool.load(card.id)) for card in pool.cards}
+    pool = None if alone else pool_of(spec, out / f"pool-{seed}", seed)
+    cards = pool.cards if pool else ()
+    image = cards[0].image if cards else build_pool.plan(spec, models=0, archs=["conv4"], way=5, seed=seed)[0]
+    world = World(cards=cards, arch="conv4", image=image, way=5, seed=seed, real=real if oracle else {})
+    teachers = {card.id: (card, *pool.load(card.id)) for card in cards} if pool else {}
     trainer = Trainer(config.model_dump(mode="json"), world, sets, LocalBackend(teachers.__getitem__), None)
     scorer = Scorer(
         config.eval, way=5, head="maml", val=[("omniglot", "val")], test=[("omniglot", "test")], ask=trainer.score
@@ -90,7 +97,7 @@ def run(method: str, seed: int, spec: str, out: Path, seconds: float, rounds: in
         spent += time.process_time() - used
         row = {"seconds": round(spent, 2)} | {k: v for k, v in metrics.items() if not k.startswith("seconds/")}
         row["recovery_share"] = metrics.get(f"seconds/{method}.recover", 0.0) / metrics["seconds/round"]
-        if method in (*INVERSION, "maml-oracle") and spent > seconds * (len(_validated(rows)) + 1) / CHECKPOINTS:
+        if method in (*INVERSION, *ALONE) and spent > seconds * (len(_validated(rows)) + 1) / CHECKPOINTS:
             row["validation"] = scorer.validate(trainer.candidates()["last"], trainer.method.readings[-1])
         rows.append(row)
         r += 1
@@ -185,7 +192,7 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--seconds", type=float, default=180.0)
     parser.add_argument("--seeds", default="3,4,5")
-    parser.add_argument("--methods", default=",".join((*INVERSION, *BASELINES, "maml-oracle")))
+    parser.add_argument("--methods", default=",".join((*INVERSION, *BASELINES, *ALONE)))
     parser.add_argument("--rounds", default="", help="METHOD=N,...")
     parser.add_argument("--against", type=Path)
     parser.add_argument("--table", action="store_true")
