@@ -2,6 +2,7 @@
 
 import json
 import shlex
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +10,14 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.papers import adaptation, features, rows, tsne
+from benchmarks.papers import adaptation, domain_gap, features, rows, tsne
 from ray_dfml.cli import cli
 from ray_dfml.data import datasets
+from ray_dfml.data.pool import Pool
 from ray_dfml.errors import UsageError
 from ray_dfml.learner import Learner
+from ray_dfml.methods.ideal.config import Config
+from ray_dfml.methods.students import distil
 from ray_dfml.sweeps import spec
 from ray_dfml.types import Labelled
 from tests.sweeps.conftest import write_sweep
@@ -199,3 +203,31 @@ def test_adaptations_are_measured_on_the_episodes_of_the_run(free_run: Path, toy
     said = adaptation.lines(["", "eval.steps=0"], [own, none]).splitlines()
     assert said[2].startswith(f"| own | {own.mean():.2f} ± ")
     assert f"| {none.mean() - own.mean():+.2f} ± " in said[3]
+
+
+def test_students_of_the_domain_gap_learn_whose_answers_they_should(
+    toy_pool: Path, toy_data: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The teacher names the classes of its own and of other images; alone, a student has those that were wished."""
+    pool, other = Pool.open(str(toy_pool)), datasets.load(toy_data).images
+    card = pool.cards[0]
+    cfg = Config(
+        images=("generator",), candidates=1, first=8, batch=8, budget=16, width=4, latent=4, generator_steps=2,
+        steps=1, last_steps=2, code="fixed", growth=0,
+    )  # fmt: skip
+    teacher = domain_gap.Named(domain_gap.Asking(lambda id: (pool.entry(id).inside, *pool.load(id))).teacher(card.id))
+    own = domain_gap.trained(cfg, pool, distil.work, 0)
+    assert np.array_equal(own["answers"], teacher.query(own["images"]))
+    images = np.ascontiguousarray(other[:40])
+    found = domain_gap.trained(cfg, pool, partial(domain_gap.of_others, images), 0)
+    assert np.array_equal(found["answers"], teacher.query(found["images"]))
+    assert {image.tobytes() for image in found["images"]} <= {image.tobytes() for image in images}
+
+    monkeypatch.delattr(domain_gap.Named, "query")  # alone, it asks nobody
+    alone = domain_gap.trained(cfg, pool, domain_gap.from_scratch, 0)
+    assert alone["answers"].tolist() == [i % len(card.classes) for i in (*range(8), *range(8))]
+    assert np.array_equal(alone["images"][:8], own["images"][:8])  # of the same fresh student, before any answer
+    test = domain_gap.read(toy_data, "train", card.image.shape)
+    marks = domain_gap.right(cfg, card, alone, test)
+    assert set(marks.tolist()) <= {0.0, 100.0}
+    assert len(marks) == len(domain_gap.rows_known(test, card.classes)[0]) > 0
