@@ -83,6 +83,7 @@ SETTINGS: dict[str, list[tuple[World, Any]]] = {
         (mixed_world(), small_config(bn_weight=0.1, tv_weight=0.1, adversarial_form="probdot", warmup=0)),
         (large_world(), small_config(teachers_per_round=4, flip="on", crop_fill="zero", bn_weight=0.1, steps=1)),
         (small_world(), small_config(generator_sharing="sequential", warmup=0)),
+        (large_world(), small_config(images=("generator", "dip"), warmup=0)),
     ],
     "purer": [
         (small_world(), small_purer()), (mixed_world(), small_purer(bn_weight=0.0)), (large_world(), small_purer()),

@@ -7,6 +7,11 @@ RECOVERED = Panel(
     "Share of recovered images to which the teacher gives the intended class.", {"recover/accuracy": "teacher"},
 )  # fmt: skip
 
+LABELLED = Panel(
+    "Images of sources", "%", "Confidence of the teachers in the images that they label, and how many of those that a "
+    "task wishes for are found.", {"recover/confidence": "confidence", "recover/filled": "found"},
+)  # fmt: skip
+
 INVERSION = Panel(
     "Inversion loss", "nats", "Mean over the round's tasks, before and after adapting to the teacher.",
     {"recover/loss_first": "first step", "recover/loss_last": "last step", "recover/ce": "last cross-entropy"},

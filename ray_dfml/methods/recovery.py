@@ -14,19 +14,24 @@ one architecture, input and number of classes."""
 
 
 def recover(
-    shard: Shard, jobs: Sequence[Job], invert: Invert, teacher: Callable[[Job], Teacher] | None = None
-) -> list[Arrays]:
+    shard: Shard, jobs: Sequence[Job], invert: Invert, teacher: Callable[[Job], Teacher] | None = None,
+    ask: Callable[[Job], Arrays] | None = None,
+) -> list[Arrays]:  # fmt: skip
     """Results of jobs that each name a teacher, in job order.
 
     `teacher` gets the teacher of a job, by default from the shard, and raises RejectedError if it cannot be read. A
     shard that batches inverts teachers of one kind together; another one inverts each alone. The result of a job is
-    `{"rejected": reason}` if its teacher cannot be read or its loss is not finite.
+    `{"rejected": reason}` if its teacher cannot be read or its loss is not finite. A job whose values say `asked` is
+    done by `ask` instead, which raises RejectedError if the teacher cannot be used.
     """
     results: dict[int, Arrays] = {}
     slots: list[Slot] = []
     for i, job in enumerate(jobs):
         try:
-            slots.append((i, job, teacher(job) if teacher else shard.teacher(str(job.teacher))))
+            if ask and job.values.get("asked"):
+                results[i] = ask(job)
+            else:
+                slots.append((i, job, teacher(job) if teacher else shard.teacher(str(job.teacher))))
         except RejectedError as error:
             results[i] = rejection(error)
     for group in groups(slots, batched=shard.batched):

@@ -47,8 +47,8 @@ class Closed(FakeShard):
 
     @property
     def counts(self) -> dict[str, int]:
-        """Id -> images asked about."""
-        return {id: service.asked for id, service in self.services.items() if id in self.closed}
+        """Id -> images asked about, of the teachers that are only asked and of others that were."""
+        return {id: one.asked for id, one in self.services.items() if id in self.closed or one.asked}
 
 
 def asking(cfg: bidf.Config, world: World, *, seed: int = 3, stream: str = "support") -> asked.Asking:
@@ -150,7 +150,15 @@ def test_a_task_model_chooses_the_images_on_which_it_is_least_sure() -> None:
     assert one.service.asked == 8  # pyright: ignore[reportAttributeAccessIssue]
 
 
-@pytest.mark.parametrize("changes", [{}, {"zero_order": {"directions": 3, "central": True}}, {"images": ("dip",)}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"zero_order": {"directions": 3, "central": True}},
+        {"images": ("dip",)},
+        {"images": ("generator", "dip", "shapes")},
+    ],
+)
 @pytest.mark.parametrize("levels", [("logits", "probs", "label"), ("weights", "probs", "label")])
 def test_the_plan_of_queries_is_exact_and_no_closed_teacher_is_opened(levels, changes) -> None:
     world = only_asked(small_world(), *levels)
@@ -167,18 +175,18 @@ def test_the_plan_of_queries_is_exact_and_no_closed_teacher_is_opened(levels, ch
 def test_queries_of_a_set_are_those_of_the_paper_s_code() -> None:
     """150 images, 100 directions, 200 iterations: 3.03 million, and the labels of the finished set."""
     cfg = bidf.Config.model_validate({"zero_order": {"directions": 100}})
-    assert asked.set_queries(cfg, 5) == 3_030_000 + 150
-    assert asked.set_queries(cfg.model_copy(update={"images": ("dip",)}), 5) == 150
+    assert asked.set_queries(cfg, 5, True) == 3_030_000 + 150
+    assert asked.set_queries(cfg, 5, False) == 150
     assert bidf.queries(cfg, small_world()) == {}
 
 
 def test_services_of_other_sizes_channels_and_classes() -> None:
     """A grey service and a colour one with a class too many. Stored images of the grey one are grey."""
     world = only_asked(mixed_world(), "probs")
-    for changes in ({}, {"images": ("dip", "strokes")}):
+    for asks, changes in (("generator", {}), ("sources", {"images": ("dip", "strokes")})):
         cfg = small_bidf(**changes)
         state, shard = bidf.init(cfg, world), Closed(world)
-        jobs = [Job(index=j, seed=j, teacher=c.id, values={"asked": True}) for j, c in enumerate(world.cards)]
+        jobs = [Job(index=j, seed=j, teacher=c.id, values={"asked": asks}) for j, c in enumerate(world.cards)]
         grey, colour = sets.recover(shard, jobs, bidf.shared(cfg, world, state, 0))
         for kind in ("support", "query"):
             assert grey[kind]["images"].shape == colour[kind]["images"].shape == (8, 3, 20, 20)
@@ -217,7 +225,7 @@ def test_a_pool_of_services_is_planned_without_their_networks() -> None:
     world = stripped(only_asked(small_world(), "probs"))
     cfg = small_bidf(bn_weight=1.0)
     bidf.init(cfg, world)
-    assert all(job.values == {"asked": True} for job in bidf.plan(cfg, world, {}, 0))
+    assert all(job.values == {"asked": "generator"} for job in bidf.plan(cfg, world, {}, 0))
     assert bidf.notes(cfg, world) == []
     assert bidf.queries(cfg, world) == bidf.queries(cfg, only_asked(small_world(), "probs"))
     assert bidf.cost(cfg, world, FakeShard(small_world())).recovery == 0
@@ -233,7 +241,6 @@ def test_a_pool_of_services_is_planned_without_their_networks() -> None:
         (("dipp",), "no images 'dipp' \\(did you mean 'dip'\\?\\)"),
         (("mutants",), "no images 'mutants'"),
         (("dip", "dip"), "named twice"),
-        (("generator", "dip"), "goes with no image source"),
     ],
 )
 def test_images_that_cannot_be_asked_about_are_refused(images, said) -> None:

@@ -23,8 +23,9 @@ from ray_dfml.core.generators import Generator
 from ray_dfml.core.images import draw_view, fit, to_bytes, to_pixels, view
 from ray_dfml.core.sources import SOURCES
 from ray_dfml.errors import first_of
-from ray_dfml.methods.bidf.config import GENERATOR, Config
+from ray_dfml.methods.bidf.config import Config
 from ray_dfml.methods.inversion import BETAS, Judge, chosen_units, spread
+from ray_dfml.methods.sourced import GENERATOR, drawn
 from ray_dfml.methods.students.training import labels_of, learnable
 from ray_dfml.types import Arrays, ImageSpec, Service, TeacherCard
 
@@ -41,10 +42,13 @@ def mu(cfg: Config, image: ImageSpec) -> float:
     return zero_order.least_mu(math.prod(image.shape)) if cfg.zero_order.mu is None else cfg.zero_order.mu
 
 
-def set_queries(cfg: Config, way: int) -> int:
-    """The queries that one recovered set of a service costs; one an image if a surrogate is inverted."""
+def set_queries(cfg: Config, way: int, inverts: bool) -> int:
+    """The queries that one recovered set of a service costs: one an image if a surrogate is inverted, or if nothing is.
+
+    `inverts` says whether the set is of the generator.
+    """
     images = cfg.images_per_class * way
-    if cfg.surrogate.budget or cfg.images != (GENERATOR,):
+    if cfg.surrogate.budget or not inverts:
         return images
     each = zero_order.queries(images, cfg.zero_order.directions, central=cfg.zero_order.central)
     return images + cfg.iterations * each
@@ -205,13 +209,8 @@ class Asking:
         return self._task(drawn, None)
 
     def _drawn(self, count: int) -> Tensor:
-        """Images of the sources [count c h w] of the learner's size. The first sources make those left over."""
-        share, left = divmod(count, len(self.cfg.images))
-        parts = [
-            SOURCES[name].function(self.rng, share + (i < left), (self.image.channels, *self.shape[1:]))
-            for i, name in enumerate(self.cfg.images)
-        ]
-        return fit(torch.cat(parts), self.shape).to(self.device)
+        """Images of the sources [count c h w] of the learner's size."""
+        return drawn(self.cfg.sources, self.rng, count, self.shape, self.image.channels).to(self.device)
 
     def _task(self, images: Tensor, labels: Tensor | None) -> Arrays:
         """The recovered task, as `inversion.Inversion.task` makes it. Its logits stand for answers to a view of the
@@ -236,12 +235,11 @@ def notes(cfg: Config, cards: Sequence[TeacherCard]) -> list[str]:
     asked = [card for card in cards if card.access != "weights"]
     if not asked:
         return []
-    if cfg.images != (GENERATOR,):
-        return [
-            f"services are asked about images of {name}, which assumes {SOURCES[name].assumption}"
-            for name in cfg.images
-        ]
-    said = []
+    said = [
+        f"services are asked about images of {name}, which assumes {SOURCES[name].assumption}" for name in cfg.sources
+    ]
+    if GENERATOR not in cfg.images:
+        return said
     for size in sorted({math.prod(card.image.shape) for card in asked}):
         least = zero_order.least_mu(size)
         if cfg.zero_order.mu is not None and cfg.zero_order.mu < least:

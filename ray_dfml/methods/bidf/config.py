@@ -1,18 +1,11 @@
 """Settings of BiDf-MKD, its profiles and its presets."""
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field
 
-from ray_dfml.core.sources import SOURCES
-from ray_dfml.errors import did_you_mean
 from ray_dfml.methods.bank import BankKey
 from ray_dfml.methods.base import Preset, ReplayConfig, Values
 from ray_dfml.methods.characters import REPLAY, STEP
-from ray_dfml.methods.inversion import InversionConfig
-from ray_dfml.methods.surrogates.config import SurrogateConfig
-
-GENERATOR = "generator"
-IMAGES = (GENERATOR, *(name for name, source in SOURCES.items() if not source.parents))
-"""What services may be asked about: images of the generator, which zero-order gradients train, or image sources."""
+from ray_dfml.methods.sourced import RecoveryConfig
 
 
 class ZeroOrderConfig(BaseModel):
@@ -30,7 +23,7 @@ class ZeroOrderConfig(BaseModel):
     eight_bit: bool = Field(default=False, description="Ask about images of 8 bits, for services that round to them.")
 
 
-class Config(InversionConfig):
+class Config(RecoveryConfig):
     """BiDf-MKD's hyper-parameters. The defaults are the `fixed` profile; docs/methods.md has all three side by side."""
 
     rounds: int = Field(default=300, ge=1, description="Outer iterations. Teachers are inverted once in each.")
@@ -57,11 +50,6 @@ class Config(InversionConfig):
         ge=0,
         description="Meta-updates in a round; with 0, until `replay.patience` of them bring no new best (code).",
     )
-    images: tuple[str, ...] = Field(
-        default=(GENERATOR,),
-        min_length=1,
-        description=f"What services are asked about, in equal parts: {', '.join(IMAGES)}.",
-    )
     relabel: bool = Field(
         default=True,
         description="Whether images of services enter the bank under the class of the answer, not the wished one.",
@@ -75,40 +63,10 @@ class Config(InversionConfig):
         description="A bank class is a class name (side information of the cards), or a (teacher, class) pair.",
     )
     replay: ReplayConfig = ReplayConfig(tasks=4, patience=200, max_updates=1000)
-    surrogate: SurrogateConfig = Field(
-        default=SurrogateConfig(),
-        description="How services are distilled before the inversion; with a budget of 0 they are asked themselves.",
-    )
-
-    @property
-    def total_rounds(self) -> int:
-        """The rounds that distil services, and `rounds`."""
-        return self.rounds + self.surrogate.rounds
 
     def told(self, way: int) -> int:
         """The number of classes that the generator is told a label of; 0 if it is told none."""
         return way if self.conditional else 0
-
-    @model_validator(mode="after")
-    def _one_way_to_ask(self) -> "Config":
-        if self.surrogate.budget and self.images != (GENERATOR,):
-            raise ValueError(
-                "images: with surrogate.budget the generator inverts surrogates; leave images at generator, and name "
-                "the sources of the surrogates in surrogate.images"
-            )
-        return self
-
-    @field_validator("images")
-    @classmethod
-    def _known(cls, names: tuple[str, ...]) -> tuple[str, ...]:
-        for name in names:
-            if name not in IMAGES:
-                raise ValueError(f"no images {name!r}{did_you_mean(name, IMAGES)}; known: {', '.join(IMAGES)}")
-        if len(set(names)) < len(names):
-            raise ValueError("an image source is named twice")
-        if GENERATOR in names and len(names) > 1:
-            raise ValueError("the generator goes with no image source")
-        return names
 
 
 PROFILES: dict[str, Values] = {

@@ -12,10 +12,9 @@ first rounds of a run distil them. docs/methods_purer_bidf.md lists the deviatio
 import torch
 
 from ray_dfml.core import seeds
-from ray_dfml.errors import UsageError
 from ray_dfml.methods import bank as bank_of
 from ray_dfml.methods import cost as cost_of
-from ray_dfml.methods import panels, pictures, replay
+from ray_dfml.methods import panels, pictures, replay, sourced
 from ray_dfml.methods.base import (
     Cost,
     Method,
@@ -29,10 +28,14 @@ from ray_dfml.methods.base import (
     teacher_job,
 )
 from ray_dfml.methods.bidf import asked, distillation, sets
-from ray_dfml.methods.bidf.config import GENERATOR, PRESETS, PROFILES, Config
-from ray_dfml.methods.inversion import check_classes, checked_generator, dropped_statistics
+from ray_dfml.methods.bidf.config import PRESETS, PROFILES, Config
+from ray_dfml.methods.inversion import dropped_statistics
+from ray_dfml.methods.sourced import GENERATOR
 from ray_dfml.methods.surrogates import stage as surrogates
 from ray_dfml.types import LEVELS, Arrays, Job, Shard, TeacherCard
+
+FIGURES = ("loss_first", "loss_last", "ce", "accuracy", "spread", "balance", "agreement", "confidence", "filled")
+"""Figures of sets whose means are logged. Not every set has all of them."""
 
 
 def notes(cfg: Config, world: World) -> list[str]:
@@ -41,6 +44,7 @@ def notes(cfg: Config, world: World) -> list[str]:
         *(surrogates.notes("bidf-mkd", cfg.surrogate, world) if cfg.surrogate.budget else []),
         *dropped_statistics(world.cards, cfg.bn_weight),
         *bank_of.notes(cfg.replay, world.way, bank_of.of_pool(world, cfg.bank_key)),
+        *sourced.notes(cfg, world.cards),
         *([] if cfg.surrogate.budget else asked.notes(cfg, world.cards)),
     ]
 
@@ -48,24 +52,20 @@ def notes(cfg: Config, world: World) -> list[str]:
 def init(cfg: Config, world: World) -> State:
     """The learner and an empty bank; if services are distilled first, also their students.
 
-    Raises UsageError as `checked_generator` does, if no task can be drawn, for images that no source can make, and if
-    surrogates are wanted of a pool without services.
+    Raises UsageError as `sourced.check` does, if no task can be drawn, and if surrogates are wanted of a pool without
+    services.
     """
     if cfg.surrogate.budget:
         surrogates.checked("bidf-mkd", cfg.surrogate, world)
     bank_of.check_capacity("bidf-mkd", cfg.replay, cfg.bank_capacity)
     bank_of.check("bidf-mkd", "method.replay", cfg.replay, world.way, bank_of.of_pool(world, cfg.bank_key))
-    if cfg.images == (GENERATOR,) or any(card.access == "weights" for card in world.cards):
-        checked_generator("bidf-mkd", cfg, world, cfg.told(world.way))
-    elif min(world.image.shape[1:]) < 8:
-        raise UsageError("bidf-mkd: image sources need a height and a width of at least 8")
-    check_classes("bidf-mkd", world)
+    sourced.check("bidf-mkd", cfg, world, cfg.told(world.way))
     learner = replay.with_optimiser(initial_learner(world))
     return learner | surrogates.begin(cfg.surrogate, world) | {"bank": {}}
 
 
 def plan(cfg: Config, world: World, state: State, r: int) -> list[Job]:
-    """One job for each teacher drawn. The job of a service says that it is asked, or carries its surrogate.
+    """One job for each teacher drawn. The job says what the teacher is asked about, or carries its surrogate.
 
     In the rounds that distil services there is one for each of them.
     """
@@ -75,36 +75,47 @@ def plan(cfg: Config, world: World, state: State, r: int) -> list[Job]:
     world = surrogates.inverted("bidf-mkd", world, state)
     return [
         teacher_job(
-            card, index=j, seed=seeds.derive(world.seed, r, "recover", j), values=_values(cfg, state, card)
+            card, index=j, seed=seeds.derive(world.seed, r, "recover", j), values=_values(cfg, state, card, inverts)
         )
-        for j, card in enumerate(_drawn(cfg, world, r))
+        for j, (card, inverts) in enumerate(_visits(cfg, world, r))
     ]  # fmt: skip
 
 
-def _values(cfg: Config, state: State, card: TeacherCard) -> Arrays:
+def _values(cfg: Config, state: State, card: TeacherCard, inverts: bool) -> Arrays:
+    if not inverts:
+        return {"asked": "sources"}
     if cfg.surrogate.budget or card.access == "weights":
         return surrogates.values(state, card)
-    return {"asked": True}
+    return {"asked": GENERATOR}
 
 
-def _drawn(cfg: Config, world: World, r: int) -> list[TeacherCard]:
-    """The teachers of round r, which are drawn with replacement."""
+def _visits(cfg: Config, world: World, r: int) -> list[tuple[TeacherCard, bool]]:
+    """The teachers of round r, which are drawn with replacement, each with whether its images are the generator's.
+
+    If the generator and sources are wanted, visits take turns between the two.
+    """
     if not world.cards:
         return []
-    rng = seeds.rng(world.seed, r, "plan")
-    picks = torch.randint(len(world.cards), (cfg.teachers_per_round,), generator=rng).tolist()
-    return [world.cards[i] for i in picks]
+    count, rng = cfg.teachers_per_round, seeds.rng(world.seed, r, "plan")
+    picks = torch.randint(len(world.cards), (count,), generator=rng).tolist()
+    return [(world.cards[i], cfg.inverts(r * count + j)) for j, i in enumerate(picks)]
 
 
 def queries(cfg: Config, world: World) -> dict[str, int]:
-    """Id of each service -> the images that the whole training asks it about: two sets a visit, and its surrogate."""
+    """Id of each teacher that is asked -> the images that the whole training asks it about: two sets a visit.
+
+    Services are also asked for their surrogates, and teachers with weights only about images of sources.
+    """
     settings = cfg.surrogate.distillation
     first = settings.asked(settings.total_rounds) if cfg.surrogate.budget else 0
     found = {card.id: first for card in surrogates.services(world)}
+    found |= {card.id: 0 for card in world.cards if cfg.sources and card.access == "weights"}
     for r in range(cfg.rounds) if found else ():
-        for card in _drawn(cfg, world, r):
-            if card.id in found:
-                found[card.id] += 2 * asked.set_queries(cfg, world.way)
+        for card, inverts in _visits(cfg, world, r):
+            if card.access != "weights":
+                found[card.id] += 2 * asked.set_queries(cfg, world.way, inverts)
+            elif not inverts:
+                found[card.id] += 2 * sourced.set_queries(cfg, world.way)
     return found
 
 
@@ -143,7 +154,7 @@ def learn(cfg: Config, world: World, state: State, r: int, results: list[Arrays]
         return state, metrics
     metrics["recover/images"] = sum(len(result[kind]["images"]) for result in results for kind in ("support", "query"))
     for kind in ("support", "query"):
-        for name in ("loss_first", "loss_last", "ce", "accuracy", "spread", "balance", "agreement"):
+        for name in FIGURES:
             known = [result[kind][name] for result in results if name in result[kind]]
             metrics |= {f"recover/{kind}_{name}": sum(known) / len(known)} if known else {}
     bank = state["bank"]
@@ -193,13 +204,19 @@ def cost(cfg: Config, world: World, shard: Shard) -> Cost:
         return first + (cfg.iterations - PROBES[0]) * each
 
     known = surrogates.known(cfg.surrogate, world)
-    jobs = cfg.rounds * cfg.teachers_per_round
-    inverted = jobs * len(known.cards) / len(world.cards)
+    visits = [visit for r in range(cfg.rounds) for visit in _visits(cfg, world, r)]
+    share = len(known.cards) / len(world.cards)
+    inverted = share * sum(inverts for _, inverts in visits)
+    recovering = inverted * cost_of.of_mean_teacher(known, one_job) if inverted else 0.0
+    if labelled := share * len(visits) - inverted:
+        recovering += labelled * cost_of.of_mean_teacher(
+            known, lambda card: sourced.seconds(cfg, world, shard, card, 2)
+        )
     replayed = (cfg.generate_every - 1,) * 2 if cfg.generate_every else cost_of.until_plateau(cfg.replay)
     least, most = (cfg.rounds * (1 + n) for n in replayed)
     return Cost(
-        images=2 * jobs * cfg.images_per_class * world.way,
-        recovery=inverted * cost_of.of_mean_teacher(known, one_job) if known.cards else 0.0,
+        images=2 * len(visits) * cfg.images_per_class * world.way,
+        recovery=recovering,
         least=least,
         most=most,
         meta=cfg.replay,

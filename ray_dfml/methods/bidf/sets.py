@@ -2,8 +2,8 @@
 
 [Hu2023b] Learning to Learn from APIs: Black-Box Data-Free Meta-Learning, arXiv 2305.18413 (ICML 2023). Between the two
 sets the learner is distilled on the support set, and the query set is recovered at the boundary of this task model. A
-teacher whose weights are open is inverted. A service is asked (`bidf.asked`), or its surrogate is inverted and the
-service is asked about the finished sets.
+teacher whose weights are open is inverted, or labels images of sources (`methods.sourced`). A service is asked
+(`bidf.asked`), or its surrogate is inverted and the service is asked about the finished sets.
 """
 
 import math
@@ -17,11 +17,11 @@ from torch import Tensor
 from ray_dfml.core import optim
 from ray_dfml.core.generators import generator
 from ray_dfml.core.net import Net, net
-from ray_dfml.errors import RejectedError, rejection
-from ray_dfml.methods import recovery
+from ray_dfml.methods import recovery, sourced
 from ray_dfml.methods.bidf import asked, distillation
-from ray_dfml.methods.bidf.config import GENERATOR, Config
+from ray_dfml.methods.bidf.config import Config
 from ray_dfml.methods.inversion import BETAS, Inversion, Judge
+from ray_dfml.methods.sourced import GENERATOR
 from ray_dfml.methods.surrogates import stage as surrogates
 from ray_dfml.types import Arrays, Job, Service, Shard, Teacher
 
@@ -124,13 +124,20 @@ class Visits:
         return [{"support": s, "query": q} if so else None for s, q, so in zip(support, query, fine, strict=True)]
 
     def asked(self, job: Job, service: Service) -> Arrays:
-        """Both sets of a service that is asked, by zero-order gradients or about images of sources."""
+        """Both sets of a teacher that is asked, about images of sources or, of a service, by zero-order gradients.
+
+        `job.values["asked"]` says which.
+        """
 
         def one_set(stream: str, judge: Judge | None) -> Arrays:
+            if service.card.access == "weights":
+                return sourced.labelled(
+                    self.cfg, service, self.shape, self.way, job.seed, device=self.device, stream=stream, judge=judge
+                )  # fmt: skip
             one = asked.Asking(
                 self.cfg, service, self.shape, self.way, job.seed, stream=stream, device=self.device
             )  # fmt: skip
-            if self.cfg.images != (GENERATOR,):
+            if job.values["asked"] != GENERATOR:
                 return one.from_sources(judge)
             return one.generated(
                 generator(self.shape, self.cfg.latent, self.cfg.width, self.cfg.told(self.way)), judge
@@ -161,12 +168,7 @@ def recover(shard: Shard, jobs: Sequence[Job], shared: Arrays) -> list[Arrays]:
         return asked.answered(visits.cfg, shard.service(str(job.teacher)), task)
 
     def ask(job: Job) -> Arrays:
-        try:
-            return visits.asked(job, shard.service(str(job.teacher)))
-        except RejectedError as error:
-            return rejection(error)
+        return visits.asked(job, shard.service(str(job.teacher)))
 
-    closed = [job for job in jobs if not job.values.get("asked")]
     invert = partial(visits.inverted, answered=answered)
-    opened = iter(recovery.recover(shard, closed, invert, partial(surrogates.teacher, shard)))
-    return [ask(job) if job.values.get("asked") else next(opened) for job in jobs]
+    return recovery.recover(shard, jobs, invert, partial(surrogates.teacher, shard), ask)

@@ -10,7 +10,7 @@ from pydantic import Field
 from ray_dfml.methods.bank import BankKey
 from ray_dfml.methods.base import Preset, ReplayConfig, Values
 from ray_dfml.methods.characters import REPLAY, STEP
-from ray_dfml.methods.inversion import InversionConfig
+from ray_dfml.methods.sourced import GENERATOR, RecoveryConfig
 from ray_dfml.methods.surrogates.config import SurrogateConfig
 
 
@@ -22,7 +22,7 @@ class AnsweredConfig(SurrogateConfig):
     )
 
 
-class Config(InversionConfig):
+class Config(RecoveryConfig):
     """FREE's hyper-parameters. The defaults are the `fixed` profile; docs/methods.md has all three side by side."""
 
     rounds: int = Field(default=1000, ge=1, description="Outer iterations (epochs in the paper).")
@@ -85,9 +85,9 @@ class Config(InversionConfig):
     )
 
     @property
-    def total_rounds(self) -> int:
-        """The rounds that distil services, and `rounds`."""
-        return self.rounds + self.surrogate.rounds
+    def first(self) -> int:
+        """The first round in which the learner learns. Without a generator there is no warm-up."""
+        return self.warmup if GENERATOR in self.images else 0
 
 
 PROFILES: dict[str, Values] = {

@@ -5,6 +5,7 @@ docs/methods.md lists how the released code and this implementation deviate from
 """
 
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -18,7 +19,7 @@ from ray_dfml.core.images import normalise, to_pixels, view
 from ray_dfml.core.net import net
 from ray_dfml.methods import bank as bank_of
 from ray_dfml.methods import cost as cost_of
-from ray_dfml.methods import panels, pictures, recovery, replay
+from ray_dfml.methods import panels, pictures, recovery, replay, sourced
 from ray_dfml.methods.base import (
     Cost,
     Method,
@@ -35,9 +36,13 @@ from ray_dfml.methods.base import (
 from ray_dfml.methods.free import answers, bell
 from ray_dfml.methods.free.config import PRESETS, PROFILES, Config
 from ray_dfml.methods.free.five import five
-from ray_dfml.methods.inversion import checked_generator, dropped_statistics
+from ray_dfml.methods.inversion import dropped_statistics
+from ray_dfml.methods.sourced import GENERATOR
 from ray_dfml.methods.surrogates import stage as surrogates
 from ray_dfml.types import LEVELS, Arrays, Job, Shard, Teacher, TeacherCard
+
+FIGURES = ("loss_first", "loss_last", "ce", "accuracy", "spread", "agreement", "confidence", "filled")
+"""Figures of tasks whose means are logged. Not every task has all of them."""
 
 
 def notes(cfg: Config, world: World) -> list[str]:
@@ -45,6 +50,7 @@ def notes(cfg: Config, world: World) -> list[str]:
     used = surrogates.known(cfg.surrogate, world)
     return [
         *surrogates.notes("free", cfg.surrogate, world),
+        *sourced.notes(cfg, used.cards),
         *dropped_statistics(used.cards, cfg.bn_weight),
         *bank_of.notes(cfg.replay, world.way, bank_of.of_pool(used, cfg.bank_key)),
     ]
@@ -53,13 +59,16 @@ def notes(cfg: Config, world: World) -> list[str]:
 def init(cfg: Config, world: World) -> State:
     """Learner and generator drawn from the run's seed, fresh optimisers, and an empty bank.
 
-    If services are distilled first, the state also holds their students. Raises UsageError for an input size that the
-    generator cannot make, for a teacher with too few classes, if no task can be drawn, and if no teacher can be used.
+    Without inversions the generator has no weights. If services are distilled first, the state also holds their
+    students. Raises UsageError as `sourced.check` does, if no task can be drawn, and if no teacher can be used.
     """
     world = surrogates.checked("free", cfg.surrogate, world)
     bank_of.check_capacity("free", cfg.replay, cfg.bank_capacity)
     bank_of.check("free", "method.replay", cfg.replay, world.way, bank_of.of_pool(world, cfg.bank_key))
-    theta_g = checked_generator("free", cfg, world).init(seeds.rng(world.seed, "theta_g"))
+    sourced.check("free", cfg, world)
+    theta_g = torch.empty(0)
+    if GENERATOR in cfg.images:
+        theta_g = generator(world.image.shape, cfg.latent, cfg.width).init(seeds.rng(world.seed, "theta_g"))
     learner = replay.with_optimiser(initial_learner(world))
     return (
         learner
@@ -87,32 +96,39 @@ def plan(cfg: Config, world: World, state: State, r: int) -> list[Job]:
 def _drawn(cfg: Config, world: World, state: State, r: int) -> list[Job]:
     return [
         teacher_job(
-            card, index=j, seed=seeds.derive(world.seed, r, "recover", j), values=surrogates.values(state, card)
+            card, index=j, seed=seeds.derive(world.seed, r, "recover", j),
+            values=surrogates.values(state, card) if inverts else {"asked": "sources"},
         )
-        for j, card in enumerate(_visited(cfg, surrogates.inverted("free", world, state), r))
-    ]
+        for j, (card, inverts) in enumerate(_visits(cfg, surrogates.inverted("free", world, state), r))
+    ]  # fmt: skip
 
 
-def _visited(cfg: Config, world: World, r: int) -> list[TeacherCard]:
-    """The teachers that round `r` inverts."""
+def _visits(cfg: Config, world: World, r: int) -> list[tuple[TeacherCard, bool]]:
+    """The teachers that round `r` visits, each with whether it is inverted; else it labels images of sources.
+
+    If both are wanted, they alternate: from visit to visit, or, with `draws` turns, between the visits of a teacher,
+    with which every other teacher begins. The warm-up inverts.
+    """
     world, count = surrogates.usable(cfg.surrogate, world), cfg.teachers_per_round
     if not world.cards:
         return []
+    places = range(r * count, (r + 1) * count)
     if cfg.draws == "turns":
-        picks = [_in_turn(world, place) for place in range(r * count, (r + 1) * count)]
+        found = [(i, i + cycle) for i, cycle in (_in_turn(world, place) for place in places)]
     else:
         rng = seeds.rng(world.seed, r, "plan")
-        picks = torch.randint(len(world.cards), (count,), generator=rng).tolist()
-    return [world.cards[i] for i in picks]
+        found = list(zip(torch.randint(len(world.cards), (count,), generator=rng).tolist(), places, strict=True))
+    return [(world.cards[i], r < cfg.first or cfg.inverts(place)) for i, place in found]
 
 
-def _in_turn(world: World, place: int) -> int:
-    """The teacher at a place of a sequence in which all teachers follow one another in one random order after another.
+def _in_turn(world: World, place: int) -> tuple[int, int]:
+    """The teacher at a place of a sequence in which all teachers follow one another in one random order after another,
+    and how many orders came before.
 
     If a teacher is rejected on the way, the sequence goes on as that of the others.
     """
     cycle, within = divmod(place, len(world.cards))
-    return int(torch.randperm(len(world.cards), generator=seeds.rng(world.seed, cycle, "turns"))[within])
+    return int(torch.randperm(len(world.cards), generator=seeds.rng(world.seed, cycle, "turns"))[within]), cycle
 
 
 def shared(cfg: Config, world: World, state: State, r: int) -> Arrays:
@@ -125,7 +141,7 @@ def _inversion(cfg: Config, world: World, state: State, r: int) -> Arrays:
     return image_values(world.image) | {
         "cfg": cfg.model_dump(),
         "theta_g": state["theta_g"].numpy(),
-        "theta": state["theta"].numpy() if r >= cfg.warmup else None,
+        "theta": state["theta"].numpy() if r >= cfg.first else None,
         "arch": world.arch,
         "way": world.way,
     }
@@ -135,16 +151,17 @@ def recover(shard: Shard, jobs: Sequence[Job], shared: Arrays) -> list[Arrays]:
     """The `free.recover` op: FIVE on the teacher of each job, from the shared generator.
 
     A result is the recovered task. With a sequential generator it also holds the adapted `theta_g`. The images that a
-    surrogate gave are labelled by its service. In the rounds that distil services it is `surrogates.distil`.
+    surrogate gave are labelled by its service. If the job says `asked`, the teacher labels images of sources instead
+    (`sourced.labelled`). In the rounds that distil services it is `surrogates.distil`.
     """
     if "distil" in shared:
         return surrogates.distil(shard, jobs, shared)
     cfg = Config.model_validate(shared["cfg"])
-    net_g = generator(tuple(shared["shape"]), cfg.latent, cfg.width)
     ask = _learner(shared, shard.device)
     start = torch.tensor(shared["theta_g"], device=shard.device)
 
     def invert(jobs: Sequence[Job], teachers: Sequence[Teacher], batched: bool) -> list[Arrays | None]:
+        net_g = generator(tuple(shared["shape"]), cfg.latent, cfg.width)
         judge = None if ask is None else partial(stacked, partial(ask, first_order=not batched), batched=batched)
         begun, names = start.expand(len(jobs), -1), [job.seed for job in jobs]
         tasks, adapted = five(cfg, net_g, teachers, begun, judge, names, way=shared["way"], batched=batched)
@@ -158,7 +175,11 @@ def recover(shard: Shard, jobs: Sequence[Job], shared: Arrays) -> list[Arrays]:
     def answered(job: Job, task: Arrays) -> Arrays:
         return answers.asked_once(cfg, shard.service(str(job.teacher)), task) if job.values else task
 
-    return recovery.recover(shard, jobs, invert, partial(surrogates.teacher, shard))
+    def labelled(job: Job) -> Arrays:
+        service, shape = shard.service(str(job.teacher)), tuple(shared["shape"])
+        return sourced.labelled(cfg, service, shape, shared["way"], job.seed, device=shard.device)
+
+    return recovery.recover(shard, jobs, invert, partial(surrogates.teacher, shard), labelled)
 
 
 def _learner(shared: Arrays, device: torch.device) -> Callable[..., Tensor] | None:
@@ -186,16 +207,12 @@ def learn(cfg: Config, world: World, state: State, r: int, results: list[Arrays]
     if not tasks:
         return state, {"recover/tasks": 0}
     metrics: Metrics = {"recover/tasks": len(tasks), "recover/images": sum(len(task["images"]) for task in tasks)}
-    metrics |= {
-        f"recover/{name}": sum(task[name] for task in tasks) / len(tasks)
-        for name in ("loss_first", "loss_last", "ce", "accuracy", "spread")
-    }
-    agreed = [task["agreement"] for task in tasks if "agreement" in task]
-    if agreed:
-        metrics["recover/agreement"] = sum(agreed) / len(agreed)
+    for name in FIGURES:
+        known = [task[name] for task in tasks if name in task]
+        metrics |= {f"recover/{name}": sum(known) / len(known)} if known else {}
     if not sequential:
         state = _update_generator(cfg, state, tasks)
-    if r < cfg.warmup:
+    if r < cfg.first:
         return state, metrics
 
     bank = state["bank"]
@@ -223,19 +240,23 @@ def _chain(cfg: Config, world: World, state: State, r: int, send: Send) -> tuple
     for job in _drawn(cfg, world, state, r):
         found = send("free.recover", [replace(job, index=0)], _inversion(cfg, world, state, r))
         for task in found:  # none where the teacher is bad
-            state = {**state, "theta_g": torch.tensor(task["theta_g"])}
+            state = {**state, "theta_g": torch.tensor(task["theta_g"])} if "theta_g" in task else state
         tasks += found
     return state, tasks
 
 
 def _update_generator(cfg: Config, state: State, tasks: Sequence[Arrays]) -> State:
+    """The state after the outer step on the meta-gradients of the tasks that were inverted, if there are any."""
+    grads = [task["grad"] for task in tasks if "grad" in task]
+    if not grads:
+        return state
     grad = torch.zeros_like(state["theta_g"])
-    for task in tasks:
-        grad += torch.tensor(task["grad"])
+    for one in grads:
+        grad += torch.tensor(one)
     if not torch.isfinite(grad).all():
         raise FloatingPointError("the generator's meta-gradient is not finite; lower method.lr_meta or lr_generator")
     if cfg.meta_reduction == "mean":
-        grad /= len(tasks)
+        grad /= len(grads)
     if cfg.meta_optimizer == "sgd":
         return {**state, "theta_g": state["theta_g"] - cfg.lr_meta * grad}
     fresh = cfg.meta_optimizer == "adam-fresh"
@@ -251,21 +272,30 @@ def _distill_set(cfg: Config, world: World, task: Arrays) -> bell.DistillSet:
 
 
 def queries(cfg: Config, world: World) -> dict[str, int]:
-    """Id of each service -> how many images it is asked about: for its surrogate, and for the images recovered."""
-    if not cfg.surrogate.budget:
+    """Id of each teacher that is asked -> about how many images: services for their surrogates and for what these gave,
+    and teachers with weights for the tasks of images of sources."""
+    if not (cfg.surrogate.budget or cfg.sources):
         return {}
-    visits = [card.id for r in range(cfg.rounds) for card in _visited(cfg, world, r)]
+    used = surrogates.usable(cfg.surrogate, world)
+    visits = Counter((card.id, inverts) for r in range(cfg.rounds) for card, inverts in _visits(cfg, world, r))
     spent, each = cfg.surrogate.distillation, cfg.images_per_class * world.way
-    first = spent.asked(spent.total_rounds)
-    return {card.id: first + each * visits.count(card.id) for card in surrogates.services(world)}
+    found: dict[str, int] = {}
+    for card in used.cards:
+        if card.access != "weights":
+            found[card.id] = spent.asked(spent.total_rounds) + each * visits[card.id, True]
+        elif cfg.sources:
+            found[card.id] = sourced.set_queries(cfg, world.way) * visits[card.id, False]
+    return found
 
 
 def cost(cfg: Config, world: World, shard: Shard) -> Cost:
-    """Time one pass of the inversion of a mean teacher, or of a fresh surrogate. A job has k + 1 passes.
+    """Time one pass of the inversion of a mean teacher, or of a fresh surrogate, and a task of images of sources.
 
-    The distillation of services is not timed.
+    An inversion has k + 1 passes. The distillation of services is not timed.
     """
     used = surrogates.known(cfg.surrogate, world)
+    kinds = [inverts for r in range(cfg.rounds) for _, inverts in _visits(cfg, world, r)]
+    inverted = sum(kinds)
 
     def one_pass(card: TeacherCard) -> float:
         net_g = generator(world.image.shape, cfg.latent, cfg.width)
@@ -273,11 +303,14 @@ def cost(cfg: Config, world: World, shard: Shard) -> Cost:
         one, teacher = cfg.model_copy(update={"steps": 0}), surrogates.sample(shard, card)
         return cost_of.seconds(lambda: five(one, net_g, [teacher], theta_g, None, [0], way=world.way, batched=False))
 
-    jobs, learning = cfg.rounds * cfg.teachers_per_round, max(cfg.rounds - cfg.warmup, 0)
+    recovering = inverted * (cfg.steps + 1) * cost_of.of_mean_teacher(used, one_pass) if inverted else 0.0
+    if asked := len(kinds) - inverted:
+        recovering += asked * cost_of.of_mean_teacher(used, lambda card: sourced.seconds(cfg, world, shard, card, 1))
+    learning = max(cfg.rounds - cfg.first, 0)
     least, most = cost_of.until_plateau(cfg.replay)
     return Cost(
-        images=jobs * cfg.images_per_class * world.way,
-        recovery=jobs * (cfg.steps + 1) * cost_of.of_mean_teacher(used, one_pass),
+        images=len(kinds) * cfg.images_per_class * world.way,
+        recovery=recovering,
         least=learning * least,
         most=learning * most,
         meta=cfg.replay,
@@ -297,6 +330,7 @@ METHOD = Method(
     cost=cost,
     panels=(
         panels.RECOVERED,
+        panels.LABELLED,
         panels.INVERSION,
         Panel("Distillation loss", "nats per image", "Mean of the tasks' losses, each just before its own step.",
               {"bell/loss": "distillation"}),
