@@ -90,6 +90,10 @@ class MetaConfig(BaseModel):
     mix_data: bool = Field(
         default=False, description="Whether a task may hold classes of several data sets, or of one only."
     )
+    augment: bool = Field(
+        default=False,
+        description="Whether the images of a task are cropped, and colour ones mirrored and recoloured, one by one.",
+    )
 
 
 class ReplayConfig(MetaConfig):

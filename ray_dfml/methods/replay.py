@@ -9,9 +9,10 @@ import numpy as np
 import torch
 
 from ray_dfml.core import episodes, optim, seeds
-from ray_dfml.core.images import normalise, to_pixels
+from ray_dfml.core.images import normalise, to_bytes, to_pixels
 from ray_dfml.core.inner_loop import Task, meta_gradient
 from ray_dfml.core.net import net
+from ray_dfml.core.sources.warp import augment
 from ray_dfml.methods import bank as bank_of
 from ray_dfml.methods.base import MetaConfig, Metrics, ReplayConfig, Send, State, World, image_values
 from ray_dfml.types import Arrays, Job, Shard
@@ -54,12 +55,17 @@ def grad(shard: Shard, jobs: Sequence[Job], shared: Arrays) -> list[Arrays]:
 
 
 def draw(cfg: MetaConfig, world: World, bank: Mapping[str, np.ndarray], tag: tuple[int | str, ...]) -> list[Arrays]:
-    """Draw `cfg.tasks` tasks from the bank, each with uint8 `support` and `query`. The seeds derive from `tag`."""
+    """Draw `cfg.tasks` tasks from the bank, each with uint8 `support` and `query`. The seeds derive from `tag`.
+
+    With `cfg.augment` their images are changed (`warp.augment`). The same images are drawn without it.
+    """
     tasks: list[Arrays] = []
     for t in range(cfg.tasks):
-        rng = seeds.rng(world.seed, *tag, t)
-        support, query = bank_of.draw(cfg, world.way, bank, rng)
-        tasks.append({"support": support, "query": query})
+        parts = bank_of.draw(cfg, world.way, bank, seeds.rng(world.seed, *tag, t))
+        if cfg.augment:
+            rng = seeds.rng(world.seed, *tag, t, "augment")
+            parts = [to_bytes(augment(rng, to_pixels(images))) for images in parts]
+        tasks.append(dict(zip(("support", "query"), parts, strict=True)))
     return tasks
 
 

@@ -13,7 +13,7 @@ from ray_dfml.core.sources.draws import GROUP, axes, channel_mixed, grouped, pic
 from ray_dfml.core.sources.mutants import _altered, _joined, mutants
 from ray_dfml.core.sources.shapes import _depth
 from ray_dfml.core.sources.strokes import _bernstein, _distance, _hats, _points
-from ray_dfml.core.sources.warp import Warp, recolour, warp, zoom
+from ray_dfml.core.sources.warp import Warp, augment, crop, recolour, warp, zoom
 
 SHAPES = [(1, 8, 8), (1, 28, 28), (3, 32, 32), (4, 9, 17)]
 EACH = pytest.mark.parametrize("name", SOURCES)
@@ -332,3 +332,30 @@ def test_a_shape_is_as_deep_as_its_smaller_half_axis_and_negative_outside():
     assert float(deepest.min()) > 1.5  # a triangle is half as deep
     corners = depth[:, 0, [0, 0, -1, -1], [0, -1, 0, -1]]
     assert float(corners.max()) < 0
+
+
+def test_a_crop_is_a_part_of_the_padded_image_and_each_image_has_its_own() -> None:
+    """Of an image of distinct pixels the crop tells its offsets; all of them occur, and 0 padding changes nothing."""
+    x = torch.arange(30.0).view(1, 1, 5, 6).repeat(400, 1, 1, 1)
+    found = crop(seeded(), x, 2)
+    assert torch.equal(crop(seeded(), x, 0), x)
+    padded = F.pad(x[:1], (2, 2, 2, 2), mode="replicate")[0, 0]
+    parts = {(dy, dx): padded[dy : dy + 5, dx : dx + 6] for dy in range(5) for dx in range(5)}
+    met = [next(where for where, part in parts.items() if torch.equal(part, one[0])) for one in found]
+    assert set(met) == set(parts)
+
+
+def test_augment_changes_colour_images_by_themselves_and_only_crops_grey_ones() -> None:
+    x = torch.rand(1, 3, 16, 16, generator=seeded()).repeat(40, 1, 1, 1)
+    found = augment(seeded(), x)
+    assert found.shape == x.shape
+    assert 0 <= found.min() <= found.max() <= 1
+    assert len({one.numpy().tobytes() for one in found}) == 40
+    same_draws = crop(seeded(), x, 2)
+    mirrored = [
+        float(torch.corrcoef(torch.stack([one.flatten(), other.flatten()]))[0, 1]) < 0.5
+        for one, other in zip(found, same_draws, strict=True)
+    ]
+    assert 8 <= sum(mirrored) <= 32
+    grey = torch.rand(9, 1, 28, 28, generator=seeded())
+    assert torch.equal(augment(seeded(), grey), crop(seeded(), grey, 3))

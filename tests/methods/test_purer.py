@@ -10,6 +10,7 @@ import torch
 from ray_dfml.core import seeds
 from ray_dfml.core.images import normalise
 from ray_dfml.core.inner_loop import Task, graph_grad, query_loss
+from ray_dfml.core.sources.warp import augment
 from ray_dfml.errors import RejectedError, UsageError
 from ray_dfml.methods.base import State, World
 from ray_dfml.methods.purer import method as purer
@@ -360,3 +361,22 @@ def test_notes_say_for_whom_the_statistics_term_is_dropped(device):
     assert purer.notes(small_purer(), world) == expected
     assert purer.notes(small_purer(bn_weight=0.0), world) == purer.notes(small_purer(), WORLD) == []
     play("purer", small_purer(), world, device=device)
+
+
+def test_augmented_pseudo_tasks_are_changes_of_the_same_images(device: torch.device) -> None:
+    """They are crops and colours of the drawn images as pixels, and the curriculum's push stays one of the images."""
+    after = play("purer", small_purer(), WORLD, rounds=2, device=device)[1]
+    plain, other = (
+        purer._Store(small_purer(meta={"shot": 1, "query": 2, "augment": on}), WORLD, after) for on in (False, True)
+    )
+    drawn = plain.pixels(plain.draw(0, 1, "pseudo"))
+    assert same(plain.task(0, 1, "pseudo"), drawn)
+    changed = other.task(0, 1, "pseudo")
+    assert same(other.task(0, 1, "pseudo"), changed)
+    assert same(other.pixels(other.draw(0, 1, "pseudo")), drawn)
+    rng = seeds.rng(0, 1, "pseudo", "augment")
+    for name, x in drawn.items():
+        pixels = (torch.tensor(x) * 0.25 + 0.5).clamp(0, 1)
+        assert changed[name].dtype == np.float32
+        np.testing.assert_allclose(changed[name], (augment(rng, pixels) - 0.5) / 0.25, atol=1e-5)
+        assert not np.allclose(changed[name], x)

@@ -11,9 +11,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ray_dfml.core import episodes, optim
-from ray_dfml.core.images import normalise, to_pixels
+from ray_dfml.core import episodes, optim, seeds
+from ray_dfml.core.images import normalise, to_bytes, to_pixels
 from ray_dfml.core.inner_loop import Task, meta_gradient
+from ray_dfml.core.sources.warp import augment
 from ray_dfml.methods import replay
 from ray_dfml.methods.base import ReplayConfig, State, initial_learner
 from ray_dfml.types import Arrays, Job
@@ -155,6 +156,20 @@ def test_an_update_is_a_draw_and_a_step(device: torch.device):
     assert alike(again, metrics, device)
     assert alike(parts["theta"], whole["theta"], device)
     assert alike(parts["stats"], whole["stats"], device)
+
+
+def test_augmented_tasks_are_changes_of_the_same_images():
+    """Support and query are each changed; without the setting nothing is, and the draws are the same again."""
+    plain, other, again = (replay.draw(config(augment=on), WORLD, BANK, (3,)) for on in (False, True, True))
+    for one, changed, repeated in zip(plain, other, again, strict=True):
+        for name in ("support", "query"):
+            assert changed[name].shape == one[name].shape
+            assert changed[name].dtype == np.uint8
+            assert not np.array_equal(changed[name], one[name])
+            np.testing.assert_array_equal(changed[name], repeated[name])
+    rng = seeds.rng(WORLD.seed, 3, 0, "augment")
+    expected = [to_bytes(augment(rng, to_pixels(plain[0][name]))) for name in ("support", "query")]
+    assert all(np.array_equal(other[0][n], x) for n, x in zip(("support", "query"), expected, strict=True))
 
 
 def extra(value: float, **more: Any) -> Arrays:

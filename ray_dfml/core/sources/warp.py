@@ -1,4 +1,4 @@
-"""Random changes of images that keep what they show: warps, zooms and changes of colour."""
+"""Random changes of images that keep what they show: warps, zooms, crops and changes of colour."""
 
 import math
 from dataclasses import dataclass
@@ -11,6 +11,11 @@ from ray_dfml.core.sources.draws import normal, uniform
 
 PADDING = {"zero": "zeros", "edge": "border"}
 """What lies outside of an image, by the name that `images.view` uses."""
+
+PAD = 8
+"""`augment` pads an image by one part in so many of its height, rounded down, before it crops."""
+RECOLOUR = 0.3
+"""How strongly `augment` recolours, as the preset `no-pool-colour` does."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,3 +89,29 @@ def recolour(rng: torch.Generator, x: Tensor, strength: float) -> Tensor:
     x = (x - 0.5) * draw(1, -strength).exp() + 0.5 + 0.4 * (draw(1, -strength) + draw(channels, -strength))
     grey = x.mean(1, keepdim=True)
     return (grey + (x - grey) * draw(1, -2 * strength).exp()).clamp(0, 1)
+
+
+def crop(rng: torch.Generator, x: Tensor, pad: int) -> Tensor:
+    """Each image of [n c h w] shifted by whole pixels, up to `pad` along each axis, by a draw of its own.
+
+    What comes in repeats the border.
+    """
+    n, channels, height, width = x.shape
+    dy, dx = torch.randint(2 * pad + 1, (2, n, 1), generator=rng)
+    rows, columns = dy + torch.arange(height), dx + torch.arange(width)
+    padded = F.pad(x, (pad, pad, pad, pad), mode="replicate")
+    image, channel = torch.arange(n).view(-1, 1, 1, 1), torch.arange(channels).view(-1, 1, 1)
+    return padded[image, channel, rows[:, None, :, None], columns[:, None, None, :]]
+
+
+def augment(rng: torch.Generator, x: Tensor) -> Tensor:
+    """Each image of [n c h w], pixels in [0, 1], cropped after padding; colour images also mirrored and recoloured.
+
+    All draws are each image's own. A mirrored character is another one, and its greys say what is ink, so grey images
+    are cropped alone.
+    """
+    x = crop(rng, x, x.shape[2] // PAD)
+    if x.shape[1] == 1:
+        return x
+    mirror = uniform(rng, len(x), 1, 1, 1) < 0.5
+    return recolour(rng, torch.where(mirror, x.flip(-1), x), RECOLOUR)

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from ray_dfml.core import seeds
+from ray_dfml.core.sources.warp import augment
 from ray_dfml.errors import UsageError
 from ray_dfml.methods import bank as bank_of
 from ray_dfml.methods import cost as cost_of
@@ -159,7 +160,7 @@ def learn(cfg: Config, world: World, state: State, r: int, results: list[Arrays]
     bank_of.check_left(cfg.meta, world, {}, cfg.image_key)
     found: Metrics = {}
     for u in range(cfg.updates):
-        tasks = [store.pixels(store.draw(world.seed, r, "pseudo", u, t)) for t in range(cfg.meta.tasks)]
+        tasks = [store.task(world.seed, r, "pseudo", u, t) for t in range(cfg.meta.tasks)]
         state, found = replay.step(cfg.meta, world, state, tasks, (r, "pseudo", u), send)
         state = {**state, "switch": switched(cfg, state["switch"], state["updates"], found["accuracy"] or 0.0)}
     metrics |= {f"replay/{name}": value for name, value in found.items()}
@@ -238,6 +239,18 @@ class _Store:
     def pixels(self, task: dict[str, np.ndarray]) -> Arrays:
         """The images of a pseudo task, float32, normalised for the learner."""
         return {name: np.stack([self.images[i][row] for i, row in rows]) for name, rows in task.items()}
+
+    def task(self, *tag: int | str) -> Arrays:
+        """The images of a new pseudo task. With `augment` they are changed as pixels, which are clamped to [0, 1]."""
+        images = self.pixels(self.draw(*tag))
+        if not self._meta.augment:
+            return images
+        rng, spec = seeds.rng(*tag, "augment"), self._world.image
+        mean, std = (torch.tensor(values)[:, None, None] for values in (spec.mean, spec.std))
+        return {
+            name: ((augment(rng, (torch.tensor(x) * std + mean).clamp(0, 1)) - mean) / std).numpy()
+            for name, x in images.items()
+        }
 
 
 def seen(cfg: Config, world: World, results: Sequence[Arrays]) -> list[Seen]:
