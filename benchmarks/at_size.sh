@@ -8,14 +8,8 @@ set -euo pipefail
 out=$1 seed=$2 data="cifar-fs:$RAY_DFML_DATA/cifar100.parquet"
 ray-dfml pool build --data "$data" --models 100 --arch conv4 --way 5 --seed 0 --out "$out/pool-100" --resume \
   --set pretrain.epochs=15 --set 'pretrain.milestones=[9,13]'
-[ -e "$out/pool-10-labels" ] || python - "$out/pool-100" "$out/pool-10-labels" <<'PYTHON'
-"""The first ten teachers as services that name a class."""
-import shutil, sys, yaml
-shutil.copytree(sys.argv[1], sys.argv[2])
-content = yaml.safe_load(open(f"{sys.argv[2]}/pool.yaml"))
-content["teachers"] = [entry | {"access": "label"} for entry in content["teachers"][:10]]
-yaml.safe_dump(content, open(f"{sys.argv[2]}/pool.yaml", "w"))
-PYTHON
+[ -e "$out/pool-10-labels" ] ||
+  python "$(dirname "$0")/label_pool.py" "$out/pool-100" "$out/pool-10-labels" 10
 same=(--data "$data" --backend local --seed "$seed" --resume-or-start
   --set learner.head=protonet --set eval.episodes=600 --set eval.val_episodes=100)
 ten=(--preset best-cifar-fs --set pool.limit=10 --set method.steps=2000 --set method.inversion.images_per_class=80)

@@ -2,6 +2,7 @@
 
 import io
 import itertools
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -17,36 +18,42 @@ STYLES = ("-", "--", ":")
 
 
 def draw(curves: Curves, file: Path) -> None:
-    """Write a PNG. Rows that were validated in one round only are points; a row has one look, and each seed a line."""
+    """Write a PNG. Against minutes each seed is a line; runs that were validated in one round only are points.
+
+    Against queries a run is the point of its last round. Rows NAME and NAME-QUERIES have one look, that of NAME, and
+    there they are one line.
+    """
     asked = {row: seeds for row, seeds in curves.items() if any(p["queries"] for seed in seeds for p in seed)}
     budgets = {p["queries"] for seeds in asked.values() for seed in seeds for p in seed}
-    panels = [("minutes", "minutes of training", curves)]
-    if len(budgets) > 1:  # else there is no curve
-        panels.append(("queries", "queries a teacher", asked))
-    figure = Figure(figsize=(5.2 * len(panels) + 2.2, 4.2), dpi=110, layout="constrained")
-    kinds = [(colour, style) for style in STYLES for colour in COLOURS]
-    looks = dict(zip(curves, itertools.cycle(kinds), strict=False))
-    axes = figure.subplots(1, len(panels), squeeze=False)[0]
-    for ax, (key, label, rows) in zip(axes, panels, strict=True):
-        _panel(ax, key, rows, looks)
-        ax.set_xlabel(label)
-    axes[0].set_ylabel("validation accuracy, %")
+    panels = 1 + (len(budgets) > 1)  # else there is no curve
+    figure = Figure(figsize=(5.2 * panels + 2.2, 4.6), dpi=110, layout="constrained")
+    kinds = [{"color": colour, "ls": style} for style in STYLES for colour in COLOURS]
+    looks = dict(zip(dict.fromkeys(map(_name, curves)), itertools.cycle(kinds), strict=False))
+    axes = figure.subplots(1, panels, squeeze=False)[0]
+    for row, seeds in curves.items():
+        for points in seeds:
+            _line(axes[0], [(p["minutes"], p["validation"]) for p in points], looks[_name(row)], _name(row))
+    axes[0].set(xlabel="minutes of training", ylabel="validation accuracy, %")
+    for name in dict.fromkeys(map(_name, asked)) if panels > 1 else ():
+        ends = [seed[-1] for row, seeds in asked.items() if _name(row) == name for seed in seeds]
+        _line(axes[1], sorted((end["queries"], end["validation"]) for end in ends), looks[name], name)
+        axes[1].set_xlabel("queries a teacher")
+    for ax in axes:
+        ax.set_xlim(left=0)
+        ax.grid(color="#e3e7eb")
+        ax.spines[["top", "right"]].set_visible(False)
     handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside right upper", frameon=False, fontsize=9)
+    once = dict(zip(labels, handles, strict=True))
+    figure.legend(once.values(), once.keys(), loc="outside right upper", frameon=False, fontsize=9)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
     # few colours need few bytes
     Image.open(buffer).convert("P", palette=Image.Palette.ADAPTIVE, colors=64).save(file, optimize=True)
 
 
-def _panel(ax: Axes, key: str, rows: Curves, looks: Mapping[str, tuple[str, str]]) -> None:
-    for row, seeds in rows.items():
-        colour, style = looks[row]
-        for i, points in enumerate(seeds):
-            ax.plot(
-                [p[key] for p in points], [p["validation"] for p in points], color=colour, ls=style, lw=1.2, marker="o",
-                markersize=3, label=row if i == 0 else None,
-            )  # fmt: skip
-    ax.set_xlim(left=0)
-    ax.grid(color="#e3e7eb")
-    ax.spines[["top", "right"]].set_visible(False)
+def _name(row: str) -> str:
+    return re.sub(r"-\d+$", "", row)
+
+
+def _line(ax: Axes, points: Sequence[tuple[float, float]], look: Mapping[str, str], label: str) -> None:
+    ax.plot(*zip(*points, strict=True), lw=1.2, marker="o", markersize=3, label=label, **look)
