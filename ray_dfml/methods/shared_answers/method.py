@@ -63,13 +63,14 @@ def init(cfg: Config, world: World) -> State:
             "shared-answers: inverted images are asked about in the next round, and one round only asks; "
             "lower method.batch"
         )
-    return initial_learner(world) | {"answers": {}, "recovered": {}, "fit": {}}
+    return initial_learner(world) | {"answers": {}, "recovered": {}, "lesson": {}, "fit": {}}
 
 
 def images(cfg: Config, world: World, recovered: Mapping[str, np.ndarray], r: int) -> np.ndarray:
     """The images of round `r`, uint8 [n c h w] of the learner's size: of the sources, then those `recovered` for it.
 
-    Those of the sources derive from the run's seed and the round, so that no checkpoint needs to hold them.
+    Those of the sources derive from the run's seed and the round, so that they need not be kept while others are asked
+    about.
     """
     rng, zooms = seeds.rng(world.seed, r, "asked"), (cfg.zoom_low, cfg.zoom_high)
     found = drawn(cfg.parts, cfg.batches[r], world.image.shape, rng, zooms=zooms, invert=cfg.invert)
@@ -167,21 +168,27 @@ def _rarest(result: Arrays) -> float:
 
 
 def _trained(cfg: Config, world: World, state: State, r: int, send: Send) -> tuple[State, Metrics]:
-    """The state after the steps of round `r`."""
-    known = [state["answers"][id] for id in sorted(state["answers"])]
-    asked = [images(cfg, world, state["recovered"], i) for i in range(len(cfg.batches))]
-    told = fit.answered(known, [len(some) for some in asked])
-    some = told["known"].any(1)
-    values = {"theta": state["theta"].numpy(), "images": np.concatenate(asked)[some], "units": told["units"]}
-    values |= {name: told[name][some] for name in ("wished", "known")}
-    values |= {"begun": state["fit"], "steps": cfg.fitted(r)}
+    """The state after the steps of round `r`. The first of these rounds joins the answers, for the others too."""
+    lesson = state["lesson"] or _lesson(cfg, world, state)
+    values = lesson | {"theta": state["theta"].numpy(), "begun": state["fit"], "steps": cfg.fitted(r)}
     job = Job(index=0, seed=seeds.derive(world.seed, len(cfg.batches) - 1, "fit"), values=values)
     (done,) = send("shared-answers.fit", [job], fit.shared_values(cfg, world))
     theta = torch.tensor(done["theta"])
     if not torch.isfinite(theta).all():
         raise FloatingPointError("the learner's weights are not finite; lower method.lr or method.layer_lr")
     figures = {f"fit/{name}": done[name] for name in ("loss_first", "loss_last", "agreement")}
-    return {**state, "theta": theta, "fit": done["fit"]}, figures
+    last = r == cfg.total_rounds - 1
+    return {**state, "theta": theta, "lesson": {} if last else lesson, "fit": done["fit"]}, figures
+
+
+def _lesson(cfg: Config, world: World, state: State) -> Arrays:
+    """All images that an answer is known to, and the answers, as `fit.fit` takes them."""
+    known = [state["answers"][id] for id in sorted(state["answers"])]
+    asked = [images(cfg, world, state["recovered"], r) for r in range(len(cfg.batches))]
+    told = fit.answered(known, [len(some) for some in asked])
+    some = told["known"].any(1)
+    lesson = {"images": np.concatenate(asked)[some], "units": told["units"]}
+    return lesson | {name: told[name][some] for name in ("wished", "known")}
 
 
 def queries(cfg: Config, world: World) -> dict[str, int]:
@@ -192,8 +199,8 @@ def queries(cfg: Config, world: World) -> dict[str, int]:
 def cost(cfg: Config, world: World, shard: Shard) -> Cost:
     """Time the drawing of a few images, a few steps of the learner and of an inversion, and a few answers.
 
-    Images are drawn once to ask about them, and once more in each round of the training. A teacher is taken to be as
-    fast as the learner, and to answer without delay.
+    Images are drawn once to ask about them, and once more to learn from them. A teacher is taken to be as fast as the
+    learner, and to answer without delay.
     """
     few, steps = min(TIMED, cfg.budget), min(TIMED_STEPS, cfg.steps)
     small = cfg.model_copy(update={"budget": few, "batch": few, "steps": steps, "fits": 1})
@@ -212,7 +219,7 @@ def cost(cfg: Config, world: World, shard: Shard) -> Cost:
     return Cost(
         images=inverted,
         recovery=len(world.cards) * (drawing + inverted) * answer + inversions,
-        alone=(1 + cfg.fits) * drawing * draw + cfg.steps * step,
+        alone=2 * drawing * draw + cfg.steps * step,
     )
 
 
