@@ -20,8 +20,8 @@ def seen(cfg: MethodConfig, world: World, results: Sequence[Arrays]) -> list[See
     """What the results of a recover op show, class after class; `Method.pictures` of most methods.
 
     A result is a recovered task (`inversion.Inversion.task`), a pair of tasks of which the `support` is shown, or what
-    a teacher was asked about (`students.loop.recover`). What a teacher said of a recovered image is its best class of
-    the task, and how probable that is among these classes.
+    a teacher was asked about (`students.loop.recover`). A task whose `kind` is `asked` has images of sources. What a
+    teacher said of a recovered image is its best class of the task, and how probable that is among these classes.
     """
     cards = {card.id: card for card in world.cards}
     found: list[Seen] = []
@@ -42,7 +42,7 @@ def _of_task(access: Access, task: Arrays) -> Iterator[Seen]:
             said, confidence = _read(task["logits"][rows], task["classes"])
             unsure = ~told[rows] if access != "label" else np.ones(len(rows), bool)
             yield Seen(
-                kind="recovered", teacher=task["teacher"], name=name, images=task["images"][rows],
+                kind=task.get("kind", "recovered"), teacher=task["teacher"], name=name, images=task["images"][rows],
                 said=tuple(OTHER if not known else one for known, one in zip(told[rows], said, strict=True)),
                 confidence=tuple(np.where(unsure, np.nan, confidence).tolist()),
             )  # fmt: skip

@@ -155,6 +155,7 @@ def labelled(
     labels = labels.numpy()
     rows = best(loss.numpy(), labels, way, cfg.images_per_class)
     return {
+        "kind": "asked",
         "teacher": card.id,
         "classes": [card.classes[unit] for unit in units.tolist()],
         "images": stored[rows],

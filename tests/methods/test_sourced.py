@@ -12,7 +12,7 @@ from torch import Tensor
 from ray_dfml.core import losses
 from ray_dfml.core.images import fit, to_bytes, to_pixels
 from ray_dfml.errors import RejectedError, UsageError
-from ray_dfml.methods import sourced
+from ray_dfml.methods import pictures, sourced
 from ray_dfml.methods.base import World
 from ray_dfml.methods.bidf import method as bidf
 from ray_dfml.methods.free import method as free
@@ -230,6 +230,22 @@ def test_sources_take_sizes_that_no_generator_makes_and_refuse_tiny_ones() -> No
             init(config(**BOTH), odd)  # type: ignore[operator]
         with pytest.raises(UsageError, match=f"{name}: image sources need"):
             init(config(**DIP), tiny)  # type: ignore[operator]
+
+
+def test_the_gallery_says_that_teachers_were_asked_about_images_of_sources() -> None:
+    """Under the class that each image got, with the confidence among the classes of the task."""
+    world, cfg = small_world(), small_config(**BOTH, warmup=0)
+    state, shard = free.init(cfg, world), FakeShard(world)
+    results = shard.send("free.recover", free.plan(cfg, world, state, 0), free.shared(cfg, world, state, 0))
+    shown = pictures.seen(cfg, world, results)
+    assert {(one.kind, one.teacher) for one in shown} == {
+        ("recovered", results[0]["teacher"]), ("asked", results[1]["teacher"]),
+    }  # fmt: skip
+    assert all(one.said == (one.name,) * len(one.images) for one in shown if one.kind == "asked")
+    of_bidf = bidf.init(small_bidf(**DIP), world)
+    values = bidf.shared(small_bidf(**DIP), world, of_bidf, 0)
+    sets = shard.send("bidf-mkd.recover", bidf.plan(small_bidf(**DIP), world, of_bidf, 0), values)
+    assert {one.kind for one in pictures.seen(cfg, world, sets)} == {"asked"}
 
 
 def test_surrogates_are_inverted_and_label_nothing() -> None:

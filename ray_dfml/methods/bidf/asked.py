@@ -206,7 +206,7 @@ class Asking:
             with torch.no_grad():
                 best = judge(drawn[None])[0].softmax(-1).topk(2, -1).values
             drawn = drawn[(best[:, 0] - best[:, 1]).argsort(stable=True)[:count]]
-        return self._task(drawn, None)
+        return self._task(drawn, None) | {"kind": "asked"}
 
     def _drawn(self, count: int) -> Tensor:
         """Images of the sources [count c h w] of the learner's size."""
