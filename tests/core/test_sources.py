@@ -359,3 +359,13 @@ def test_augment_changes_colour_images_by_themselves_and_only_crops_grey_ones() 
     assert 8 <= sum(mirrored) <= 32
     grey = torch.rand(9, 1, 28, 28, generator=seeded())
     assert torch.equal(augment(seeded(), grey), crop(seeded(), grey, 3))
+
+
+def test_augment_only_crops_grey_images_among_colour_ones() -> None:
+    """Grey ones have equal channels, or nearly so after a normalisation; the colour ones have the same draws."""
+    colour = torch.rand(8, 3, 16, 16, generator=seeded())
+    grey = (colour[:, :1] + torch.tensor([0.0, 1e-6, -1e-6]).view(3, 1, 1)).clamp(0, 1)
+    is_grey = (torch.arange(8) % 2 == 0).view(-1, 1, 1, 1)
+    found = augment(seeded(), torch.where(is_grey, grey, colour))
+    expected = torch.where(is_grey, crop(seeded(), grey, 2), augment(seeded(), colour))
+    assert torch.equal(found, expected)

@@ -16,6 +16,8 @@ PAD = 8
 """`augment` pads an image by one part in so many of its height, rounded down, before it crops."""
 RECOLOUR = 0.3
 """How strongly `augment` recolours, as the preset `no-pool-colour` does."""
+GREY = 1 / 255
+"""An image whose channels differ by less at each pixel is grey for `augment`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,11 +109,12 @@ def crop(rng: torch.Generator, x: Tensor, pad: int) -> Tensor:
 def augment(rng: torch.Generator, x: Tensor) -> Tensor:
     """Each image of [n c h w], pixels in [0, 1], cropped after padding; colour images also mirrored and recoloured.
 
-    All draws are each image's own. A mirrored character is another one, and its greys say what is ink, so grey images
-    are cropped alone.
+    All draws are each image's own. A mirrored character is another one, and its greys say what is ink, so grey images,
+    those of equal channels included, are cropped alone.
     """
     x = crop(rng, x, x.shape[2] // PAD)
     if x.shape[1] == 1:
         return x
+    grey = (x.amax(1, keepdim=True) - x.amin(1, keepdim=True)).amax((2, 3), keepdim=True) < GREY
     mirror = uniform(rng, len(x), 1, 1, 1) < 0.5
-    return recolour(rng, torch.where(mirror, x.flip(-1), x), RECOLOUR)
+    return torch.where(grey, x, recolour(rng, torch.where(mirror, x.flip(-1), x), RECOLOUR))
