@@ -70,11 +70,10 @@ def check_classes(method: str, world: World) -> None:
 
 
 def checked_generator(method: str, cfg: InversionConfig, world: World, classes: int = 0) -> Generator:
-    """The generator of images of the learner's size.
+    """The generator of images of the learner's size. Raises UsageError for a size that it cannot make.
 
-    Raises UsageError for a size that the generator cannot make, and as `check_classes` does.
+    `classes` is the number of classes that it is told a label of.
     """
-    check_classes(method, world)
     try:
         return generator(world.image.shape, cfg.latent, cfg.width, classes)
     except ValueError as error:

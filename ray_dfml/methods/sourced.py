@@ -1,12 +1,13 @@
 """Tasks of images that nobody recovered: a teacher with weights labels images of sources itself.
 
 No paper has this. FREE and BiDf-MKD invert a teacher to images of its classes. The same tasks can be made of images of
-a source (`core.sources`). They are several times as many as the task needs. The teacher is asked about all of them, and
-of each class those stay that fit best, by the inversion loss of an image x with the class y that the teacher gives it:
+a source (`core.sources`), of which several times as many are drawn as the task needs. The teacher is asked about all of
+them, and of each class those stay that fit best. These have the lowest inversion loss, which of an image x with the
+class y of the task that the teacher finds likeliest is
 
-    -log p(y | x) - adversarial 1[teacher and judge agree] disagreement(x)
+    -log p(y | x) - adversarial 1[teacher and judge agree] disagreement(x).
 
-Without a judge that is the most confident ones. Their answers are what the learner distils.
+Without a judge they are the most confident ones. Their answers are what the learner distils.
 
 [Wei2024] FREE, arXiv 2405.00984, Eq. 1.
 """
@@ -118,9 +119,7 @@ def drawn(
     `channels` are those of the teacher: for a teacher of grey images all channels are equal.
     """
     share, left = divmod(count, len(names))
-    parts = [
-        SOURCES[name].function(rng, share + (i < left), (channels, *shape[1:])) for i, name in enumerate(names)
-    ]  # fmt: skip
+    parts = [SOURCES[name].function(rng, share + (i < left), (channels, *shape[1:])) for i, name in enumerate(names)]
     return fit(torch.cat(parts), shape)
 
 
@@ -146,12 +145,12 @@ def labelled(
         raise RejectedError(f"{card.id}: answers NaN or infinite numbers")
     known = logits[:, units]
     labels = known.argmax(1)
-    loss = sure = -logits.log_softmax(1).gather(1, units[labels, None])[:, 0]
+    loss = ce = -logits.log_softmax(1).gather(1, units[labels, None])[:, 0]
     if judge is not None:
         with torch.no_grad():
             ours = judge(pixels.to(device)[None])[0].cpu()
         apart = losses.disagreements(known, ours, form=cfg.adversarial_form, clamp=cfg.kl_clamp)
-        loss = sure - cfg.adversarial * (ours.argmax(1) == labels) * apart
+        loss = ce - cfg.adversarial * (ours.argmax(1) == labels) * apart
     labels = labels.numpy()
     rows = best(loss.numpy(), labels, way, cfg.images_per_class)
     return {
@@ -162,7 +161,7 @@ def labelled(
         "labels": labels[rows],
         "view": (cfg.crop_pad, cfg.crop_pad, False),
         "logits": known.numpy()[rows],
-        "confidence": 100.0 * float((-sure[rows]).exp().mean()),
+        "confidence": 100.0 * float((-ce[rows]).exp().mean()),
         "filled": 100.0 * len(rows) / (way * cfg.images_per_class),
     }
 

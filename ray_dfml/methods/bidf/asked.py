@@ -201,12 +201,12 @@ class Asking:
         two best classes is smallest. The choice costs no query.
         """
         count = len(self.labels)
-        drawn = self._drawn(count if judge is None else CANDIDATES * count)
+        images = self._drawn(count if judge is None else CANDIDATES * count)
         if judge is not None:
             with torch.no_grad():
-                best = judge(drawn[None])[0].softmax(-1).topk(2, -1).values
-            drawn = drawn[(best[:, 0] - best[:, 1]).argsort(stable=True)[:count]]
-        return self._task(drawn, None) | {"kind": "asked"}
+                best = judge(images[None])[0].softmax(-1).topk(2, -1).values
+            images = images[(best[:, 0] - best[:, 1]).argsort(stable=True)[:count]]
+        return self._task(images, None) | {"kind": "asked"}
 
     def _drawn(self, count: int) -> Tensor:
         """Images of the sources [count c h w] of the learner's size."""

@@ -249,6 +249,10 @@ METHOD = Method(
         Panel("Teachers on their recovered images", "accuracy, %",
               "Share of recovered images to which the teacher gives the intended class.",
               {"recover/support_accuracy": "support", "recover/query_accuracy": "query"}),
+        Panel("Images of sources", "%", "Confidence of the teachers in the images that they label, and how many of "
+              "those that a set wishes for are found.",
+              {"recover/support_confidence": "support", "recover/query_confidence": "query",
+               "recover/support_filled": "support, found", "recover/query_filled": "query, found"}),
         Panel("Inversion loss: support", "nats", "Mean over the round's sets, of the first pass and the lowest.",
               {"recover/support_loss_first": "first pass", "recover/support_loss_last": "lowest"}),
         Panel("Inversion loss: query", "nats", "The same, with the boundary term where it is on.",

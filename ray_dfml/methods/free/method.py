@@ -106,8 +106,8 @@ def _drawn(cfg: Config, world: World, state: State, r: int) -> list[Job]:
 def _visits(cfg: Config, world: World, r: int) -> list[tuple[TeacherCard, bool]]:
     """The teachers that round `r` visits, each with whether it is inverted; else it labels images of sources.
 
-    If both are wanted, they alternate: from visit to visit, or, with `draws` turns, between the visits of a teacher,
-    with which every other teacher begins. The warm-up inverts.
+    If both are wanted, they alternate from visit to visit. With `draws` turns they alternate between the visits of each
+    teacher, and every other teacher of the pool begins with images of sources. The warm-up inverts.
     """
     world, count = surrogates.usable(cfg.surrogate, world), cfg.teachers_per_round
     if not world.cards:
