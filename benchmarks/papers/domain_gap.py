@@ -17,8 +17,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ray_dfml.core.images import normalise, to_pixels
 from ray_dfml.core.scoring import mean_ci95
+from ray_dfml.core.steady import steady_logits
 from ray_dfml.data import datasets
 from ray_dfml.data.pool import Pool
 from ray_dfml.methods.base import Metrics, State, World
@@ -57,11 +57,8 @@ class Named:
 
     def query(self, images: np.ndarray) -> np.ndarray:
         """Labels int64 [n] of images [n c h w]."""
-        mean, std = (torch.tensor(values) for values in (self.card.image.mean, self.card.image.std))
-        pixels = normalise(to_pixels(images), mean, std)
-        with torch.no_grad():
-            logits = self.teacher.net(self.teacher.theta, pixels, self.teacher.stats, first_order=True)
-        return logits.argmax(-1).numpy()
+        one, (mean, std) = self.teacher, map(torch.tensor, (self.card.image.mean, self.card.image.std))
+        return steady_logits(one.net, one.theta, one.stats, images, mean, std).argmax(-1).numpy()
 
 
 class Asking(Shard):
