@@ -24,7 +24,7 @@ for row in "${@:3}"; do
     no-pool) method=no-pool settings=(--preset no-pool-colour) ;;
     free) method=free settings=("${free[@]}" --set method.rounds=25) ;;
     free-long) method=free settings=("${free[@]}" --set method.rounds=75) ;;
-    free-paper) method=free settings=(--profile paper --set method.rounds=25 --set method.replay.shot=5
+    free-paper) method=free settings=(--profile paper --set method.rounds=15 --set method.replay.shot=5
       --set eval.every=5) ;;
     free-labels) method=free pool=pool-10-labels settings=("${free[@]}" --set learner.start=no-pool-colour
       --set method.rounds=15 --set method.surrogate.budget=1500 --set method.surrogate.last_steps=300) ;;
