@@ -86,12 +86,16 @@ def _commits(records: Sequence[Record]) -> str | None:
 
 
 def _landed(commit: str) -> str:
-    """The commit in the history of HEAD: itself, or if it was rebased, the one with its subject."""
+    """The commit in the history of HEAD: itself; if it was rebased, the one with its subject; or the last one before
+    it, if the package is the same there."""
     if _git("merge-base", "--is-ancestor", commit, "HEAD") is not None:
         return commit[:7]
     subject = _git("log", "-1", "--format=%s", commit)
     log = [line.partition(" ") for line in (_git("log", "--format=%h %s") or "").splitlines()]
     found = [short for short, _, said in log if subject and said == subject]
+    base = _git("merge-base", commit, "HEAD")
+    if not found and base and _git("diff", "--quiet", base, commit, "--", "ray_dfml") is not None:
+        return base[:7]
     if len(found) != 1:
         raise DfmlError(f"commit {commit[:7]} is not in the history of HEAD, and {len(found)} there have its subject")
     return found[0]
