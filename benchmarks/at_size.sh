@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # CIFAR-FS with 100 Conv4-32 teachers, one process of one thread; at_size_2cores_202611.md. All rows have the
 # ProtoNet head. The recipe of the teachers takes a quarter of the epochs of the default one, with equal accuracy.
-# Usage: RAY_DFML_DATA=FOLDER benchmarks/at_size.sh OUT SEED ROW...; rows: random average ota no-pool free free-long
+# Usage: RAY_DFML_DATA=FOLDER benchmarks/at_size.sh OUT SEED ROW...; rows: random average ota no-pool free free-dip free-long
 # free-paper free-labels best labelled labelled-QUERIES ten ten-shuffled ten-labels purer bidf-mkd maml-oracle
 # maml-oracle-long. OUT/pool-100 is built if it is not there, and the runs are OUT/runs/ROW-SEED.
 set -euo pipefail
@@ -23,6 +23,7 @@ for row in "${@:3}"; do
     random | average | ota) method=$row settings=() ;;
     no-pool) method=no-pool settings=(--preset no-pool-colour) ;;
     free) method=free settings=("${free[@]}" --set method.rounds=25) ;;
+    free-dip) method=free settings=("${free[@]}" --set method.rounds=25 --set 'method.images=[dip]') ;;
     free-long) method=free settings=("${free[@]}" --set method.rounds=75) ;;
     free-paper) method=free settings=(--profile paper --set method.rounds=15 --set method.replay.shot=5
       --set eval.every=5) ;;
