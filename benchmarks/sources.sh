@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # What tasks are made of, where the learner starts, and augmentation: an ablation on validation episodes of CIFAR-FS,
 # with ten of the 100 teachers of at_size.sh; sources_2cores_202611.md. Rounds are such that each row takes about 100 s
-# of a processor. Usage: RAY_DFML_DATA=FOLDER benchmarks/sources.sh OUT SEED ROW...; rows: generator dip mixture
+# of a processor. Usage: RAY_DFML_DATA=FOLDER benchmarks/sources.sh OUT SEED ROW...; rows: no-pool generator dip mixture
 # augmented-dip warm-dip bidf-generator bidf-dip. OUT/pool-100 is that of at_size.sh. The runs are OUT/sources/ROW-SEED,
 # each with its processor seconds in time.txt and its scores in val.json. Nothing is tested.
 set -euo pipefail
@@ -15,6 +15,7 @@ for row in "${@:3}"; do
   bidf=(--set method.width=16 --set method.lr_generator=1e-2 --set method.bn_weight=0.1 --set method.iterations=16
     --set method.conditional=off --set method.images_per_class=20 --set method.generate_every=10)
   case $row in
+    no-pool) method=no-pool settings=(--preset no-pool-colour --set method.rounds=10) ;;
     generator) settings=("${free[@]}" --set method.rounds=12) ;;
     dip) settings=("${free[@]}" --set method.rounds=15 --set method.images=dip) ;;
     mixture) settings=("${free[@]}" --set method.rounds=13 --set method.images=generator,dip) ;;
