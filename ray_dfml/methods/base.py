@@ -241,6 +241,8 @@ class Method(Generic[C]):
     students: Callable[[C, World, State], Mapping[str, Student]] | None = None
     """Id of a teacher -> its student, if the method distils each teacher instead of training one learner. A student has
     the input and the classes of its teacher, is read without adaptation, and is scored by its top-1 accuracy."""
+    settled: tuple[str, ...] = ("rounds",)
+    """Settings that what a run holds after some rounds depends on, so that none may change while it goes on."""
     needs_pool: bool = True
     """Whether the method can do nothing without teachers."""
     needs_real: bool = False

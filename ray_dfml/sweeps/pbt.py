@@ -143,20 +143,21 @@ def check(sweep: Sweep, trials: Sequence[Trial], world: World) -> None:
     `world` is that of a trial. Each pair of trials must begin with states of the same keys and shapes.
     """
     axes, cfg = axes_of(sweep.space), sweep.scheduler
-    other = [axis.key for axis in axes if not axis.key.startswith("method.")]
-    rounds = trials[0].config.total_rounds
-    if other or any(axis.key == "method.rounds" for axis in axes):
-        raise UsageError(f"scheduler pbt: {(other or ['method.rounds'])[0]} cannot change while a run goes on")
+    method, rounds = METHODS[sweep.method], trials[0].config.total_rounds
+    settled = {f"method.{name}" for name in method.settled}
+    if other := [axis.key for axis in axes if not axis.key.startswith("method.") or axis.key in settled]:
+        raise UsageError(f"scheduler pbt: {other[0]} cannot change while a run goes on")
     if len(trials) < 2 * len(sweep.seeds):
         raise UsageError("scheduler pbt: needs two points or more; raise `samples`, or name more values")
     if cfg.interval >= rounds:
         raise UsageError(f"scheduler pbt: interval {cfg.interval} leaves no exchange in {rounds} rounds")
-    method = METHODS[sweep.method]
     first = trials[0]
     wanted = _shapes(method.init(first.config.method, world))
     for axis in axes:
         for value in axis.ends:
             config = plan.config_of(sweep, first.config.pool, first.point | {axis.key: value}, first.seed)
+            if config.total_rounds != rounds:
+                raise UsageError(f"scheduler pbt: {axis.key} changes the number of rounds, which a run keeps")
             if _shapes(method.init(config.method, world)) != wanted:
                 raise UsageError(f"scheduler pbt: {axis.key} changes the shape of the state, so none can take it over")
 

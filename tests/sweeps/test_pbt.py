@@ -15,6 +15,8 @@ from ray_dfml.sweeps import pbt, plan, results, spec, trial
 from ray_dfml.sweeps.space import Axis
 from ray_dfml.sweeps.trial import Task
 from tests.runtime import toy
+from tests.runtime.test_accounts import pool_with
+from tests.support import small_world
 from tests.sweeps.conftest import SweepFile
 
 AXES = [
@@ -139,6 +141,7 @@ FAULTS = [
     ({"space": {"learner": {"head": {"grid": ["maml", "anil"]}}}}, "learner.head cannot change while a run goes on"),
     ({"space": {"method": {"width": {"grid": [4, 8]}}}}, "method.width changes the shape of the state"),
     ({"space": {"method": {"lr_meta": {"grid": [1e-3]}}}}, "needs two points or more"),
+    ({"space": {"method": {"rounds": {"grid": [6, 7]}}}}, "method.rounds cannot change while a run goes on"),
     ({"scheduler": {"type": "pbt", "interval": 6}}, "interval 6 leaves no exchange in 6 rounds"),
 ]
 
@@ -146,9 +149,34 @@ FAULTS = [
 @pytest.mark.parametrize(("changes", "said"), FAULTS)
 def test_a_population_that_cannot_exchange(sweep_file: SweepFile, changes: dict, said: str, toy_pool: Path) -> None:
     sweep = spec.read(sweep_file(**{"scheduler": {"type": "pbt", "interval": 2}} | changes))
-    sweep.set["method"].pop("width", None)
+    for name in changes.get("space", {}).get("method", {}):
+        sweep.set["method"].pop(name, None)
     trials = plan.trials(sweep, [str(toy_pool)])
     with pytest.raises(UsageError, match=said):
+        pbt.check(sweep, trials, driver.read_inputs(trials[0].config).world)
+
+
+@pytest.mark.parametrize(
+    ("setting", "values"),
+    [("budget", [20, 24]), ("images", [["shapes"], ["dip"]]), ("zoom_high", [1.0, 2.0]), ("answers", ["soft", "hard"])],
+)
+def test_what_shared_answers_asked_about_cannot_change(
+    sweep_file: SweepFile, setting: str, values: list, toy_pool: Path
+) -> None:
+    """The images of earlier rounds are drawn again for the training, so that they have to be those that were asked."""
+    changes = {"scheduler": {"type": "pbt", "interval": 2}, "method": "shared-answers", "set": {"eval": {"every": 1}}}
+    sweep = spec.read(sweep_file(**changes, space={"method": {setting: {"grid": values}}}))
+    with pytest.raises(UsageError, match=rf"method\.{setting} cannot change while a run goes on"):
+        pbt.check(sweep, plan.trials(sweep, [str(toy_pool)]), small_world())
+
+
+def test_members_have_as_many_rounds(sweep_file: SweepFile, tmp_path: Path, toy_pool: Path) -> None:
+    """Surrogates of more queries have more rounds before those of the method."""
+    pool = pool_with(toy_pool, tmp_path / "pool", *[{"access": "probs"}] * 4)
+    space = {"method": {"surrogate": {"budget": {"grid": [600, 3000]}}}}
+    sweep = spec.read(sweep_file(scheduler={"type": "pbt", "interval": 2}, space=space))
+    trials = plan.trials(sweep, [str(pool)])
+    with pytest.raises(UsageError, match=r"method\.surrogate\.budget changes the number of rounds"):
         pbt.check(sweep, trials, driver.read_inputs(trials[0].config).world)
 
 

@@ -226,6 +226,11 @@ def cost(cfg: Config, world: World, shard: Shard) -> Cost:
 TIMED, TIMED_STEPS = 64, 3
 """How many images, and how many steps of the learner, `cost` times."""
 
+SETTLED = (
+    "rounds", "budget", "batch", "fits", "images", "shares", "zoom_low", "zoom_high", "invert", "answers",
+)  # fmt: skip
+"""Settings by which the images that were asked about are drawn again, and by which their answers are kept."""
+
 METHOD = Method(
     Config=Config,
     init=init,
@@ -249,4 +254,5 @@ METHOD = Method(
     cost=cost,
     pictures=seen,
     shown={"fit/agreement": "agreement"},
+    settled=SETTLED,
 )  # fmt: skip
