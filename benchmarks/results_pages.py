@@ -12,7 +12,11 @@ from ray_dfml.reproduce.registry import Number, Step
 
 ROOT = Path(__file__).parent.parent
 TEMPLATES = Path(__file__).parent / "pages"
-PAGES = {"README.md": "readme.md.j2", "docs/results.md": "results.md.j2"}
+PAGES = {
+    "README.md": "readme.md.j2",
+    "docs/results.md": "results.md.j2",
+    "benchmarks/at_size_2cores_202611.md": "at_size.md.j2",
+}
 """Page -> its template. Of a page with MARKERS only what stands between them is made."""
 MARKERS = ("<!-- results:begin -->\n", "<!-- results:end -->\n")
 
@@ -72,22 +76,23 @@ def spread(id: str, digits: int = 2) -> str:
     return f"{statistics.stdev(registry.find(id)[1].each):.{digits}f}"
 
 
-def table(name: str, *columns: str, details: bool = False) -> str:
-    """The numbers of a table that stand in `columns`, row by row in order of the first.
+def table(name: str, *columns: str, details: bool = False, only: Sequence[str] = ()) -> str:
+    """The numbers of a table that stand in `columns`, row by row in order of the first; of the rows `only`, if given.
 
     With `details` each row also has the numbers of the seeds in the first column, and the minutes of one seed, and the
     queries if any row asked.
     """
     known = registry.tables()[name]
-    cells = {(one.row, one.column): one for one in known.numbers if one.row and one.column in columns}
+    shown = [one for one in known.numbers if one.row and one.column in columns and (not only or one.row in only)]
+    cells = {(one.row, one.column): one for one in shown}
     asked = any(step.queries for step in known.steps.values())
     head = ["method", *(("each seed", "minutes", *(("queries",) if asked else ())) if details else ()), *columns]
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for one in sorted((one for (_, column), one in cells.items() if column == columns[0]), key=lambda one: -one.value):
         step = known.steps[one.of.step]
         costs = [each(one.id, 1), f"{step.minutes:.1f}", *([f"{step.queries:,}"] if asked else [])]
-        shown = [_cell(cells.get((one.row, column))) for column in columns]
-        lines.append(f"| {' | '.join([str(one.row), *(costs if details else []), *shown])} |")
+        values = [_cell(cells.get((one.row, column))) for column in columns]
+        lines.append(f"| {' | '.join([str(one.row), *(costs if details else []), *values])} |")
     return "\n".join(lines)
 
 
@@ -96,10 +101,17 @@ def _cell(one: Number | None) -> str:
 
 
 def rows(name: str) -> str:
-    """The settings of each row of a table, as a list."""
+    """How the rows of a table were made, as a list: method and settings, seeds, commit. What all share comes first."""
     known = registry.tables()[name]
-    named = dict.fromkeys((one.row, one.of.step) for one in known.numbers if one.row)
-    return "\n".join(f"- {row}: {', '.join(_settings(known.steps[step]))}" for row, step in named)
+    first = {one.row: one for one in reversed(known.numbers) if one.row}
+    settings = {row: _settings(known.steps[one.of.step]) for row, one in sorted(first.items())}
+    shared = [word for word in next(iter(settings.values())) if all(word in words for words in settings.values())]
+    lines = [f"- all rows: {', '.join(shared)}; {known.hardware}"]
+    for row, words in settings.items():
+        own = ", ".join(word for word in words if word not in shared)
+        seeds = ", ".join(map(str, first[row].seeds))
+        lines.append(f"- `{row}`: {own}; seed{'s' * (len(first[row].seeds) > 1)} {seeds}; commit {first[row].commit}")
+    return "\n".join(lines)
 
 
 def _settings(step: Step) -> list[str]:
