@@ -9,4 +9,5 @@ ray-dfml pool build --data "$data" --models 20 --arch conv4 --way 5 --seed 0 --o
 ray-dfml train free --pool pool-cifar --data "$data" --run-dir free-cifar --workers 2 --set method.rounds=12 \
     --set method.warmup=3 --set method.width=32 --set method.lr_generator=3e-3 --set method.lr_latent=3e-2 \
     --set method.bn_weight=1.0 --set method.replay.shot=1 --set method.replay.max_updates=12 \
-    --set eval.every=100 --set eval.val_episodes=20 --set eval.shots=[5] --set eval.episodes=300
+    --set eval.every=100 --set eval.val_episodes=20 --set eval.shots=[5] --set eval.episodes=300 \
+    --set eval.lrs=[]
