@@ -4,7 +4,7 @@ A message is one line that says what is wrong, where, and what to do.
 """
 
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 
@@ -23,6 +23,18 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     lower = {other.lower(): other for other in known}
     close = difflib.get_close_matches(name.lower(), lower, n=1)
     return f" (did you mean {lower[close[0]]!r}?)" if close else ""
+
+
+def check_sources(names: Collection[str], known: Collection[str], what: str = "image source") -> None:
+    """Raise ValueError for a name of `names` that is not known, with the nearest one, and for one that is given twice.
+
+    `what` says in the message what a name stands for.
+    """
+    for name in names:
+        if name not in known:
+            raise ValueError(f"no {what} {name!r}{did_you_mean(name, known)}; known: {', '.join(known)}")
+    if len(set(names)) < len(names):
+        raise ValueError("an image source is named twice")
 
 
 class DfmlError(Exception):

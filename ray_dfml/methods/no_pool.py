@@ -17,7 +17,7 @@ from ray_dfml.core import seeds
 from ray_dfml.core.images import to_bytes
 from ray_dfml.core.sources import SOURCES
 from ray_dfml.core.sources.warp import Warp, recolour, warp, zoom
-from ray_dfml.errors import UsageError, did_you_mean
+from ray_dfml.errors import UsageError, check_sources
 from ray_dfml.methods import cost as cost_of
 from ray_dfml.methods import panels, replay
 from ray_dfml.methods.bank import Bank
@@ -70,11 +70,7 @@ class Config(MethodConfig):
     @field_validator("images")
     @classmethod
     def _known(cls, names: tuple[str, ...]) -> tuple[str, ...]:
-        for name in names:
-            if name not in FIRST:
-                raise ValueError(f"no image source {name!r}{did_you_mean(name, FIRST)}; known: {', '.join(FIRST)}")
-        if len(set(names)) < len(names):
-            raise ValueError("an image source is named twice")
+        check_sources(names, FIRST)
         return names
 
 

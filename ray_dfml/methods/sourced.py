@@ -23,7 +23,7 @@ from ray_dfml.core import losses, seeds
 from ray_dfml.core.images import fit, to_bytes, to_pixels
 from ray_dfml.core.sources import SOURCES
 from ray_dfml.core.steady import steady_logits
-from ray_dfml.errors import RejectedError, UsageError, did_you_mean
+from ray_dfml.errors import RejectedError, UsageError, check_sources
 from ray_dfml.methods import cost
 from ray_dfml.methods.base import World
 from ray_dfml.methods.inversion import InversionConfig, Judge, check_classes, checked_generator, chosen_units
@@ -70,11 +70,7 @@ class RecoveryConfig(InversionConfig):
     @field_validator("images")
     @classmethod
     def _known(cls, names: tuple[str, ...]) -> tuple[str, ...]:
-        for name in names:
-            if name not in IMAGES:
-                raise ValueError(f"no images {name!r}{did_you_mean(name, IMAGES)}; known: {', '.join(IMAGES)}")
-        if len(set(names)) < len(names):
-            raise ValueError("an image source is named twice")
+        check_sources(names, IMAGES, "images")
         return names
 
     @model_validator(mode="after")

@@ -4,7 +4,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from ray_dfml.errors import did_you_mean
+from ray_dfml.errors import check_sources
 from ray_dfml.methods.base import MethodConfig, Preset
 from ray_dfml.methods.shared_answers.images import KNOWN, ZOOMED
 
@@ -62,11 +62,7 @@ class Config(MethodConfig):
     @field_validator("images")
     @classmethod
     def _known(cls, names: tuple[str, ...]) -> tuple[str, ...]:
-        for name in names:
-            if name not in KNOWN:
-                raise ValueError(f"no image source {name!r}{did_you_mean(name, KNOWN)}; known: {', '.join(KNOWN)}")
-        if len(set(names)) < len(names):
-            raise ValueError("an image source is named twice")
+        check_sources(names, KNOWN)
         return names
 
     @model_validator(mode="after")
